@@ -1,0 +1,102 @@
+"""Errors of the upper floor, and the whole tree for those who import `dagflow`.
+
+::
+
+    DagflowError
+    ├── TransientError                 another worker, or later, may succeed
+    │   ├── StoreUnreachable, DamagedData
+    │   ├── StateLost                  a stage's weights were on a worker that left
+    │   ├── WorkersLost                too few workers are left, or none came in time
+    │   └── ...
+    └── PermanentError                 the same inputs fail again
+        ├── CaptureFailed              the model can't become an operator DAG
+        ├── BatchInvalid               a batch fits no captured signature
+        ├── PlanInvalid                such a cut doesn't exist
+        │   └── StageTooLarge          no worker can hold that stage
+        ├── SettingsInvalid            an option of `train` that makes no sense
+        ├── WorkerIncompatible         a worker runs another dagflow
+        ├── NonFiniteLoss              the loss became NaN or infinite
+        ├── ProgramInvalid, OptimizerInvalid, TaskFailed
+        └── StoreNotWritable, StoreHoldsAnotherRun, FormatTooNew, NotFound
+"""
+
+from __future__ import annotations
+
+from dagflow_storage.errors import (
+    DagflowError,
+    DamagedData,
+    FormatTooNew,
+    NotFound,
+    PermanentError,
+    StoreHoldsAnotherRun,
+    StoreNotWritable,
+    StoreUnreachable,
+    TransientError,
+)
+from dagflow_tasks.errors import (
+    OperatorNotAllowed,
+    OptimizerInvalid,
+    ProgramInvalid,
+    ProgramTooNew,
+    StateLost,
+    TaskFailed,
+)
+
+
+class CaptureFailed(PermanentError):
+    """The model can't become an operator DAG; names module, source line and operator."""
+
+
+class BatchInvalid(PermanentError):
+    """A batch doesn't fit the shapes, dtypes or names that were captured."""
+
+
+class PlanInvalid(PermanentError):
+    """The requested cut into stages doesn't exist."""
+
+
+class StageTooLarge(PlanInvalid):
+    """A stage needs more memory than any worker has."""
+
+
+class SettingsInvalid(PermanentError):
+    """An option of `dagflow.train` is wrong or contradicts another."""
+
+
+class WorkersLost(TransientError):
+    """No worker came in time, or too few are left to go on."""
+
+
+class WorkerIncompatible(PermanentError):
+    """A worker runs another dagflow, or a torch that can't run the programs."""
+
+
+class NonFiniteLoss(PermanentError):
+    """The loss became NaN or infinite; training it further would destroy the weights."""
+
+
+__all__ = [
+    "BatchInvalid",
+    "CaptureFailed",
+    "DagflowError",
+    "DamagedData",
+    "FormatTooNew",
+    "NonFiniteLoss",
+    "NotFound",
+    "OperatorNotAllowed",
+    "OptimizerInvalid",
+    "PermanentError",
+    "PlanInvalid",
+    "ProgramInvalid",
+    "ProgramTooNew",
+    "SettingsInvalid",
+    "StageTooLarge",
+    "StateLost",
+    "StoreHoldsAnotherRun",
+    "StoreNotWritable",
+    "StoreUnreachable",
+    "TaskFailed",
+    "TransientError",
+    "WorkerIncompatible",
+    "WorkersLost",
+]

@@ -1,0 +1,1 @@
+"""The operator DAG: what a model computes, apart from where and when."""

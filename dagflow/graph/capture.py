@@ -1,0 +1,243 @@
+"""From a torch module to its operator DAG, through `torch.export` at the training IR.
+
+The training IR keeps `linear`, `layer_norm`, `scaled_dot_product_attention` and `dropout` whole, so
+that the DAG runs the same kernels as the model did, to the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import Dim
+from torch.overrides import TorchFunctionMode
+
+from dagflow.errors import BatchInvalid, CaptureFailed
+from dagflow.graph.batch import call_model, flatten_batch, rebuilder, split_target
+from dagflow.graph.dag import OperatorDag, ValueSpec, input_value
+from dagflow.graph.translate import translate
+
+LossFunction = Callable[[Any, Any], torch.Tensor]
+
+_TORCH_FOLDER = str(Path(torch.__file__).parent)
+
+
+def capture(
+    model: torch.nn.Module,
+    example_batch: Any,
+    *,
+    loss: LossFunction | None = None,
+    dynamic: Mapping[str, Sequence[int]] | None = None,
+) -> OperatorDag:
+    """Return the model's operator DAG, loss included, with the batch and sequence sizes left open.
+
+    The model is captured in its current mode (`train()` or `eval()`) and isn't changed. Parameters
+    may be on the meta device.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    example_batch
+        A mapping (passed by keyword), a tuple (by position) or a tensor. Sizes of 1 are taken as
+        fixed; show a batch of at least two rows to leave the batch size open.
+    loss : callable, optional
+        ``loss(output, target)``. Without it the model returns a scalar or something with ``.loss``.
+    dynamic : mapping, optional
+        Dimensions to leave open by tensor name. By default the first of every tensor, and the
+        second of integer matrices (B, T) and of float (B, T, D) sequences.
+
+    Raises
+    ------
+    CaptureFailed
+        If the model's control flow depends on its data, or uses operators that no worker would
+        run; names module, source line and operator.
+    BatchInvalid
+        If the batch isn't made of tensors, or holds no target though `loss` needs one.
+    """
+    tensors, constants = flatten_batch(example_batch)
+    wrapper = _LossModule(model, loss, rebuilder(example_batch))
+    dims = {name: _dynamic_dims(name, tensor, dynamic) for name, tensor in tensors.items()}
+    with _on_one_device(model, tensors) as leaves, _watch(wrapper) as position:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exported = torch.export.export(
+                    wrapper,
+                    tuple(leaves.values()),
+                    dynamic_shapes=(tuple(dict.fromkeys(dims[name], Dim.AUTO) for name in leaves),),
+                    strict=False,
+                )
+        except (BatchInvalid, CaptureFailed):
+            raise
+        except Exception as error:
+            raise CaptureFailed(_explain(error, position)) from error
+    inputs = [
+        ValueSpec(input_value(name), str(t.dtype).removeprefix("torch."), tuple(t.shape))
+        for name, t in tensors.items()
+    ]
+    return translate(exported, model, inputs, constants)
+
+
+class _LossModule(torch.nn.Module):
+    """The model and its loss as one module over the batch's tensors."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: LossFunction | None,
+        rebuild: Callable[[Sequence[torch.Tensor]], Any],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+        self._rebuild = rebuild
+        self.training = model.training
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        batch = self._rebuild(tensors)
+        if self._loss is not None:
+            batch, target = split_target(batch)
+            return _scalar(
+                self._loss(call_model(self.model, batch), target), "loss(output, target)"
+            )
+        output = call_model(self.model, batch)
+        value = output if isinstance(output, torch.Tensor) else getattr(output, "loss", None)
+        if value is None:
+            raise BatchInvalid(
+                f"The model returned a {type(output).__name__} without a loss. Are labels missing from "
+                "the batch? Add them, or pass loss=function(output, target)."
+            )
+        return _scalar(value, "the model")
+
+
+def _scalar(value: Any, origin: str) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor) or value.dim() != 0:
+        shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise BatchInvalid(f"A loss is a scalar tensor; {origin} returned {shape}.")
+    return value
+
+
+def _dynamic_dims(
+    name: str, tensor: torch.Tensor, dynamic: Mapping[str, Sequence[int]] | None
+) -> tuple[int, ...]:
+    if dynamic is not None and name in dynamic:
+        wanted = list(dynamic[name])
+    else:
+        is_sequence = tensor.dim() == 3 or (tensor.dim() == 2 and not tensor.is_floating_point())
+        wanted = [0, 1] if is_sequence else [0]
+    return tuple(d for d in wanted if d < tensor.dim() and tensor.shape[d] > 1)
+
+
+@contextmanager
+def _on_one_device(
+    model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield copies of the batch's tensors where the model's parameters are.
+
+    A model whose parameters are on the meta device often keeps real buffers (rotary tables); they
+    are swapped for meta ones while it is traced. Copies, because two arguments that are one tensor
+    in the example (labels=input_ids) would be traced as one.
+    """
+    devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
+    if len(devices) > 1:
+        raise CaptureFailed(
+            f"The model's parameters are on several devices ({', '.join(map(str, sorted(devices, key=str)))}); "
+            "move it to one, or build it on the meta device."
+        )
+    (device,) = devices
+    swapped: list[tuple[torch.nn.Module, str, torch.Tensor]] = []
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                swapped.append((module, name, buffer))
+                module._buffers[name] = buffer.to(device)
+    try:
+        yield {name: tensor.detach().clone().to(device) for name, tensor in tensors.items()}
+    finally:
+        for module, name, buffer in swapped:
+            module._buffers[name] = buffer
+
+
+class _Position(TorchFunctionMode):
+    """Remembers which module and torch function the trace is in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules: list[str] = []
+        self.operator = ""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.operator = getattr(func, "__name__", str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _watch(wrapper: _LossModule) -> Iterator[_Position]:
+    """Follow the trace through the modules, so that a failure can say where it was."""
+    position = _Position()
+    handles = []
+
+    def leave(*_: Any) -> None:
+        position.modules.pop()
+
+    for path, module in wrapper.model.named_modules():
+
+        def enter(*_: Any, path: str = path) -> None:
+            position.modules.append(path)
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    forward = wrapper.forward
+
+    def watched(*tensors: torch.Tensor) -> torch.Tensor:
+        with position:
+            return forward(*tensors)
+
+    wrapper.forward = watched  # type: ignore[method-assign]
+    try:
+        yield position
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _explain(error: Exception, position: _Position) -> str:
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_TORCH_FOLDER) and frame.filename != __file__
+    ]
+    where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "unknown"
+    module = position.modules[-1] if position.modules else ""
+    reason = " ".join(str(error).split())[:400]
+    return (
+        f"The model can't be captured. Module: {module or 'the model itself'!r}. Source: {where}. "
+        f"Operator: {position.operator or 'unknown'}. torch says: {type(error).__name__}: {reason} "
+        f"What to do: {_advice(error)}"
+    )
+
+
+def _advice(error: Exception) -> str:
+    text = f"{type(error).__name__} {error}"
+    if "data-dependent" in text or "DataDependent" in text or "Unbacked" in text:
+        return (
+            "the line decides by a tensor's value, which a graph can't; write it with torch.where or "
+            "a mask, or take the decision outside of forward()."
+        )
+    if "torch._dynamo" in text or "Constraint" in text:
+        return "the model fixes a size that varies; pass dynamic={'tensor': [dims that vary]}."
+    return "make that line work under torch.export.export(model, ..., strict=False)."
+
+
+def detached_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of the model's structure, sharing its parameters' memory."""
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,230 @@
+"""The operator DAG: a model's forward pass and loss as a list of operators with known shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dagflow_tasks.operators import Node, evaluate_size
+from dagflow_tasks.program import Constant, ValueSpec, check_nodes, read_format
+
+FORMAT = "dagflow-operator-dag"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A size that may differ from batch to batch.
+
+    Attributes
+    ----------
+    input, dim
+        The batch's tensor and the dimension that show the size.
+    hint : int
+        The size in the example batch.
+    minimum, maximum : int, int | None
+        The range for which the captured operators are right.
+    """
+
+    name: str
+    input: str
+    dim: int
+    hint: int
+    minimum: int
+    maximum: int | None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter by its first name in the model; `aliases` are further names (tied weights)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    trainable: bool
+    uses: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def num_elements(self) -> int:
+        return _product(self.shape)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A buffer; `mutated` if the forward pass writes it, `persistent` if state dicts hold it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    persistent: bool
+    mutated: bool
+
+
+@dataclass(frozen=True)
+class OperatorInfo:
+    """What is known of one operator without running it.
+
+    Attributes
+    ----------
+    outputs : tuple of (dtype, shape)
+        One for each tensor it returns; shapes hold ints and size expressions.
+    flops : int
+        Floating-point operations of the forward pass at the example batch's sizes.
+    bytes : int
+        Bytes read and written at those sizes; 0 for views.
+    source : str
+        File and line of the model's code.
+    """
+
+    outputs: tuple[tuple[str, tuple[Any, ...]], ...]
+    flops: int
+    bytes: int
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class OperatorDag:
+    """A model's operators in execution order, from the batch's tensors to the loss.
+
+    Knows neither devices nor dask. ``print`` shows a table by module, `to_graphviz` a picture,
+    `save` and `load` go through JSON.
+    """
+
+    symbols: tuple[Symbol, ...]
+    inputs: tuple[ValueSpec, ...]
+    parameters: tuple[Parameter, ...]
+    buffers: tuple[Buffer, ...]
+    constants: tuple[Constant, ...]
+    nodes: tuple[Node, ...]
+    info: Mapping[str, OperatorInfo]
+    loss: str
+    batch_constants: Mapping[str, Any]
+
+    @cached_property
+    def hints(self) -> dict[str, int]:
+        """Sizes of the example batch by symbol."""
+        return {symbol.name: symbol.hint for symbol in self.symbols}
+
+    @cached_property
+    def total_flops(self) -> int:
+        """FLOPs of one forward pass at the example batch's sizes."""
+        return sum(info.flops for info in self.info.values())
+
+    @cached_property
+    def parameter_bytes(self) -> int:
+        return sum(p.num_elements * dtype_bytes(p.dtype) for p in self.parameters)
+
+    def output_bytes(self, node_name: str) -> int:
+        """Bytes of a node's tensors at the example batch's sizes."""
+        return sum(self.tensor_bytes(*output) for output in self.info[node_name].outputs)
+
+    def tensor_bytes(self, dtype: str, shape: tuple[Any, ...]) -> int:
+        return dtype_bytes(dtype) * _product(tuple(evaluate_size(d, self.hints) for d in shape))
+
+    def __str__(self) -> str:
+        from dagflow.graph.show import table
+
+        return table(self)
+
+    def to_graphviz(self, stages: Mapping[str, int] | None = None) -> str:
+        """Return the DAG in Graphviz's DOT language, modules boxed, coloured by stage if given."""
+        from dagflow.graph.show import dot
+
+        return dot(self, stages or {})
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> OperatorDag:
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def to_json(self) -> str:
+        body = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "torch": torch.__version__,
+            "symbols": [asdict(symbol) for symbol in self.symbols],
+            "inputs": [spec.to_json() for spec in self.inputs],
+            "parameters": [asdict(parameter) for parameter in self.parameters],
+            "buffers": [asdict(buffer) for buffer in self.buffers],
+            "constants": [constant.to_json() for constant in self.constants],
+            "nodes": [
+                {**node.to_json(), "info": asdict(self.info[node.name])} for node in self.nodes
+            ],
+            "loss": self.loss,
+            "batch_constants": dict(self.batch_constants),
+        }
+        return json.dumps(body)
+
+    @classmethod
+    def from_json(cls, text: str) -> OperatorDag:
+        """Read an operator DAG and check that only allowed operators are in it.
+
+        Raises
+        ------
+        ProgramInvalid, ProgramTooNew, OperatorNotAllowed
+        """
+        body = read_format(text, FORMAT, FORMAT_VERSION)
+        nodes = tuple(Node.from_json(node) for node in body["nodes"])
+        dag = cls(
+            symbols=tuple(Symbol(**symbol) for symbol in body["symbols"]),
+            inputs=tuple(ValueSpec.from_json(spec) for spec in body["inputs"]),
+            parameters=tuple(Parameter(**_tuples(p)) for p in body["parameters"]),
+            buffers=tuple(Buffer(**_tuples(b)) for b in body["buffers"]),
+            constants=tuple(Constant.from_json(constant) for constant in body["constants"]),
+            nodes=nodes,
+            info={raw["name"]: _info_from_json(raw["info"]) for raw in body["nodes"]},
+            loss=body["loss"],
+            batch_constants=body["batch_constants"],
+        )
+        check_nodes(dag.nodes, dag.defined_values())
+        return dag
+
+    def defined_values(self) -> set[str]:
+        """Names that are defined before the first node runs."""
+        return {
+            *(spec.name for spec in self.inputs),
+            *(use for parameter in self.parameters for use in parameter.uses),
+            *(buffer_value(buffer.name) for buffer in self.buffers),
+            *(constant.name for constant in self.constants),
+        }
+
+
+def input_value(name: str) -> str:
+    """Name of the value that holds the batch's tensor `name`."""
+    return f"in.{name}"
+
+
+def buffer_value(name: str) -> str:
+    """Name of the value that holds a buffer."""
+    return f"b.{name}"
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one element."""
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    return torch_dtype.itemsize
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _tuples(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
+
+
+def _info_from_json(body: Mapping[str, Any]) -> OperatorInfo:
+    outputs = tuple((dtype, tuple(shape)) for dtype, shape in body["outputs"])
+    return OperatorInfo(outputs, body["flops"], body["bytes"], body["source"])

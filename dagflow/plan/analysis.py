@@ -1,0 +1,155 @@
+"""What a cut must know of an operator DAG: aliases, gradients, cheap producers, where not to cut."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+
+from dagflow.graph.dag import OperatorDag
+from dagflow_tasks.operators import Node, aliased_arguments, mutated_arguments
+
+# Roughly one volunteer's CPU core; only ratios between operators matter.
+NOMINAL_FLOPS_PER_SECOND = 50e9
+NOMINAL_MEMORY_BYTES_PER_SECOND = 10e9
+
+
+class DagAnalysis:
+    """Facts about a DAG's values, each computed when first asked for."""
+
+    def __init__(self, dag: OperatorDag) -> None:
+        self.dag = dag
+        self.position = {node.name: i for i, node in enumerate(dag.nodes)}
+        self.parameter_uses = {use: p for p in dag.parameters for use in p.uses}
+
+    @cached_property
+    def storage(self) -> dict[str, str]:
+        """For every value the first value whose memory it may share."""
+        root: dict[str, str] = {}
+        for node in self.dag.nodes:
+            shared = aliased_arguments(node)
+            root[node.name] = root.get(shared[0], shared[0]) if shared else node.name
+        return root
+
+    @cached_property
+    def writers(self) -> dict[str, list[Node]]:
+        """Nodes that write in place, by the storage they write."""
+        found: dict[str, list[Node]] = {}
+        for node in self.dag.nodes:
+            for name in mutated_arguments(node):
+                found.setdefault(self.storage.get(name, name), []).append(node)
+        return found
+
+    def companions(self, value: str) -> list[Node]:
+        """Nodes without which the value isn't what its readers see: those that write its memory."""
+        return self.writers.get(self.storage.get(value, value), [])
+
+    @cached_property
+    def free_of_parameters(self) -> set[str]:
+        """Values that any stage can compute from the batch alone: masks, positions, rotary tables.
+
+        They are recomputed where they are needed instead of shipped.
+        """
+        mutated = {f"b.{buffer.name}" for buffer in self.dag.buffers if buffer.mutated}
+        tainted = set(self.parameter_uses) | mutated
+        while True:
+            before = len(tainted)
+            for node in self.dag.nodes:
+                if any(name in tainted for name in node.references()):
+                    tainted.add(node.name)
+            for storage, writers in self.writers.items():
+                if storage not in tainted and any(node.name in tainted for node in writers):
+                    tainted.add(storage)
+            for node in self.dag.nodes:
+                if self.storage[node.name] in tainted:
+                    tainted.add(node.name)
+            if len(tainted) == before:
+                return {node.name for node in self.dag.nodes} - tainted
+
+    @cached_property
+    def differentiable(self) -> set[str]:
+        """Values through which a gradient may flow to a trainable parameter."""
+        found = {use for use, parameter in self.parameter_uses.items() if parameter.trainable}
+        for node in self.dag.nodes:
+            if not node.grad or node.op.startswith("aten.detach"):
+                continue
+            outputs = self.dag.info[node.name].outputs
+            if any(name in found for name in node.references()) and any(
+                getattr(torch, dtype).is_floating_point for dtype, _ in outputs
+            ):
+                found.add(node.name)
+        return found
+
+    @cached_property
+    def last_reader(self) -> dict[str, int]:
+        """Position of the last node that reads each value."""
+        last: dict[str, int] = {}
+        for position, node in enumerate(self.dag.nodes):
+            for name in node.references():
+                last[name] = position
+        return last
+
+    @cached_property
+    def forbidden_cuts(self) -> set[int]:
+        """Positions c such that nodes c-1 and c must stay in one stage.
+
+        A tuple and the operators that take it apart; memory and the operators that write it;
+        a buffer that is written and everything that reads it.
+        """
+        spans: list[tuple[int, int]] = []
+        for node in self.dag.nodes:
+            if node.op == "getitem":
+                (source,) = node.references()
+                spans.append((self.position[source], self.position[node.name]))
+        for storage, writers in self.writers.items():
+            touching = [self.position[node.name] for node in writers]
+            if storage in self.position:
+                touching.append(self.position[storage])
+            elif storage.startswith("b."):
+                touching += [i for i, n in enumerate(self.dag.nodes) if storage in n.references()]
+            spans.append((min(touching), max(touching)))
+        return {cut for first, last in spans for cut in range(first + 1, last + 1)}
+
+    @cached_property
+    def crossing_bytes(self) -> list[int]:
+        """Bytes of the values that cross each cut, for cuts 0 to the number of nodes."""
+        change = [0] * (len(self.dag.nodes) + 2)
+        for node in self.dag.nodes:
+            start, end = self.position[node.name], self.last_reader.get(node.name, -1)
+            if end > start and node.name not in self.free_of_parameters:
+                size = self.dag.output_bytes(node.name)
+                change[start + 1] += size
+                change[end + 1] -= size
+        total, crossing = 0, []
+        for difference in change[:-1]:
+            total += difference
+            crossing.append(total)
+        return crossing
+
+    @cached_property
+    def node_seconds(self) -> list[float]:
+        """Nominal seconds of each operator, forward and backward: the larger of FLOPs and bytes.
+
+        The roofline model; backward counts twice the forward, as in FusionLLM's estimator
+        (arXiv 2410.12707, section 4).
+        """
+        return [
+            3
+            * max(
+                self.dag.info[node.name].flops / NOMINAL_FLOPS_PER_SECOND,
+                self.dag.info[node.name].bytes / NOMINAL_MEMORY_BYTES_PER_SECOND,
+            )
+            if node.name not in self.free_of_parameters
+            else 0.0
+            for node in self.dag.nodes
+        ]
+
+    @cached_property
+    def saved_bytes(self) -> list[int]:
+        """Bytes that each operator leaves behind for the backward pass, about."""
+        return [
+            self.dag.output_bytes(node.name)
+            if node.name in self.differentiable and self.storage[node.name] == node.name
+            else 0
+            for node in self.dag.nodes
+        ]

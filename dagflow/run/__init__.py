@@ -1,0 +1,1 @@
+"""Running plans on dask: graphs, clusters, workers, the driver."""

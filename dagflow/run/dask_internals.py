@@ -1,0 +1,26 @@
+"""Everything dagflow uses of dask that isn't public, in one place.
+
+`tests/cluster/test_dask_internals.py` fails when dask changes any of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dask._task_spec import List, Task, TaskRef
+from distributed import Worker
+
+__all__ = ["List", "Task", "TaskRef", "set_scheduler_send_interval", "set_worker_send_interval"]
+
+
+def set_worker_send_interval(worker: Worker, seconds: float) -> None:
+    """Let a worker report finished tasks after `seconds` instead of dask's 2 ms.
+
+    Every dependent task on another worker waits for this message.
+    """
+    worker.batched_stream.interval = seconds
+
+
+def set_scheduler_send_interval(scheduler: Any, address: str, seconds: float) -> None:
+    """Let the scheduler send tasks to one worker after `seconds` instead of dask's 2 ms."""
+    scheduler.stream_comms[address].interval = seconds

@@ -1,0 +1,205 @@
+"""The two kinds of places a store can be: a folder, or objects behind a file system."""
+
+import contextlib
+import os
+import shutil
+import threading
+import uuid
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+_UNFINISHED_SUFFIX = ".unfinished"
+# fsspec's memory and local file systems check and then put: one creator at a time keeps that
+# atomic within a process. Across processes the server's own condition decides.
+_one_creator = threading.Lock()
+
+
+class Backend(ABC):
+    """Bytes under slash-separated paths; raises what the place itself raises."""
+
+    @abstractmethod
+    def read(self, path: str) -> bytes: ...
+
+    @abstractmethod
+    def write(self, path: str, data: bytes) -> None: ...
+
+    @abstractmethod
+    def create(self, path: str, data: bytes) -> bool: ...
+
+    @abstractmethod
+    def exists(self, path: str) -> bool: ...
+
+    @abstractmethod
+    def list(self, path: str) -> list[str]: ...
+
+    @abstractmethod
+    def delete(self, path: str) -> None: ...
+
+    @abstractmethod
+    def flush(self, path: str) -> None: ...
+
+
+class FolderBackend(Backend):
+    """A folder on this machine.
+
+    A file appears under its name complete and on disk, or not at all: it is written beside
+    its place, synced, and moved there in one step.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = Path(root)
+
+    def read(self, path: str) -> bytes:
+        return (self._root / path).read_bytes()
+
+    def write(self, path: str, data: bytes) -> None:
+        target = self._root / path
+        unfinished = _write_beside(target, data)
+        try:
+            os.replace(unfinished, target)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+
+    def create(self, path: str, data: bytes) -> bool:
+        target = self._root / path
+        if target.exists():
+            return False
+        unfinished = _write_beside(target, data)
+        try:
+            os.link(unfinished, target)
+        except FileExistsError:
+            return False
+        except OSError:
+            # A file system without hard links (FAT, some network drives): the name is still
+            # taken by one creator only, but a crash here can leave a short file.
+            return _create_exclusively(target, data)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        _sync_folder(target.parent)
+        return True
+
+    def exists(self, path: str) -> bool:
+        return (self._root / path).exists()
+
+    def list(self, path: str) -> list[str]:
+        names = os.listdir(self._root / path)
+        return [name for name in names if not name.endswith(_UNFINISHED_SUFFIX)]
+
+    def delete(self, path: str) -> None:
+        target = self._root / path
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            else:
+                target.unlink()
+
+    def flush(self, path: str) -> None:
+        for folder, _, names in os.walk(self._root / path):
+            for name in names:
+                _sync_file(Path(folder, name))
+            _sync_folder(Path(folder))
+
+
+class ObjectBackend(Backend):
+    """Objects behind an fsspec file system: one put is atomic, nothing is appended."""
+
+    def __init__(self, filesystem: Any, root: str) -> None:
+        self._filesystem = filesystem
+        self._root = root.rstrip("/")
+
+    def read(self, path: str) -> bytes:
+        return bytes(self._filesystem.cat_file(self._at(path)))
+
+    def write(self, path: str, data: bytes) -> None:
+        self._filesystem.pipe_file(self._at(path), data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        with _one_creator:
+            # Checked first, because some servers silently ignore the condition.
+            if self.exists(path):
+                return False
+            try:
+                self._filesystem.pipe_file(self._at(path), data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError:
+                # Servers differ in how they say "lost the race".
+                if self.exists(path):
+                    return False
+                raise
+            return True
+
+    def exists(self, path: str) -> bool:
+        # Not `exists` of the file system: that answers False when the server is away.
+        self._forget_listings()
+        try:
+            self._filesystem.info(self._at(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def list(self, path: str) -> list[str]:
+        self._forget_listings()
+        parent = self._at(path)
+        found = (str(name).rstrip("/") for name in self._filesystem.ls(parent, detail=False))
+        prefix = parent + "/"
+        return [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
+
+    def delete(self, path: str) -> None:
+        self._forget_listings()
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm(self._at(path), recursive=True)
+
+    def flush(self, path: str) -> None:
+        """Nothing to do: a put has been answered only once it is durable."""
+
+    def _at(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+    def _forget_listings(self) -> None:
+        # Other processes write here too, and fsspec would answer from what it saw before.
+        self._filesystem.invalidate_cache()
+
+
+def _write_beside(target: Path, data: bytes) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_UNFINISHED_SUFFIX}")
+    try:
+        _write_synced(unfinished, data)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    return unfinished
+
+
+def _create_exclusively(target: Path, data: bytes) -> bool:
+    try:
+        _write_synced(target, data)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return  # Windows has no way to sync a folder
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

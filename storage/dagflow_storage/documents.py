@@ -1,0 +1,44 @@
+"""JSON documents in a store, each with the version of its format."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from dagflow_storage.errors import DamagedData, FormatTooNew
+from dagflow_storage.location import Store
+
+JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+
+
+def encode_document(format_version: int, content: Mapping[str, Any]) -> bytes:
+    """The bytes to put; readable by people, the version first."""
+    document = {"format_version": format_version, **content}
+    return json.dumps(document, indent=1).encode()
+
+
+def read_document(store: Store, path: str, newest_format: int) -> dict[str, Any]:
+    """The document at `path`.
+
+    Raises
+    ------
+    NotFound
+        If there is none.
+    DamagedData
+        If it is no JSON object with a version.
+    FormatTooNew
+        If it is newer than `newest_format`.
+    """
+    data = store.read_bytes(path)
+    try:
+        document = json.loads(data)
+        found = int(document["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedData(
+            f"{path} in {store!r} ({len(data)} bytes) is no document of dagflow: {error}"
+        ) from error
+    if found > newest_format:
+        raise FormatTooNew(
+            f"{path} in {store!r} has format version {found}, this dagflow reads versions up "
+            f"to {newest_format}: upgrade dagflow"
+        )
+    return dict(document)

@@ -1,0 +1,61 @@
+"""The root of dagflow's error tree: its first branch is the question a scheduler asks.
+
+::
+
+    DagflowError
+    ├── TransientError          another worker, or later, may succeed: retried
+    │   └── StoreUnreachable    the store did not answer, or not as it should
+    └── PermanentError          the same inputs fail again: stop
+        ├── StoreNotWritable    permission, read-only, no such bucket, disk full
+        ├── NotFound            nothing is stored under that name
+        ├── DamagedData         what is stored is not what was written
+        ├── FormatTooNew        written by a newer dagflow
+        └── StoreHoldsAnotherRun
+
+The floors above add their own branches. Errors cross processes, so every class takes one
+positional message with a default, and a test pickles them all.
+"""
+
+
+class DagflowError(Exception):
+    """Anything that dagflow itself raises."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message)
+
+
+class TransientError(DagflowError):
+    """Another worker, or later, may succeed."""
+
+
+class PermanentError(DagflowError):
+    """The same inputs fail again."""
+
+
+class StoreUnreachable(TransientError):
+    """The store did not answer, or its answer was lost or garbled on the way."""
+
+
+class StoreNotWritable(PermanentError):
+    """The store refuses writes: permission, read-only, no such bucket, disk full."""
+
+
+class NotFound(PermanentError):
+    """Nothing is stored under that name."""
+
+
+class DamagedData(PermanentError):
+    """What is stored is not what was written.
+
+    Permanent, because it is raised only after a second read found the same damage: the bytes
+    at rest are wrong, and every worker would read the same. The way out is an older snapshot,
+    not a retry. Damage that a second read doesn't find is `StoreUnreachable`.
+    """
+
+
+class FormatTooNew(PermanentError):
+    """The data was written by a newer dagflow than this one."""
+
+
+class StoreHoldsAnotherRun(PermanentError):
+    """A run was to be created where one exists already."""

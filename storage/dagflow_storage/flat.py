@@ -1,0 +1,191 @@
+"""A one-dimensional zarr array that notices damage, the only kind dagflow stores.
+
+Every chunk carries a checksum, and a chunk that is missing is an error; zarr alone would
+answer zeros.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import DTypeLike, NDArray
+from zarr.abc.store import ByteRequest
+from zarr.abc.store import Store as ZarrStore
+from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import WrapperStore
+
+from dagflow_storage._translation import reading, writing
+from dagflow_storage.codec import Blosc2Codec
+from dagflow_storage.documents import JSON
+from dagflow_storage.errors import DagflowError, DamagedData, NotFound, StoreUnreachable
+from dagflow_storage.location import Store
+
+AnyArray = NDArray[Any]
+
+
+class _MissingChunk(Exception):
+    """A chunk that should be there is not."""
+
+
+class _NoticingStore(WrapperStore[ZarrStore]):
+    """Raises for a missing chunk where zarr would go on with the fill value."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        found = await self._store.get(key, prototype, byte_range)
+        if found is None and not key.endswith("zarr.json"):
+            raise _MissingChunk("it is missing")
+        return found
+
+
+class FlatArray:
+    """A one-dimensional array in a store.
+
+    Parameters
+    ----------
+    store, path
+        Where it is.
+    array
+        The zarr array that reads and writes it.
+    """
+
+    def __init__(self, store: Store, path: str, array: "zarr.Array[Any]") -> None:
+        self._store = store
+        self._path = path
+        self._where = _place(store, path)
+        self._array = array
+
+    @classmethod
+    def create(
+        cls,
+        store: Store,
+        path: str,
+        dtype: DTypeLike,
+        num_elements: int,
+        chunk_elements: int,
+        attributes: Mapping[str, JSON] | None = None,
+    ) -> "FlatArray":
+        """A new array; `path` must be unused.
+
+        All-zero chunks are written too, so that a missing one is always damage.
+        """
+        chunk = max(1, min(chunk_elements, num_elements))
+        with writing(_place(store, path)):
+            array = zarr.create_array(
+                store.zarr_store(path),
+                shape=(num_elements,),
+                chunks=(chunk,),
+                dtype=np.dtype(dtype),
+                compressors=(Blosc2Codec(), Crc32cCodec()),
+                filters=None,
+                fill_value=0,
+                attributes=dict(attributes or {}),
+                config={"write_empty_chunks": True},
+            )
+        return cls(store, path, array)
+
+    @classmethod
+    def open(cls, store: Store, path: str) -> "FlatArray":
+        """An array that was created before.
+
+        Raises
+        ------
+        NotFound
+            If there is none.
+        DamagedData
+            If its metadata can't be read.
+        """
+        where = _place(store, path)
+        try:
+            with reading(where):
+                source = _NoticingStore(store.zarr_store(path, read_only=True))
+                array = zarr.open_array(source, mode="r", zarr_format=3)
+        except DagflowError:
+            raise
+        except Exception as error:  # zarr has no error of its own for bad metadata
+            raise DamagedData(f"the metadata of {where} can't be read: {error}") from error
+        if array.ndim != 1:
+            raise NotFound(f"{where} holds an array of shape {array.shape}, not a flat one")
+        return cls(store, path, array)
+
+    def __len__(self) -> int:
+        return self._array.shape[0]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Element type."""
+        return np.dtype(self._array.dtype)
+
+    @property
+    def chunk_elements(self) -> int:
+        """Elements a chunk; the last one may be shorter."""
+        return self._array.chunks[0]
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The array's attributes."""
+        return dict(self._array.attrs.asdict())
+
+    def update_attributes(self, attributes: Mapping[str, JSON]) -> None:
+        """Add to the attributes, in one write of the metadata."""
+        with writing(self._where):
+            self._array.update_attributes(dict(attributes))
+
+    def resize(self, num_elements: int) -> None:
+        """Make the array longer or shorter."""
+        with writing(self._where):
+            self._array.resize((num_elements,))
+
+    def write(self, start: int, data: AnyArray) -> None:
+        """Put `data` at `start`, which must be a chunk's first element.
+
+        Up to a chunk's end or the array's: a partly written chunk would be read, merged and
+        written again.
+        """
+        assert start % self.chunk_elements == 0, "writes begin at a chunk"
+        with writing(self._where):
+            self._array[start : start + data.size] = data
+
+    def read(self, start: int, stop: int) -> AnyArray:
+        """Elements `start` to `stop`, a new array.
+
+        Raises
+        ------
+        DamagedData
+            Naming the chunk, if two reads found it damaged or missing.
+        StoreUnreachable
+            If the store did not answer, or a first read was garbled and a second was not.
+        """
+        if stop > len(self):
+            raise DamagedData(
+                f"{self._where} has {len(self)} elements, {start} to {stop} were to be read"
+            )
+        try:
+            return self._read(start, stop)
+        except DagflowError:
+            raise
+        except Exception as error:  # codecs raise ValueError, RuntimeError and more
+            raise self._diagnosis(start, stop) from error
+
+    def _read(self, start: int, stop: int) -> AnyArray:
+        with reading(self._where):
+            return np.asarray(self._array[start:stop])
+
+    def _diagnosis(self, start: int, stop: int) -> DagflowError:
+        chunk = self.chunk_elements
+        for number in range(start // chunk, -(-stop // chunk)):
+            try:
+                self._read(number * chunk, min((number + 1) * chunk, len(self)))
+            except DagflowError as error:
+                return error
+            except Exception as error:
+                place = _place(self._store, f"{self._path}/c/{number}".lstrip("/"))
+                return DamagedData(f"chunk {place} is damaged, read twice: {error}")
+        return StoreUnreachable(f"{self._where} arrived damaged, and whole at a second read")
+
+
+def _place(store: Store, path: str) -> str:
+    return f"{path} in {store!r}" if path else repr(store)

@@ -1,0 +1,99 @@
+"""What a worker remembers between tasks. Everything here can be lost: tasks rebuild it.
+
+The process has one cache, shared by all its workers and threads. Entries belong to a stage of a
+run, so two stages on one worker don't meet.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dagflow_tasks.device import current_device
+from dagflow_tasks.interpreter import Executable
+from dagflow_tasks.program import StageProgram
+from dagflow_tasks.references import StageRef
+from dagflow_tasks.state import StageState, load_state
+
+StageKey = tuple[str, str, int]
+
+
+@dataclass
+class SavedGraph:
+    """What a forward leaves behind for its backward: autograd's graph and the tensors at its ends."""
+
+    inputs: dict[str, torch.Tensor]
+    uses: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+
+
+@dataclass
+class WorkerCache:
+    """Programs, weights and saved autograd graphs by stage."""
+
+    programs: dict[StageKey, Executable] = field(default_factory=dict)
+    states: dict[StageKey, StageState] = field(default_factory=dict)
+    graphs: dict[tuple[StageKey, int, int], SavedGraph] = field(default_factory=dict)
+    recomputed: int = 0
+    lock: Any = field(default_factory=threading.RLock)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self.lock:
+            self.programs.clear()
+            self.states.clear()
+            self.graphs.clear()
+
+    def forget_runs_but(self, run_id: str) -> None:
+        """Forget what belongs to other runs; a worker serves one run after another."""
+        with self.lock:
+            for entries in (self.programs, self.states):
+                for key in [key for key in entries if key[0] != run_id]:
+                    del entries[key]
+            for graph_key in [key for key in self.graphs if key[0][0] != run_id]:
+                del self.graphs[graph_key]
+
+    def executable(self, ref: StageRef) -> Executable:
+        """Return the stage's program ready to run, reading it from the store if need be."""
+        with self.lock:
+            found = self.programs.get(ref.key)
+            if found is None:
+                text = ref.store.read_bytes(f"programs/{ref.plan}/stage-{ref.stage:03d}.json")
+                program = StageProgram.from_json(text.decode("utf-8"))
+                found = Executable(program, current_device(), ref.settings.precision)
+                self.programs[ref.key] = found
+            return found
+
+    def state(self, ref: StageRef, step: int) -> StageState:
+        """Return the stage's state after `step` steps, from the store if it isn't here.
+
+        Raises
+        ------
+        StateLost
+            If it is neither here nor in the store.
+        """
+        with self.lock:
+            found = self.states.get(ref.key)
+            if found is None or found.step != step:
+                executable = self.executable(ref)
+                found = load_state(ref, executable.program, step, executable.device)
+                self.states[ref.key] = found
+            return found
+
+    def save_graph(self, ref: StageRef, step: int, microbatch: int, graph: SavedGraph) -> None:
+        """Keep a graph for its backward, dropping what a cancelled step may have left."""
+        with self.lock:
+            for key in [k for k in self.graphs if k[0] == ref.key and k[1] < step]:
+                del self.graphs[key]
+            self.graphs[(ref.key, step, microbatch)] = graph
+
+    def take_graph(self, ref: StageRef, step: int, microbatch: int) -> SavedGraph | None:
+        """Return a saved graph and forget it: a graph serves one backward."""
+        with self.lock:
+            return self.graphs.pop((ref.key, step, microbatch), None)
+
+
+CACHE = WorkerCache()

@@ -1,0 +1,42 @@
+"""Errors of programs and tasks, on dagflow's tree (see `dagflow_storage.errors` for its root).
+
+::
+
+    DagflowError
+    ├── TransientError            another worker, or later, may succeed
+    │   └── StateLost             a stage's weights are neither on this worker nor in the store
+    └── PermanentError            the same inputs fail again
+        ├── ProgramInvalid        a program file that can't be read as one
+        │   ├── OperatorNotAllowed
+        │   └── ProgramTooNew
+        ├── OptimizerInvalid      no such optimizer, or no such option
+        └── TaskFailed            an operator of a stage raised: names stage, operator and module
+"""
+
+from __future__ import annotations
+
+from dagflow_storage.errors import PermanentError, TransientError
+
+
+class StateLost(TransientError):
+    """A stage's weights of a step are neither cached on this worker nor in the store."""
+
+
+class ProgramInvalid(PermanentError):
+    """A program file lacks what a program needs."""
+
+
+class OperatorNotAllowed(ProgramInvalid):
+    """A program names an operator outside the allow-list."""
+
+
+class ProgramTooNew(ProgramInvalid):
+    """A program was written by a newer dagflow."""
+
+
+class OptimizerInvalid(PermanentError):
+    """The optimizer's or schedule's name or options don't exist."""
+
+
+class TaskFailed(PermanentError):
+    """An operator of a stage raised an error."""

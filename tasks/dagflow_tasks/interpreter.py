@@ -1,0 +1,254 @@
+"""Runs a stage program's operators on one micro-batch.
+
+The program is compiled once to a list of instructions over numbered slots, once more for every
+combination of sizes (size expressions become plain integers), and then executed in order; a value
+is dropped after its last reader, so that memory follows the program's own needs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+
+from dagflow_tasks.errors import TaskFailed
+from dagflow_tasks.operators import (
+    ASSERTIONS,
+    Argument,
+    Node,
+    autocasts,
+    decode_literal,
+    draws_random_numbers,
+    mutated_arguments,
+    resolve,
+)
+from dagflow_tasks.program import StageProgram
+
+# Seeding a generator and drawing from it must not be torn apart by another thread of this process.
+_RANDOM_LOCK = threading.Lock()
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class RandomAddress:
+    """Where in a run random numbers are drawn: they depend on nothing else.
+
+    With an operator's name, which the cut doesn't change, this addresses every random tensor of a
+    run; a task that is run again, anywhere, draws the same numbers.
+    """
+
+    seed: int
+    step: int
+    microbatch: int
+
+    def of(self, operator_name: str) -> int:
+        """Return the 64-bit seed for one operator."""
+        text = f"{self.seed}/{self.step}/{self.microbatch}/{operator_name}"
+        return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class _Slot:
+    index: int
+
+
+@dataclass(slots=True)
+class _Instruction:
+    function: Callable[..., Any]
+    arguments: list[Any]
+    keywords: dict[str, Any]
+    output: int
+    free: tuple[int, ...]
+    node: Node
+    random: bool
+
+
+def _fill(template: Any, slots: Sequence[Any]) -> Any:
+    if type(template) is _Slot:
+        return slots[template.index]
+    if type(template) is list:
+        return [_fill(item, slots) for item in template]
+    return template
+
+
+class Executable:
+    """A stage program made ready to run on one device.
+
+    Parameters
+    ----------
+    program : StageProgram
+    device : torch.device
+    precision : {"fp32", "bf16", "fp16"}
+        Other than fp32, operators run under autocast with fp32 weights.
+    """
+
+    def __init__(
+        self, program: StageProgram, device: torch.device, precision: str = "fp32"
+    ) -> None:
+        self.program = program
+        self.device = device
+        self.autocast_dtype = AUTOCAST_DTYPES.get(precision)
+        self.constants = {c.name: c.tensor().to(device) for c in program.constants}
+        self._nodes = [node for node in program.nodes if node.op not in ASSERTIONS]
+        self._slots = {name: i for i, name in enumerate(sorted(program.defined_values()))}
+        for node in self._nodes:
+            self._slots[node.name] = len(self._slots)
+        self._free = self._last_reads()
+        written = {name for node in self._nodes for name in mutated_arguments(node)}
+        inputs = {i.value.name for i in program.inputs} | set(self.constants)
+        self._written_inputs = [self._slots[name] for name in sorted(written & inputs)]
+        parameters = {use.value for use in program.parameters}
+        # Parameters that autocast would cast in every micro-batch; each use has one reader.
+        self.cast_uses = {
+            name for node in self._nodes if autocasts(node) for name in node.references()
+        } & parameters
+        self._compiled: dict[tuple[int, ...], list[_Instruction]] = {}
+
+    def _last_reads(self) -> dict[str, list[int]]:
+        keep = {output.value.name for output in self.program.outputs} | {self.program.loss}
+        last: dict[str, str] = {}
+        for node in self._nodes:
+            last[node.name] = node.name
+            for name in node.references():
+                last[name] = node.name
+        free: dict[str, list[int]] = {}
+        for name, reader in last.items():
+            if name not in keep:
+                free.setdefault(reader, []).append(self._slots[name])
+        return free
+
+    def run(
+        self, values: Mapping[str, Any], sizes: Mapping[str, int], random: RandomAddress
+    ) -> dict[str, Any]:
+        """Execute the program and return its outputs, and its loss, by name.
+
+        Parameters
+        ----------
+        values
+            Inputs, parameter uses and buffers by value name. Mutated buffers are written in place.
+        sizes
+            The micro-batch's value for each of the program's symbols.
+
+        Raises
+        ------
+        TaskFailed
+            If an operator fails; names the operator, its module and the stage.
+        """
+        instructions = self._specialise(sizes)
+        slots: list[Any] = [None] * len(self._slots)
+        for name, value in (*self.constants.items(), *values.items()):
+            slots[self._slots[name]] = value
+        for index in self._written_inputs:
+            slots[index] = slots[index].clone()  # inputs belong to the caller
+        with self._autocast(), _restored_generator(self.device):
+            for instruction in instructions:
+                try:
+                    slots[instruction.output] = self._execute(instruction, slots, random)
+                except Exception as error:
+                    raise TaskFailed(self._describe(instruction, slots, error)) from error
+                for index in instruction.free:
+                    slots[index] = None
+        names = [output.value.name for output in self.program.outputs]
+        names += [self.program.loss] if self.program.loss else []
+        return {name: slots[self._slots[name]] for name in names}
+
+    def _execute(self, instruction: _Instruction, slots: list[Any], random: RandomAddress) -> Any:
+        arguments = [_fill(template, slots) for template in instruction.arguments]
+        keywords = {k: _fill(template, slots) for k, template in instruction.keywords.items()}
+        node = instruction.node
+        if node.grad and node.autocast and not instruction.random:
+            return instruction.function(*arguments, **keywords)
+        grad = nullcontext() if node.grad else torch.no_grad()
+        cast = nullcontext() if node.autocast else torch.autocast(self.device.type, enabled=False)
+        draw = _seeded(self.device, random.of(node.name)) if instruction.random else nullcontext()
+        with grad, cast, draw:
+            return instruction.function(*arguments, **keywords)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        # No cache of cast weights: it would add up the gradients of a weight's or boundary value's
+        # uses in half precision, and so depend on the cut. Weights are cast once a step instead.
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, cache_enabled=False)
+
+    def _specialise(self, sizes: Mapping[str, int]) -> list[_Instruction]:
+        key = tuple(sizes[symbol] for symbol in self.program.symbols)
+        if key not in self._compiled:
+            self._compiled[key] = [self._compile(node, sizes) for node in self._nodes]
+        return self._compiled[key]
+
+    def _compile(self, node: Node, sizes: Mapping[str, int]) -> _Instruction:
+        def template(argument: Argument) -> Any:
+            if isinstance(argument, Mapping):
+                if "ref" in argument:
+                    return _Slot(self._slots[argument["ref"]])
+                return decode_literal(argument, sizes, self.device)
+            if isinstance(argument, (list, tuple)):
+                return [template(item) for item in argument]
+            return argument
+
+        return _Instruction(
+            function=resolve(node.op),
+            arguments=[template(argument) for argument in node.args],
+            keywords={name: template(argument) for name, argument in node.kwargs.items()},
+            output=self._slots[node.name],
+            free=tuple(self._free.get(node.name, ())),
+            node=node,
+            random=draws_random_numbers(node.op),
+        )
+
+    def _describe(self, instruction: _Instruction, slots: list[Any], error: Exception) -> str:
+        shapes = [
+            f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+            for template in instruction.arguments
+            if isinstance(value := _fill(template, slots), torch.Tensor)
+        ]
+        node = instruction.node
+        return (
+            f"Stage {self.program.stage} failed at operator {node.name!r} ({node.op}) of module "
+            f"{node.module or 'the model itself'!r} on {', '.join(shapes) or 'no tensors'}: "
+            f"{type(error).__name__}: {error}"
+        )
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    if device.type == "cuda":
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
+
+
+class _seeded:
+    """Hold the generator's lock, with the generator seeded."""
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self._device, self._seed = device, seed
+
+    def __enter__(self) -> None:
+        _RANDOM_LOCK.acquire()
+        # torch takes 64-bit seeds but reserves the sign; 63 bits are plenty.
+        _generator(self._device).manual_seed(self._seed >> 1)
+
+    def __exit__(self, *exception: object) -> None:
+        _RANDOM_LOCK.release()
+
+
+class _restored_generator:
+    """Leave the process's random state as it was: it may be the user's own process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._generator = _generator(device)
+
+    def __enter__(self) -> None:
+        with _RANDOM_LOCK:
+            self._state = self._generator.get_state()
+
+    def __exit__(self, *exception: object) -> None:
+        with _RANDOM_LOCK:
+            self._generator.set_state(self._state)

@@ -1,0 +1,384 @@
+"""The instruction set of dagflow programs: operators named by data, resolved from an allow-list.
+
+A node says ``aten.linear.default`` and gives its arguments as JSON. Whoever loads a program,
+a volunteer's worker above all, runs nothing but ATen operators and the few extensions below:
+no pickled code, no attribute look-ups on anything but ``torch.ops.aten``.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid
+
+Argument = Any
+"""JSON: None, bool, int, float, str, a list, or a one-key mapping (`ref`, `size`, `dtype`, ...)."""
+
+_ATEN_NAME = re.compile(r"aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
+
+# ATen operators that reach outside the program: files, other processes, raw storage, or a device
+# of their own choice. None of them is needed to run a model.
+_FORBIDDEN_ATEN = frozenset(
+    {
+        "from_file",
+        "set_",
+        "_share_memory_",
+        "is_pinned",
+        "pin_memory",
+        "_pin_memory",
+        "record_stream",
+    }
+)
+
+ASSERTIONS = frozenset(
+    {"aten._assert_tensor_metadata.default", "aten._assert_async.msg", "aten._assert_async.default"}
+)
+"""Carried by the operator DAG for the reader; not executed: shapes are checked on the batch."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator call.
+
+    Attributes
+    ----------
+    name : str
+        Unique in the operator DAG that the node was captured in. It is also the operator's part of
+        the address of its random numbers, so it never changes when the DAG is cut.
+    op : str
+        ``aten.<operator>.<overload>``, ``getitem`` or an extension.
+    args, kwargs
+        Encoded arguments, see `Argument`.
+    grad : bool
+        False inside the model's ``no_grad`` regions.
+    autocast : bool
+        False inside regions that switch autocast off.
+    module : str
+        Path of the module whose forward called the operator, "" for the model itself.
+    """
+
+    name: str
+    op: str
+    args: tuple[Argument, ...]
+    kwargs: Mapping[str, Argument] = field(default_factory=dict)
+    grad: bool = True
+    autocast: bool = True
+    module: str = ""
+
+    def references(self) -> Iterator[str]:
+        """Names of the values the node reads, in argument order, repeated if read twice."""
+        for argument in (*self.args, *self.kwargs.values()):
+            yield from argument_references(argument)
+
+    def to_json(self) -> dict[str, Any]:
+        body: dict[str, Any] = {"name": self.name, "op": self.op, "args": list(self.args)}
+        if self.kwargs:
+            body["kwargs"] = dict(self.kwargs)
+        if not self.grad:
+            body["grad"] = False
+        if not self.autocast:
+            body["autocast"] = False
+        if self.module:
+            body["module"] = self.module
+        return body
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Node:
+        try:
+            return cls(
+                name=body["name"],
+                op=body["op"],
+                args=tuple(body["args"]),
+                kwargs=dict(body.get("kwargs", {})),
+                grad=body.get("grad", True),
+                autocast=body.get("autocast", True),
+                module=body.get("module", ""),
+            )
+        except (KeyError, TypeError) as error:
+            raise ProgramInvalid(
+                f"A node of a program needs 'name', 'op' and 'args'; found {body!r:.200}."
+            ) from error
+
+
+def argument_references(argument: Argument) -> Iterator[str]:
+    """Yield the value names inside one encoded argument."""
+    if isinstance(argument, Mapping):
+        if "ref" in argument:
+            yield argument["ref"]
+    elif isinstance(argument, (list, tuple)):
+        for item in argument:
+            yield from argument_references(item)
+
+
+def encode_literal(value: Any) -> Argument:
+    """Encode a Python or torch constant that appears as an operator's argument.
+
+    Raises
+    ------
+    TypeError
+        For anything but numbers, strings, dtypes, devices, layouts and memory formats.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if value - value == 0.0 else {"float": str(value)}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": "stage"}
+    if isinstance(value, torch.layout):
+        return {"layout": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.memory_format):
+        return {"memory_format": str(value).removeprefix("torch.")}
+    raise TypeError(f"a {type(value).__name__} can't be an argument in a program")
+
+
+_TORCH_CONSTANTS: dict[str, dict[str, Any]] = {
+    "dtype": {
+        name: getattr(torch, name)
+        for name in ["float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "bool", "complex64", "complex128", "uint16", "uint32", "uint64"]
+    },
+    "layout": {"strided": torch.strided},
+    "memory_format": {
+        name: getattr(torch, name)
+        for name in ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
+    },
+}
+
+
+def decode_literal(
+    argument: Mapping[str, Any], sizes: Mapping[str, int], device: torch.device
+) -> Any:
+    """Decode a one-key mapping that isn't a reference.
+
+    `{"device": ...}` always becomes the stage's own device: a program does not choose where it runs.
+    """
+    ((kind, value),) = argument.items()
+    if kind == "size":
+        return evaluate_size(value, sizes)
+    if kind == "device":
+        return device
+    if kind == "float":
+        return float(value)
+    try:
+        return _TORCH_CONSTANTS[kind][value]
+    except KeyError:
+        raise ProgramInvalid(f"A program holds the unknown argument {argument!r:.200}.") from None
+
+
+_SIZE_OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "add": operator.add,
+    "mul": operator.mul,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+    "max": max,
+    "min": min,
+    "pow": operator.pow,
+}
+
+
+def evaluate_size(expression: Any, sizes: Mapping[str, int]) -> int:
+    """Evaluate a size expression: an int, a symbol, or ``[operation, operand, ...]``.
+
+    >>> evaluate_size(["mul", 2, ["add", "s0", 1]], {"s0": 4})
+    10
+    """
+    if isinstance(expression, int):
+        return expression
+    if isinstance(expression, str):
+        return sizes[expression]
+    operation, first, *rest = expression
+    result = evaluate_size(first, sizes)
+    for operand in rest:
+        result = _SIZE_OPERATIONS[operation](result, evaluate_size(operand, sizes))
+    return result
+
+
+def size_text(expression: Any) -> str:
+    """Write a size expression the way people do.
+
+    >>> size_text(["mul", 2, ["add", "s0", 1]])
+    '2*(s0 + 1)'
+    """
+    if isinstance(expression, (int, str)):
+        return str(expression)
+    operation, *operands = expression
+    texts = [size_text(operand) for operand in operands]
+    if operation in ("max", "min"):
+        return f"{operation}({', '.join(texts)})"
+    sign = {"add": " + ", "mul": "*", "floordiv": "//", "mod": "%", "pow": "**"}[operation]
+    grouped = [
+        f"({text})" if operation != "add" and not isinstance(operand, (int, str)) else text
+        for text, operand in zip(texts, operands, strict=True)
+    ]
+    return sign.join(grouped)
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """Rows sorted by expert, each group times its expert's matrix; any device, any dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.ends = ends.tolist()
+        output = rows.new_zeros(rows.size(0), weight.size(2))
+        for expert, begin, end in _groups(ctx.ends):
+            torch.mm(rows[begin:end], weight[expert], out=output[begin:end])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        (gradient,) = gradients
+        rows, weight = ctx.saved_tensors
+        rows_gradient, weight_gradient = torch.zeros_like(rows), torch.zeros_like(weight)
+        for expert, begin, end in _groups(ctx.ends):
+            torch.mm(gradient[begin:end], weight[expert].T, out=rows_gradient[begin:end])
+            torch.mm(rows[begin:end].T, gradient[begin:end], out=weight_gradient[expert])
+        return rows_gradient, weight_gradient, None
+
+
+def _groups(ends: list[int]) -> Iterator[tuple[int, int, int]]:
+    begin = 0
+    for expert, end in enumerate(ends):
+        if end > begin:
+            yield expert, begin, end
+        begin = max(begin, end)
+
+
+def _grouped_matmul(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Matrix product by group of rows, as mixture-of-experts layers need it.
+
+    Parameters
+    ----------
+    rows : Tensor (S, K), sorted by group
+    weight : Tensor (G, K, N)
+    ends : integer Tensor (G,), cumulative number of rows up to and including each group
+
+    Returns
+    -------
+    Tensor (S, N)
+    """
+    result: torch.Tensor = _GroupedMatmul.apply(rows, weight, ends)  # type: ignore[no-untyped-call]
+    return result
+
+
+_EXTENSIONS: dict[str, Callable[..., Any]] = {
+    "getitem": operator.getitem,
+    # transformers exports its expert layers with this custom operator; the meaning is kept, so
+    # that a worker needs no transformers.
+    "transformers.grouped_mm_fallback.default": _grouped_matmul,
+}
+
+
+@cache
+def resolve(op: str) -> Callable[..., Any]:
+    """Return the callable for an operator's name.
+
+    Raises
+    ------
+    OperatorNotAllowed
+        If the name isn't an ATen overload of this torch, or not on the allow-list.
+    """
+    extension = _EXTENSIONS.get(op)
+    if extension is not None:
+        return extension
+    match = _ATEN_NAME.fullmatch(op)
+    if match is None or match[1] in _FORBIDDEN_ATEN:
+        raise OperatorNotAllowed(
+            f"The operator {op!r} is not on the allow-list of dagflow programs (ATen operators "
+            f"and {', '.join(sorted(_EXTENSIONS))})."
+        )
+    packet = getattr(torch.ops.aten, match[1], None)
+    overload = getattr(packet, match[2], None)
+    if not isinstance(overload, torch._ops.OpOverload):
+        raise OperatorNotAllowed(
+            f"This worker's torch {torch.__version__} has no operator {op!r}; the program was made "
+            "with another torch. Install the torch version that the run's settings name."
+        )
+    return overload
+
+
+def is_allowed(op: str) -> bool:
+    """Tell whether `resolve` would succeed."""
+    try:
+        resolve(op)
+    except OperatorNotAllowed:
+        return False
+    return True
+
+
+# Operators whose arguments autocast turns to half precision, on CPUs and GPUs alike.
+_AUTOCAST = frozenset(["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d"])
+
+
+def autocasts(node: Node) -> bool:
+    """Tell whether autocast turns all of the operator's tensors to half precision."""
+    return node.autocast and node.op.startswith("aten.") and node.op.split(".")[1] in _AUTOCAST
+
+
+def schema_of(op: str) -> torch.FunctionSchema | None:
+    """Return the operator's schema, or None for `getitem` and the extensions."""
+    function = resolve(op)
+    return function._schema if isinstance(function, torch._ops.OpOverload) else None
+
+
+def draws_random_numbers(op: str) -> bool:
+    """Tell whether the operator may draw from the random generator."""
+    function = resolve(op)
+    return (
+        isinstance(function, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in function.tags
+    )
+
+
+def mutated_arguments(node: Node) -> list[str]:
+    """Names of the values that the node writes in place, by its schema.
+
+    ATen's schema says nothing of batch normalisation's running statistics, which it does write.
+    """
+    schema = schema_of(node.op)
+    if schema is None:
+        return []
+    names: list[str] = []
+    for position, formal in enumerate(schema.arguments):
+        writes = formal.alias_info is not None and formal.alias_info.is_write
+        if writes or (node.op == "aten.batch_norm.default" and position in (3, 4) and node.args[5]):
+            actual = (
+                node.args[position] if position < len(node.args) else node.kwargs.get(formal.name)
+            )
+            names.extend(argument_references(actual))
+    return names
+
+
+def aliased_arguments(node: Node) -> list[str]:
+    """Names of the values whose memory the node's output may share (views and in-place results)."""
+    if node.op == "getitem":
+        return list(argument_references(node.args[0]))
+    schema = schema_of(node.op)
+    if schema is None:
+        return []
+    names: list[str] = []
+    for position, formal in enumerate(schema.arguments):
+        if formal.alias_info is None and not _MAYBE_VIEW.get(node.op) == position:
+            continue
+        actual = node.args[position] if position < len(node.args) else node.kwargs.get(formal.name)
+        names.extend(argument_references(actual))
+    return names
+
+
+# Composite operators that return their input itself when there is nothing to do, which their
+# schemas don't say (position of that input).
+_MAYBE_VIEW = {
+    "aten.dropout.default": 0,
+    "aten.flatten.using_ints": 0,
+    "aten.type_as.default": 0,
+}

@@ -1,0 +1,336 @@
+"""The stage program: what a worker is told to compute, as JSON.
+
+A stage program lists operators with their arguments and names everything that goes in and out:
+the batch's tensors, boundary values from other stages, parameters, buffers, constants. It holds
+no weights and no code.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid, ProgramTooNew
+from dagflow_tasks.operators import ASSERTIONS, Node, is_allowed
+
+FORMAT = "dagflow-stage-program"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ValueSpec:
+    """Name, dtype and shape of a tensor; sizes are ints or size expressions over symbols."""
+
+    name: str
+    dtype: str
+    shape: tuple[Any, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> ValueSpec:
+        return cls(body["name"], body["dtype"], tuple(body["shape"]))
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """A value that comes from outside the stage.
+
+    Attributes
+    ----------
+    value : ValueSpec
+    source : int | None
+        The stage that produces it, None for a tensor of the batch.
+    gradient_from : int | None
+        The stage whose backward already holds part of this value's gradient, because it reads the
+        value, too, and comes later. Gradients are relayed from the last reader to the first, so
+        that the sum has the same order as without cuts.
+    differentiable : bool
+        Whether a gradient may flow back through it.
+    """
+
+    value: ValueSpec
+    source: int | None = None
+    gradient_from: int | None = None
+    differentiable: bool = False
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """A boundary value that other stages read, in the order of the stages."""
+
+    value: ValueSpec
+    readers: tuple[int, ...]
+    differentiable: bool = True
+
+
+@dataclass(frozen=True)
+class ParameterUse:
+    """One place where a stage reads a parameter.
+
+    Every use has a value (`p.NAME`, `p.NAME#1`, ...) and a gradient of its own: a tied
+    parameter's gradients are added up once a step, last use first, wherever its uses are.
+    """
+
+    value: str
+    parameter: str
+    dtype: str
+    shape: tuple[int, ...]
+    trainable: bool
+    owner: int
+
+
+@dataclass(frozen=True)
+class BufferUse:
+    """A buffer that the stage reads, and writes if `mutated` (running statistics).
+
+    `owner` is the stage that puts it into snapshots, the first that reads it.
+    """
+
+    value: str
+    buffer: str
+    dtype: str
+    shape: tuple[int, ...]
+    mutated: bool
+    owner: int
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that is part of the program, with its bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes = field(repr=False)
+
+    def tensor(self) -> torch.Tensor:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        if not self.data:
+            return torch.empty(self.shape, dtype=dtype)
+        return torch.frombuffer(bytearray(self.data), dtype=dtype).reshape(self.shape)
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> Constant:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        data = bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
+        return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
+
+    def to_json(self) -> dict[str, Any]:
+        data = base64.b64encode(self.data).decode("ascii")
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape), "data": data}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Constant:
+        data = base64.b64decode(body["data"])
+        return cls(body["name"], body["dtype"], tuple(body["shape"]), data)
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """Everything a worker needs to know to run one stage's forward and backward.
+
+    Attributes
+    ----------
+    stage, num_stages : int
+    symbols : tuple[str, ...]
+        Sizes that differ from batch to batch; their values come with every task.
+    loss : str | None
+        Name of the scalar to minimise, in the stage that computes it.
+    """
+
+    stage: int
+    num_stages: int
+    symbols: tuple[str, ...]
+    inputs: tuple[StageInput, ...]
+    outputs: tuple[StageOutput, ...]
+    parameters: tuple[ParameterUse, ...]
+    buffers: tuple[BufferUse, ...]
+    constants: tuple[Constant, ...]
+    nodes: tuple[Node, ...]
+    loss: str | None = None
+
+    @cached_property
+    def mutated_buffers(self) -> tuple[str, ...]:
+        return tuple(use.buffer for use in self.buffers if use.mutated)
+
+    @cached_property
+    def owned_parameters(self) -> tuple[ParameterUse, ...]:
+        """One use for each parameter that this stage updates."""
+        owned: dict[str, ParameterUse] = {}
+        for use in self.parameters:
+            if use.owner == self.stage:
+                owned.setdefault(use.parameter, use)
+        return tuple(owned.values())
+
+    @cached_property
+    def borrowed_parameters(self) -> dict[str, int]:
+        """Owner by name of the tied parameters that another stage updates."""
+        return {use.parameter: use.owner for use in self.parameters if use.owner != self.stage}
+
+    @cached_property
+    def sources(self) -> tuple[int, ...]:
+        """Stages whose boundary values this stage reads, ascending."""
+        return tuple(sorted({i.source for i in self.inputs if i.source is not None}))
+
+    @cached_property
+    def batch_inputs(self) -> tuple[str, ...]:
+        return tuple(i.value.name for i in self.inputs if i.source is None)
+
+    @cached_property
+    def gradient_sources(self) -> tuple[int, ...]:
+        """Stages whose backward results this stage's backward needs, ascending.
+
+        Each value's gradient comes from the next stage that reads it, complete with those of
+        later readers.
+        """
+        later = {i.gradient_from for i in self.inputs if i.gradient_from is not None}
+        return tuple(sorted(later | {o.readers[0] for o in self.outputs if o.differentiable}))
+
+    def to_json(self) -> str:
+        body = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "stage": self.stage,
+            "num_stages": self.num_stages,
+            "symbols": list(self.symbols),
+            "inputs": [
+                {
+                    **i.value.to_json(),
+                    "source": i.source,
+                    "gradient_from": i.gradient_from,
+                    "differentiable": i.differentiable,
+                }
+                for i in self.inputs
+            ],
+            "outputs": [
+                {
+                    **o.value.to_json(),
+                    "readers": list(o.readers),
+                    "differentiable": o.differentiable,
+                }
+                for o in self.outputs
+            ],
+            "parameters": [
+                {
+                    "value": p.value,
+                    "parameter": p.parameter,
+                    "dtype": p.dtype,
+                    "shape": list(p.shape),
+                    "trainable": p.trainable,
+                    "owner": p.owner,
+                }
+                for p in self.parameters
+            ],
+            "buffers": [
+                {
+                    "value": b.value,
+                    "buffer": b.buffer,
+                    "dtype": b.dtype,
+                    "shape": list(b.shape),
+                    "mutated": b.mutated,
+                    "owner": b.owner,
+                }
+                for b in self.buffers
+            ],
+            "constants": [constant.to_json() for constant in self.constants],
+            "nodes": [node.to_json() for node in self.nodes],
+            "loss": self.loss,
+        }
+        return json.dumps(body)
+
+    @classmethod
+    def from_json(cls, text: str) -> StageProgram:
+        """Read a stage program and check it.
+
+        Raises
+        ------
+        ProgramInvalid
+            If it isn't a complete program, or a node reads a value that nothing defines.
+        ProgramTooNew
+            If a newer dagflow wrote it.
+        OperatorNotAllowed
+            If a node names an operator outside the allow-list.
+        """
+        body = read_format(text, FORMAT, FORMAT_VERSION)
+        try:
+            program = cls(
+                stage=body["stage"],
+                num_stages=body["num_stages"],
+                symbols=tuple(body["symbols"]),
+                inputs=tuple(
+                    StageInput(
+                        ValueSpec.from_json(i), i["source"], i["gradient_from"], i["differentiable"]
+                    )
+                    for i in body["inputs"]
+                ),
+                outputs=tuple(
+                    StageOutput(ValueSpec.from_json(o), tuple(o["readers"]), o["differentiable"])
+                    for o in body["outputs"]
+                ),
+                parameters=tuple(
+                    ParameterUse(**{**p, "shape": tuple(p["shape"])}) for p in body["parameters"]
+                ),
+                buffers=tuple(
+                    BufferUse(**{**b, "shape": tuple(b["shape"])}) for b in body["buffers"]
+                ),
+                constants=tuple(Constant.from_json(c) for c in body["constants"]),
+                nodes=tuple(Node.from_json(node) for node in body["nodes"]),
+                loss=body["loss"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProgramInvalid(
+                f"This stage program is incomplete or damaged: {type(error).__name__}: {error}."
+            ) from error
+        check_nodes(program.nodes, program.defined_values())
+        return program
+
+    def defined_values(self) -> set[str]:
+        """Names that are defined before the first node runs."""
+        return {
+            *(i.value.name for i in self.inputs),
+            *(use.value for use in self.parameters),
+            *(use.value for use in self.buffers),
+            *(constant.name for constant in self.constants),
+        }
+
+
+def read_format(text: str, expected: str, version: int) -> dict[str, Any]:
+    """Parse JSON that begins with a format name and version, and refuse anything else."""
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise ProgramInvalid(f"Not a {expected} file: it isn't JSON ({error}).") from error
+    found = body.get("format") if isinstance(body, dict) else None
+    if found != expected:
+        raise ProgramInvalid(f"Not a {expected} file: its format is {found!r}.")
+    if body.get("format_version", 0) > version:
+        raise ProgramTooNew(
+            f"This {expected} has format version {body['format_version']}; this dagflow reads up to "
+            f"{version}. Upgrade dagflow on this machine."
+        )
+    return dict(body)
+
+
+def check_nodes(nodes: Sequence[Node], defined: set[str]) -> None:
+    """Refuse unknown operators and references to values that don't exist yet."""
+    known = set(defined)
+    for node in nodes:
+        if node.op not in ASSERTIONS and not is_allowed(node.op):
+            raise OperatorNotAllowed(
+                f"Node {node.name!r} names the operator {node.op!r}, which is not on the allow-list "
+                "of dagflow programs (ATen operators and a few extensions)."
+            )
+        for name in node.references():
+            if name not in known:
+                raise ProgramInvalid(
+                    f"Node {node.name!r} ({node.op}) reads {name!r}, which nothing before it defines."
+                )
+        known.add(node.name)

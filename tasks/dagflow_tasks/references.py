@@ -1,0 +1,63 @@
+"""What a task is given instead of data: names of a run, a stage, a version, a micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dagflow_storage import Store
+from dagflow_tasks.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """The settings of a run that change what its tasks compute."""
+
+    seed: int
+    precision: str
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True)
+class StageRef:
+    """One stage of one run under one plan."""
+
+    store: Store
+    run_id: str
+    plan: str
+    stage: int
+    settings: TaskSettings
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What a worker's caches know the stage by."""
+        return (self.run_id, self.plan, self.stage)
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One micro-batch of one step.
+
+    Attributes
+    ----------
+    step, index : int
+    weight : float
+        Its share of the step's loss; the shares add up to 1.
+    sizes : tuple of (symbol, size)
+    """
+
+    step: int
+    index: int
+    weight: float
+    sizes: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class StateRef:
+    """A stage's weights and optimizer state after `step` optimizer steps."""
+
+    step: int
+
+
+def action(kind: str, stage: int, microbatch: Microbatch) -> str:
+    """Write a task the way schedules are read: ``2F0 step 17`` is stage 2, forward, micro-batch 0."""
+    return f"{stage}{kind}{microbatch.index} step {microbatch.step}"

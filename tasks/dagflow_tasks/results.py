@@ -1,0 +1,97 @@
+"""What tasks return: the part that travels to other stages, and the part that stays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from dagflow_tasks.references import StateRef
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """Result of `forward`.
+
+    Attributes
+    ----------
+    values : mapping
+        Boundary values, and the loss, by name, without autograd history.
+    buffers : mapping or None
+        The stage's mutated buffers after this micro-batch. They stay on the worker: only the
+        stage's own next task reads them.
+    finite : bool
+        Whether all floating-point values are finite.
+    """
+
+    values: Tensors
+    buffers: Tensors | None = None
+    finite: bool = True
+
+
+@dataclass(frozen=True)
+class BackwardResult:
+    """Result of `backward`.
+
+    Attributes
+    ----------
+    gradients : mapping
+        Gradients of the stage's boundary inputs by value name, later readers' included.
+    sums : mapping or None
+        Gradients of the stage's parameter uses, added up over the micro-batches so far. They stay
+        on the worker: only the stage's own next task reads them.
+    non_finite : tuple of int
+        Micro-batches so far whose forward left the finite numbers in this stage.
+    """
+
+    gradients: Tensors
+    sums: Tensors | None = None
+    non_finite: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all stages do with a step's gradients.
+
+    Attributes
+    ----------
+    norm : float
+        Global norm of the gradients before clipping.
+    coefficient : float
+        Factor that clips them.
+    apply : bool
+        False if gradients overflowed under loss scaling: the step is skipped.
+    loss_scale, good_steps
+        Loss scale of the next step, and for how many steps it has held.
+    """
+
+    norm: float = 0.0
+    coefficient: float = 1.0
+    apply: bool = True
+    loss_scale: float = 1.0
+    good_steps: int = 0
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """Result of `update`: where the stage stands, and what went wrong on the way."""
+
+    state: StateRef
+    stage: int
+    non_finite: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the driver learns of a step."""
+
+    step: int
+    loss: float
+    losses: tuple[float, ...] = ()
+    gradient_norm: float | None = None
+    loss_scale: float | None = None
+    skipped: bool = False
+    non_finite: Mapping[int, tuple[int, ...]] = field(default_factory=dict)

@@ -1,0 +1,139 @@
+"""A stage's weights, buffers and optimizer on a worker, and the way to and from the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dagflow_storage import ArraySpec, NotFound, ShardRecord, Snapshot, write_shard
+from dagflow_tasks.errors import StateLost
+from dagflow_tasks.optimizer import restore_slots, slots
+from dagflow_tasks.program import StageProgram
+from dagflow_tasks.references import StageRef
+
+PARAMETER, BUFFER, OPTIMIZER = "parameter", "buffer", "optimizer"
+
+
+@dataclass
+class StageState:
+    """The state of one stage after `step` optimizer steps; `update` moves it on in place."""
+
+    step: int
+    parameters: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer | None
+    casts: dict[tuple[str, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    def cast(self, parameter: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return a parameter in another dtype, cast once a step."""
+        key = (parameter, dtype)
+        if key not in self.casts:
+            self.casts[key] = self.parameters[parameter].detach().to(dtype)
+        return self.casts[key]
+
+
+def load_state(ref: StageRef, program: StageProgram, step: int, device: torch.device) -> StageState:
+    """Read a stage's state of one step from the run's snapshots, whatever plan wrote them.
+
+    Raises
+    ------
+    StateLost
+        If there is no snapshot of that step.
+    """
+    try:
+        snapshot = Snapshot.open(ref.store, step)
+    except NotFound as error:
+        raise StateLost(
+            f"The weights of stage {ref.stage} after step {step} were on a worker that is gone, and "
+            f"the store has no snapshot of that step. {error}"
+        ) from error
+    owned = {use.parameter: use for use in program.owned_parameters}
+    parameters = {
+        name: tensor.to(device).requires_grad_(owned[name].trainable)
+        for name, tensor in read_tensors(snapshot, PARAMETER, owned).items()
+    }
+    names = dict.fromkeys(use.buffer for use in program.buffers)
+    buffers = {n: t.to(device) for n, t in read_tensors(snapshot, BUFFER, names).items()}
+    return StageState(step, parameters, buffers, _optimizer(ref, snapshot, parameters))
+
+
+def _optimizer(
+    ref: StageRef, snapshot: Snapshot, parameters: Mapping[str, torch.Tensor]
+) -> torch.optim.Optimizer | None:
+    trainable = {name: t for name, t in parameters.items() if t.requires_grad}
+    if not trainable:
+        return None
+    optimizer = ref.settings.optimizer.build(trainable)
+    stored = [n for n in snapshot.names(OPTIMIZER) if n.rpartition(":")[0] in trainable]
+    restore_slots(optimizer, trainable, read_tensors(snapshot, OPTIMIZER, stored))
+    return optimizer
+
+
+def save_state(ref: StageRef, program: StageProgram, state: StageState) -> ShardRecord:
+    """Write a stage's state as one shard; it counts once the manifest is committed."""
+    owned_buffers = [use.buffer for use in program.buffers if use.owner == program.stage]
+    tensors: dict[tuple[str, str], torch.Tensor] = {
+        (PARAMETER, name): tensor for name, tensor in state.parameters.items()
+    }
+    tensors |= {(BUFFER, name): state.buffers[name] for name in dict.fromkeys(owned_buffers)}
+    if state.optimizer is not None:
+        names = {id(tensor): name for name, tensor in state.parameters.items()}
+        tensors |= {(OPTIMIZER, n): t for n, t in slots(state.optimizer, names).items()}
+    return write_tensors(ref.store, state.step, f"stage-{ref.stage}", tensors)
+
+
+def write_tensors(
+    store: Any, step: int, shard: str, tensors: Mapping[tuple[str, str], torch.Tensor]
+) -> ShardRecord:
+    """Write tensors by (role, name) as one shard of a snapshot."""
+    return stream_tensors(
+        store,
+        step,
+        shard,
+        [(role, name, t.dtype, tuple(t.shape)) for (role, name), t in tensors.items()],
+        lambda role, name: tensors[(role, name)],
+    )
+
+
+def stream_tensors(
+    store: Any,
+    step: int,
+    shard: str,
+    items: Iterable[tuple[str, str, torch.dtype, tuple[int, ...]]],
+    read: Callable[[str, str], torch.Tensor],
+) -> ShardRecord:
+    """Write tensors as one shard, asking for one at a time, so that they need not all be in memory."""
+    # Within a shard the store tells arrays apart by name alone, so names carry their role, too.
+    specs = [
+        ArraySpec(name, role, str(dtype).removeprefix("torch."), shape)
+        for role, name, dtype, shape in items
+    ]
+    roles = {spec.name: spec.role for spec in specs}
+    return write_shard(store, step, shard, specs, lambda name: to_array(read(roles[name], name)))
+
+
+def read_tensors(snapshot: Snapshot, role: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Read tensors of one role; each has memory of its own."""
+    wanted = list(names)
+    return {
+        name: from_array(array, snapshot.arrays[(role, name)].dtype)
+        for name, array in snapshot.read(role, wanted).items()
+    }
+
+
+def to_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Return the tensor as NumPy sees it; bfloat16, which NumPy lacks, as 16-bit integers."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.numpy()
+
+
+def from_array(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
+    """Return the tensor that `to_array` was given."""
+    tensor = torch.from_numpy(np.array(array, copy=True))
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

@@ -1,0 +1,434 @@
+"""The pieces of work: forward, backward, update and what goes with them.
+
+Every function here is pure in its arguments and the store: run on any worker, with whatever is or
+isn't in that worker's cache, and run again, it gives the same result to the bit. `update` moves
+the cached state on in place, but recognises its own work when it is run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dagflow_storage import ShardRecord
+from dagflow_tasks.cache import CACHE, SavedGraph
+from dagflow_tasks.interpreter import AUTOCAST_DTYPES, Executable, RandomAddress
+from dagflow_tasks.program import ParameterUse
+from dagflow_tasks.references import Microbatch, StageRef, StateRef
+from dagflow_tasks.results import (
+    BackwardResult,
+    Decision,
+    ForwardResult,
+    StepReport,
+    Tensors,
+    UpdateResult,
+)
+from dagflow_tasks.state import StageState, save_state
+
+# Loss scaling as torch.amp.GradScaler does it (its defaults).
+INITIAL_LOSS_SCALE = 65536.0
+_SCALE_GROWTH, _SCALE_BACKOFF, _GROWTH_INTERVAL = 2.0, 0.5, 2000
+
+
+def forward(
+    ref: StageRef,
+    state: StateRef,
+    microbatch: Microbatch,
+    values: Sequence[Tensors | ForwardResult],
+    before: ForwardResult | None = None,
+    tied: Sequence[Tensors] = (),
+) -> ForwardResult:
+    """Run a stage on one micro-batch and leave its autograd graph in the worker's cache.
+
+    Parameters
+    ----------
+    ref, state, microbatch
+        Which stage, with which weights, on which micro-batch.
+    values
+        The batch's tensors and other stages' boundary values, by name.
+    before
+        Result of the previous micro-batch's forward, in a stage with mutated buffers.
+    tied
+        Parameters that other stages own.
+    """
+    graph, buffers = _run(ref, state, microbatch, values, before, tied)
+    CACHE.save_graph(ref, microbatch.step, microbatch.index, graph)
+    boundary = {name: tensor.detach() for name, tensor in graph.outputs.items()}
+    finite = all(
+        bool(torch.isfinite(tensor).all())
+        for tensor in boundary.values()
+        if tensor.is_floating_point()
+    )
+    return ForwardResult(boundary, buffers, finite)
+
+
+def backward(
+    ref: StageRef,
+    state: StateRef,
+    microbatch: Microbatch,
+    values: Sequence[Tensors | ForwardResult],
+    gradients: Sequence[BackwardResult],
+    this: ForwardResult,
+    previous: BackwardResult | None = None,
+    before: ForwardResult | None = None,
+    tied: Sequence[Tensors] = (),
+    scaling: Decision | None = None,
+) -> BackwardResult:
+    """Run a stage's backward on one micro-batch and add its parameters' gradients to those before.
+
+    Uses the autograd graph that `forward` left in the cache, and recomputes it if it is gone.
+
+    Parameters
+    ----------
+    values, before, tied
+        As for `forward`: what a recomputation needs.
+    gradients
+        Backward results of the stages that hold gradients of this stage's boundary values.
+    this
+        The micro-batch's own forward result.
+    previous
+        The stage's backward result of the previous micro-batch.
+    scaling
+        The previous step's decision, which holds the loss scale, in a run with loss scaling.
+    """
+    graph = CACHE.take_graph(ref, microbatch.step, microbatch.index)
+    if graph is None:
+        CACHE.recomputed += 1
+        graph, _ = _run(ref, state, microbatch, values, before, tied)
+    executable = CACHE.executable(ref)
+    scale = scaling.loss_scale if scaling is not None else 1.0
+    roots, seeds = _roots(executable, graph, gradients, microbatch.weight * scale)
+    leaves = {**graph.inputs, **graph.uses}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    found: Sequence[torch.Tensor | None] = ()
+    if roots and leaves:
+        found = torch.autograd.grad(roots, list(leaves.values()), seeds, allow_unused=True)
+    by_name = dict(zip(leaves, found, strict=False))
+    boundary = {n: g for n in graph.inputs if (g := by_name.pop(n, None)) is not None}
+    del graph, roots, seeds, leaves, found
+    non_finite = previous.non_finite if previous else ()
+    if not this.finite:
+        non_finite = (*non_finite, microbatch.index)
+    return BackwardResult(boundary, _add(previous, by_name), non_finite)
+
+
+def _run(
+    ref: StageRef,
+    state_ref: StateRef,
+    microbatch: Microbatch,
+    values: Sequence[Tensors | ForwardResult],
+    before: ForwardResult | None,
+    tied: Sequence[Tensors],
+) -> tuple[SavedGraph, Tensors | None]:
+    """Run the program on leaves of its own, and return its autograd graph and mutated buffers."""
+    executable = CACHE.executable(ref)
+    program = executable.program
+    state = CACHE.state(ref, state_ref.step)
+    given: dict[str, torch.Tensor] = {}
+    for part in values:
+        given.update(part.values if isinstance(part, ForwardResult) else part)
+    inputs = {}
+    for item in program.inputs:
+        tensor = given[item.value.name].to(executable.device)
+        inputs[item.value.name] = (
+            tensor.detach().requires_grad_() if item.differentiable else tensor
+        )
+    uses = _leaves(executable, state, {n: t for part in tied for n, t in part.items()})
+    buffers, written = _buffers(executable, state, before)
+    random = RandomAddress(ref.settings.seed, microbatch.step, microbatch.index)
+    outputs = executable.run({**inputs, **uses, **buffers}, dict(microbatch.sizes), random)
+    return SavedGraph(inputs, uses, outputs), written
+
+
+def _leaves(executable: Executable, state: StageState, tied: Tensors) -> dict[str, torch.Tensor]:
+    """Make a leaf for each parameter use, in half precision where its operator would cast it."""
+    dtype = executable.autocast_dtype
+    leaves = {}
+    for use in executable.program.parameters:
+        if use.parameter in state.parameters:
+            cast = (
+                dtype is not None and use.value in executable.cast_uses and use.dtype == "float32"
+            )
+            tensor = (
+                state.cast(use.parameter, dtype)
+                if cast and dtype
+                else state.parameters[use.parameter]
+            )
+        else:
+            tensor = tied[use.parameter].to(executable.device)
+        leaves[use.value] = tensor.detach().requires_grad_(use.trainable)
+    return leaves
+
+
+def _buffers(
+    executable: Executable, state: StageState, before: ForwardResult | None
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+    """Return buffers by value, and copies of the mutated ones, which the program may write."""
+    latest = before.buffers if before is not None and before.buffers is not None else state.buffers
+    written = {name: latest[name].clone() for name in executable.program.mutated_buffers}
+    values = {
+        use.value: written[use.buffer] if use.mutated else state.buffers[use.buffer]
+        for use in executable.program.buffers
+    }
+    return values, written or None
+
+
+def _roots(
+    executable: Executable,
+    graph: SavedGraph,
+    results: Sequence[BackwardResult],
+    loss_gradient: float,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Pair the tensors that gradients flow into with those gradients.
+
+    A boundary input that a later stage reads, too, is a root itself: its gradient so far comes
+    first in the sum, as it would without the cut.
+    """
+    program = executable.program
+    given = {name: gradient for result in results for name, gradient in result.gradients.items()}
+    wanted = [output.value.name for output in program.outputs]
+    wanted += [item.value.name for item in program.inputs if item.gradient_from is not None]
+    tensors = {**graph.inputs, **graph.outputs}
+    roots, seeds = [], []
+    if program.loss is not None and tensors[program.loss].requires_grad:
+        roots.append(tensors[program.loss])
+        seeds.append(torch.full_like(tensors[program.loss], loss_gradient))
+    for name in wanted:
+        if name in given and tensors[name].requires_grad:
+            roots.append(tensors[name])
+            seeds.append(given[name].to(executable.device))
+    return roots, seeds
+
+
+def _add(previous: BackwardResult | None, fresh: dict[str, torch.Tensor | None]) -> Tensors:
+    """Add a micro-batch's gradients to the sums so far, in float32 if they are in half precision."""
+    sums: dict[str, torch.Tensor] = dict(previous.sums or {}) if previous else {}
+    if previous is not None and previous.sums is None:
+        raise RuntimeError(
+            "gradient sums were left behind on another worker"
+        )  # placement pins stages
+    while fresh:  # drop each gradient as soon as it is added
+        name, gradient = fresh.popitem()
+        if gradient is None:
+            continue
+        if name in sums:
+            # Never in place: the sum so far is another task's result.
+            sums[name] = torch.add(sums[name], gradient)
+        else:
+            half = gradient.dtype in AUTOCAST_DTYPES.values()
+            sums[name] = gradient.float() if half else gradient.contiguous()
+    return sums
+
+
+def total_gradients(
+    uses: Iterable[ParameterUse], sums: Sequence[Tensors | None]
+) -> dict[str, torch.Tensor]:
+    """Add up the gradients of each parameter's uses, last use first, as autograd does.
+
+    Parameters
+    ----------
+    uses
+        All uses of the stage's own parameters, wherever they are, in the model's order.
+    sums
+        Gradient sums by use, from this stage and from those it lends parameters to.
+    """
+    by_use = {name: gradient for part in sums if part for name, gradient in part.items()}
+    totals: dict[str, torch.Tensor] = {}
+    for use in sorted(uses, key=lambda use: use_index(use.value), reverse=True):
+        gradient = by_use.get(use.value)
+        if gradient is not None:
+            name = use.parameter
+            gradient = gradient.to(totals[name].device) if name in totals else gradient
+            totals[name] = totals[name] + gradient if name in totals else gradient
+    return totals
+
+
+def use_index(value: str) -> int:
+    """Return the position of a use among those of its parameter: 2 for ``p.wte.weight#2``."""
+    return int(value.partition("#")[2] or 0)
+
+
+def _own_gradients(
+    ref: StageRef, gradients: BackwardResult, borrowed: Sequence[Tensors]
+) -> dict[str, torch.Tensor]:
+    program = CACHE.executable(ref).program
+    owned = {use.parameter: use for use in program.owned_parameters if use.trainable}
+    uses = [use for use in program.parameters if use.parameter in owned]
+    for part in borrowed:
+        for value in part:
+            parameter = value.removeprefix("p.").partition("#")[0]
+            uses.append(ParameterUse(value, parameter, "", (), True, ref.stage))
+    return total_gradients(uses, [gradients.sums, *borrowed])
+
+
+def update(
+    ref: StageRef,
+    state: StateRef,
+    gradients: BackwardResult,
+    learning_rate_factor: float,
+    borrowed: Sequence[Tensors] = (),
+    last: ForwardResult | None = None,
+    decision: Decision | None = None,
+) -> UpdateResult:
+    """Take one optimizer step on a stage's parameters.
+
+    Parameters
+    ----------
+    gradients
+        Backward result of the step's last micro-batch.
+    learning_rate_factor : float
+        The schedule's factor for this step.
+    borrowed
+        Gradients of this stage's parameters from stages that borrow them, by use.
+    last
+        Forward result of the last micro-batch, in a stage with mutated buffers.
+    decision
+        Clipping and loss scaling, if the run has either.
+
+    Returns
+    -------
+    UpdateResult
+        Refers to the state after the step; run again, the same.
+    """
+    done = UpdateResult(StateRef(state.step + 1), ref.stage, gradients.non_finite)
+    with CACHE.lock:
+        cached = CACHE.states.get(ref.key)
+        if cached is not None and cached.step == state.step + 1:
+            return done
+    current = CACHE.state(ref, state.step)
+    try:
+        if decision is None or decision.apply:
+            _step(current, _own_gradients(ref, gradients, borrowed), learning_rate_factor, decision)
+    except BaseException:
+        with CACHE.lock:
+            CACHE.states.pop(ref.key, None)  # half-updated: better none
+        raise
+    if last is not None and last.buffers is not None:
+        current.buffers.update(last.buffers)
+    current.casts.clear()
+    current.step += 1
+    return done
+
+
+def _step(
+    state: StageState,
+    gradients: Mapping[str, torch.Tensor],
+    learning_rate_factor: float,
+    decision: Decision | None,
+) -> None:
+    if state.optimizer is None:
+        return
+    coefficient = decision.coefficient if decision is not None else 1.0
+    for name, parameter in state.parameters.items():
+        gradient = gradients.get(name)
+        if gradient is not None and coefficient != 1.0:
+            gradient = gradient * coefficient
+        parameter.grad = gradient if gradient is None else gradient.to(parameter.dtype)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * learning_rate_factor
+    state.optimizer.step()
+    for parameter in state.parameters.values():
+        parameter.grad = None
+
+
+def gradient_norms(
+    ref: StageRef, gradients: BackwardResult, borrowed: Sequence[Tensors] = ()
+) -> Tensors:
+    """Return the 2-norm of each parameter's gradient, by name."""
+    totals = _own_gradients(ref, gradients, borrowed)
+    return {name: torch.linalg.vector_norm(total).cpu() for name, total in totals.items()}
+
+
+def decide(
+    norms: Sequence[Tensors],
+    order: Sequence[str],
+    clip_norm: float | None,
+    before: Decision,
+    scaled: bool,
+) -> Decision:
+    """Decide on clipping and on the loss scale from all gradients' norms.
+
+    The global norm is taken over the parameters in the model's order, so that it doesn't depend on
+    the cut; clipping is `torch.nn.utils.clip_grad_norm_`'s, scaling `torch.amp.GradScaler`'s.
+    """
+    by_name = {name: norm for part in norms for name, norm in part.items()}
+    ordered = [by_name[name] for name in order if name in by_name]
+    total = torch.linalg.vector_norm(torch.stack(ordered)) if ordered else torch.zeros(())
+    scale = before.loss_scale
+    if scaled and not torch.isfinite(total):
+        return Decision(float("inf"), 1.0, False, scale * _SCALE_BACKOFF, 0)
+    total = total / scale
+    coefficient = 1.0
+    if clip_norm is not None:
+        coefficient = float(torch.clamp(clip_norm / (total + 1e-6), max=1.0))
+    good = before.good_steps + 1
+    grown = scaled and good >= _GROWTH_INTERVAL
+    next_scale = scale * _SCALE_GROWTH if grown else scale
+    return Decision(float(total), coefficient / scale, True, next_scale, 0 if grown else good)
+
+
+def select_values(result: ForwardResult, names: Sequence[str]) -> ForwardResult:
+    """Keep the boundary values that one reader needs, so that no more travels."""
+    return ForwardResult({name: result.values[name] for name in names}, finite=result.finite)
+
+
+def select_gradients(result: BackwardResult, names: Sequence[str]) -> BackwardResult:
+    """Keep the gradients that one stage needs, so that no more travels."""
+    present = {name: g for name, g in result.gradients.items() if name in names}
+    return BackwardResult(present)
+
+
+def lend_parameters(ref: StageRef, state: StateRef, names: Sequence[str]) -> Tensors:
+    """Return parameters that another stage uses, too (tied weights)."""
+    parameters = CACHE.state(ref, state.step).parameters
+    return {name: parameters[name].detach() for name in names}
+
+
+def return_gradients(gradients: BackwardResult, uses: Sequence[str]) -> Tensors:
+    """Return the gradients of borrowed parameters to their owner, by use."""
+    sums = gradients.sums or {}
+    return {use: sums[use] for use in uses if use in sums}
+
+
+def save(ref: StageRef, state: StateRef) -> ShardRecord:
+    """Write a stage's state to the run's store, as one shard of a snapshot."""
+    return save_state(ref, CACHE.executable(ref).program, CACHE.state(ref, state.step))
+
+
+def report(
+    step: int,
+    losses: Sequence[tuple[float, ForwardResult, str]],
+    updates: Sequence[UpdateResult],
+    decision: Decision | None,
+    scaled: bool,
+) -> StepReport:
+    """Gather what the driver wants to know of a step.
+
+    Parameters
+    ----------
+    losses
+        For each micro-batch its weight, the forward result that holds its loss, and the loss's name.
+    """
+    values = [float(result.values[name]) for _, result, name in losses]
+    loss = sum(weight * value for (weight, _, _), value in zip(losses, values, strict=True))
+    return StepReport(
+        step=step,
+        loss=loss,
+        losses=tuple(values),
+        gradient_norm=decision.norm if decision is not None else None,
+        loss_scale=decision.loss_scale if decision is not None and scaled else None,
+        skipped=decision is not None and not decision.apply,
+        non_finite={u.stage: u.non_finite for u in updates if u.non_finite},
+    )
+
+
+def tensors_of(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Name a batch's tensors as programs do."""
+    return {f"in.{name}": tensor for name, tensor in values.items()}
+
+
+def run_after(waited_for: object, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function once other tasks, whose results it doesn't need, are done."""
+    return function(*args, **kwargs)

@@ -1,0 +1,143 @@
+"""Runs training graphs in this process, task by task: what a cluster must agree with."""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from zoo import Example
+
+from dagflow.graph.batch import flatten_batch
+from dagflow.graph.capture import capture
+from dagflow.graph.dag import OperatorDag
+from dagflow.plan.partition import Partition, partition, partition_by_operator
+from dagflow.plan.schedule import in_flight_limits
+from dagflow.run.graph import StepGraph, StepInputs
+from dagflow_storage import Snapshot, Store, commit_snapshot
+from dagflow_tasks import tasks
+from dagflow_tasks.cache import CACHE
+from dagflow_tasks.optimizer import Optimizer
+from dagflow_tasks.references import Microbatch, StageRef, StateRef, TaskSettings
+from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors, write_tensors
+
+
+class InlineRun:
+    """A run of some steps on one model, cut in some way, without dask."""
+
+    def __init__(
+        self,
+        example: Example,
+        dag: OperatorDag,
+        cut: Partition,
+        *,
+        optimizer: Optimizer | None = None,
+        precision: str = "fp32",
+        clip_norm: float | None = None,
+        before_task: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.dag, self.cut = dag, cut
+        self.before_task = before_task
+        self.store = Store(f"memory://inline-{uuid.uuid4().hex}")
+        self.settings = TaskSettings(7, precision, optimizer or Optimizer("AdamW", lr=1e-2))
+        for program in cut.programs:
+            text = program.to_json().encode()
+            self.store.write_bytes(f"programs/p/stage-{program.stage:03d}.json", text)
+        run_id = uuid.uuid4().hex
+        self.refs = [StageRef(self.store, run_id, "p", s, self.settings) for s in range(len(cut))]
+        self.graph = StepGraph(
+            uuid.uuid4().hex[:8],
+            cut.programs,
+            self.refs,
+            in_flight_limits(len(cut)),
+            clip_norm=clip_norm,
+            parameter_order=tuple(p.name for p in dag.parameters if p.trainable),
+        )
+        model = example.model
+        tensors = {(PARAMETER, n): p for n, p in model.named_parameters()}
+        tensors |= {(BUFFER, n): b for n, b in model.named_buffers()}
+        commit_snapshot(self.store, 0, [write_tensors(self.store, 0, "initial", tensors)], {})
+        self.results: dict[Any, Any] = {}
+        self.losses: list[float] = []
+
+    def step(self, step: int, batches: list[Any]) -> None:
+        flat = [flatten_batch(batch)[0] for batch in batches]
+        sizes = [
+            tuple((s.name, tensors[s.input[3:]].shape[s.dim]) for s in self.dag.symbols)
+            for tensors in flat
+        ]
+        microbatches = tuple(
+            Microbatch(step, m, 1 / len(batches), sizes[m]) for m in range(len(batches))
+        )
+
+        def batch(stage: int, index: int) -> dict[str, torch.Tensor]:
+            named = tasks.tensors_of(flat[index])
+            return {name: named[name] for name in self.cut[stage].batch_inputs}
+
+        inputs = StepInputs(step, microbatches, batch, 1.0, first=step == 0)
+        for key, task in in_order(self.graph.step(inputs)):
+            self.before_task()
+            self.results[key] = task(self.results)
+        self.losses.append(self.results[self.graph.report_key(step)].loss)
+
+    def save(self, step: int) -> None:
+        records = [tasks.save(ref, StateRef(step)) for ref in self.refs]
+        commit_snapshot(self.store, step, records, {})
+
+    def weights(self, step: int) -> dict[str, torch.Tensor]:
+        """Parameters and buffers after `step` steps, through the store."""
+        self.save(step)
+        snapshot = Snapshot.open(self.store, step)
+        return {
+            name: tensor
+            for role in (PARAMETER, BUFFER)
+            for name, tensor in read_tensors(snapshot, role, snapshot.names(role)).items()
+        }
+
+    def gradients(self, step: int, num_microbatches: int) -> dict[str, torch.Tensor]:
+        """Gradients by use after a step's last micro-batch."""
+        found: dict[str, torch.Tensor] = {}
+        for stage in range(len(self.cut)):
+            key = self.graph.key("backward", step, stage, num_microbatches - 1)
+            found.update(self.results[key].sums)
+        return found
+
+
+def in_order(graph: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    """Tasks of a graph so that each comes after what it depends on."""
+    ordered: list[tuple[Any, Any]] = []
+    done: set[Any] = set()
+
+    def visit(key: Any) -> None:
+        if key in done or key not in graph:
+            return
+        done.add(key)
+        for dependency in sorted(graph[key].dependencies, key=str):
+            visit(dependency)
+        ordered.append((key, graph[key]))
+
+    for key in graph:
+        visit(key)
+    return ordered
+
+
+def run_inline(
+    example: Example,
+    num_stages: int | None,
+    steps: int = 5,
+    num_microbatches: int = 2,
+    **options: Any,
+) -> InlineRun:
+    """Train a few steps on random batches (the same for every cut); None cuts at every operator."""
+    CACHE.clear()
+    example = Example(copy.deepcopy(example.model), example.batch, example.loss)
+    torch.manual_seed(1)
+    dag = options.pop("dag", None) or capture(example.model, example.batch(3), loss=example.loss)
+    cut = partition_by_operator(dag) if num_stages is None else partition(dag, num_stages)
+    run = InlineRun(example, dag, cut, **options)
+    torch.manual_seed(2)
+    for step in range(steps):
+        run.step(step, [example.batch(3) for _ in range(num_microbatches)])
+    return run

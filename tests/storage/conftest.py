@@ -1,0 +1,27 @@
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dagflow_storage import Store
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def memory() -> Iterator[Store]:
+    root = Store("memory://")
+    name = f"test-{uuid.uuid4().hex}"
+    yield root.child(name)
+    root.delete(name)
+
+
+@pytest.fixture(params=["folder", "memory"])
+def store(request: pytest.FixtureRequest) -> Store:
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, Store)
+    return found

@@ -1,0 +1,265 @@
+"""Small, randomly initialised models of every kind that dagflow must train, with their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model, how to make a batch of given rows for it, and its loss function if it has none."""
+
+    model: nn.Module
+    batch: Callable[[int], Any]
+    loss: Callable[[Any, Any], torch.Tensor] | None = None
+
+
+def _tokens(rows: int, length: int = 12) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 96, (rows, length))
+    return {"input_ids": ids, "labels": ids}
+
+
+# Without a mask transformers takes another attention kernel while it is traced than when it runs, and
+# the gradients of grouped-query attention differ by rounding; with one both take the same.
+def _padded(rows: int) -> dict[str, torch.Tensor]:
+    batch = _tokens(rows)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, -3:] = 0
+    return {**batch, "attention_mask": mask}
+
+
+def _images(rows: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(rows, 3, 32, 32), "labels": torch.arange(rows) % 5}
+
+
+def gpt2() -> Example:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=4, n_head=4, n_positions=64)
+    return Example(GPT2LMHeadModel(config), _tokens)
+
+
+def llama() -> Example:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SIZES, num_key_value_heads=2, attention_dropout=0.1)
+    return Example(LlamaForCausalLM(config), _padded)
+
+
+def qwen3() -> Example:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, attention_dropout=0.1)
+    return Example(Qwen3ForCausalLM(config), _padded)
+
+
+def gemma3() -> Example:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=8, attention_dropout=0.1)
+    return Example(Gemma3ForCausalLM(config), _padded)
+
+
+def mixtral() -> Example:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        **SIZES, num_key_value_heads=2, num_local_experts=4, attention_dropout=0.1
+    )
+    return Example(MixtralForCausalLM(config), _padded)
+
+
+def opt() -> Example:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=96,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+    )
+    return Example(OPTForCausalLM(config), _tokens)
+
+
+def bloom() -> Example:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(
+        vocab_size=96,
+        hidden_size=32,
+        n_layer=4,
+        n_head=4,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+    )
+    return Example(BloomForCausalLM(config), _tokens)
+
+
+def bert() -> Example:
+    from transformers import BertConfig, BertForMaskedLM
+
+    def batch(rows: int) -> dict[str, torch.Tensor]:
+        tokens = _padded(rows)
+        labels = tokens["labels"].clone()
+        labels[:, ::2] = -100
+        return {**tokens, "labels": labels}
+
+    return Example(BertForMaskedLM(BertConfig(**SIZES)), batch)
+
+
+def t5() -> Example:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=96,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+
+    def batch(rows: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": _tokens(rows)["input_ids"], "labels": _tokens(rows, 8)["labels"]}
+
+    return Example(T5ForConditionalGeneration(config), batch)
+
+
+def vit() -> Example:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        num_labels=5,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+    )
+    return Example(ViTForImageClassification(config), _images)
+
+
+def resnet() -> Example:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], num_labels=5)
+    return Example(ResNetForImageClassification(config), _images)
+
+
+class LstmTagger(nn.Module):
+    """Two stacked LSTMs with a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(96, 32)
+        self.first = nn.LSTM(32, 32, num_layers=2, batch_first=True, dropout=0.2)
+        self.second = nn.LSTM(32, 32, batch_first=True)
+        self.head = nn.Linear(32, 96)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden, _ = self.first(self.embedding(ids))
+        more, _ = self.second(hidden)
+        logits: torch.Tensor = self.head(hidden + more)
+        return logits
+
+
+def token_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+def lstm() -> Example:
+    def batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randint(0, 96, (rows, 10)), torch.randint(0, 96, (rows, 10))
+
+    return Example(LstmTagger(), batch, token_loss)
+
+
+class TwoBranches(nn.Module):
+    """Two branches from one stem, with skip connections that cross several stages."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Linear(16, width)
+        self.left = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        self.right = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        stem = torch.relu(self.stem(features))
+        left = right = stem
+        for layer in self.left:
+            left = self.dropout(torch.tanh(layer(left))) + stem
+        for layer in self.right:
+            right = torch.relu(layer(right)) + stem
+        output: torch.Tensor = self.head(left * right + stem)
+        return output
+
+
+def two_branches() -> Example:
+    def batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(rows, 16), torch.randint(0, 3, (rows,))
+
+    return Example(TwoBranches(), batch, nn.functional.cross_entropy)
+
+
+ZOO: dict[str, Callable[[], Example]] = {
+    function.__name__: function
+    for function in (
+        gpt2,
+        llama,
+        qwen3,
+        gemma3,
+        mixtral,
+        opt,
+        bloom,
+        bert,
+        t5,
+        vit,
+        resnet,
+        lstm,
+        two_branches,
+    )
+}
+
+
+def build(name: str, seed: int = 0) -> Example:
+    """Build a model of the zoo from a seed, in training mode."""
+    torch.manual_seed(seed)
+    example = ZOO[name]()
+    example.model.train()
+    return example
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Switch every kind of dropout in a model off, leaving it in training mode."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.LSTM):
+            module.dropout = 0.0
+        for attribute in ("attention_dropout", "hidden_dropout", "dropout", "dropout_prob"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
+    return model
