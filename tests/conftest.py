@@ -12,6 +12,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("inline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

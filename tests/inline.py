@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from zoo import Example
+from zoo import Example, capture_example
 
 from dagflow.graph.batch import flatten_batch
-from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.schedule import in_flight_limits
@@ -105,6 +104,19 @@ class InlineRun:
         return found
 
 
+def assert_same_bits(
+    found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+) -> None:
+    """Compare named tensors bit for bit, and say which differ."""
+    assert sorted(found) == sorted(wanted)
+    differing = {
+        name: float((found[name].double() - wanted[name].double()).abs().max())
+        for name in wanted
+        if not torch.equal(found[name], wanted[name])
+    }
+    assert differing == {}
+
+
 def in_order(graph: dict[Any, Any]) -> list[tuple[Any, Any]]:
     """Tasks of a graph so that each comes after what it depends on."""
     ordered: list[tuple[Any, Any]] = []
@@ -133,8 +145,7 @@ def run_inline(
     """Train a few steps on random batches (the same for every cut); None cuts at every operator."""
     CACHE.clear()
     example = Example(copy.deepcopy(example.model), example.batch, example.loss)
-    torch.manual_seed(1)
-    dag = options.pop("dag", None) or capture(example.model, example.batch(3), loss=example.loss)
+    dag = options.pop("dag", None) or capture_example(example)
     cut = partition_by_operator(dag) if num_stages is None else partition(dag, num_stages)
     run = InlineRun(example, dag, cut, **options)
     torch.manual_seed(2)

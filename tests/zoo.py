@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+
+from dagflow.graph.capture import capture
+from dagflow.graph.dag import OperatorDag
 
 SIZES = {
     "vocab_size": 96,
@@ -21,11 +26,22 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Example:
-    """A model, how to make a batch of given rows for it, and its loss function if it has none."""
+    """A model, how to make a batch for it, and its loss function if it has none.
+
+    `batch` takes the number of rows and, for models of sequences, their length.
+    """
 
     model: nn.Module
-    batch: Callable[[int], Any]
+    batch: Callable[..., Any]
     loss: Callable[[Any, Any], torch.Tensor] | None = None
+
+    def eager_loss(self, batch: Any) -> torch.Tensor:
+        """The loss without dagflow."""
+        if self.loss is not None:
+            features, target = batch
+            return self.loss(self.model(features), target)
+        loss: torch.Tensor = self.model(**batch).loss
+        return loss
 
 
 def _tokens(rows: int, length: int = 12) -> dict[str, torch.Tensor]:
@@ -33,10 +49,10 @@ def _tokens(rows: int, length: int = 12) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-# Without a mask transformers takes another attention kernel while it is traced than when it runs, and
-# the gradients of grouped-query attention differ by rounding; with one both take the same.
-def _padded(rows: int) -> dict[str, torch.Tensor]:
-    batch = _tokens(rows)
+# Without a mask transformers takes another attention kernel while it is traced than when it runs,
+# and the gradients of grouped-query attention differ by rounding; with one both take the same.
+def _padded(rows: int, length: int = 12) -> dict[str, torch.Tensor]:
+    batch = _tokens(rows, length)
     mask = torch.ones_like(batch["input_ids"])
     mask[0, -3:] = 0
     return {**batch, "attention_mask": mask}
@@ -115,8 +131,8 @@ def bloom() -> Example:
 def bert() -> Example:
     from transformers import BertConfig, BertForMaskedLM
 
-    def batch(rows: int) -> dict[str, torch.Tensor]:
-        tokens = _padded(rows)
+    def batch(rows: int, length: int = 12) -> dict[str, torch.Tensor]:
+        tokens = _padded(rows, length)
         labels = tokens["labels"].clone()
         labels[:, ::2] = -100
         return {**tokens, "labels": labels}
@@ -137,8 +153,9 @@ def t5() -> Example:
         decoder_start_token_id=0,
     )
 
-    def batch(rows: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": _tokens(rows)["input_ids"], "labels": _tokens(rows, 8)["labels"]}
+    def batch(rows: int, length: int = 12) -> dict[str, torch.Tensor]:
+        labels = _tokens(rows, length - 4)["labels"]
+        return {"input_ids": _tokens(rows, length)["input_ids"], "labels": labels}
 
     return Example(T5ForConditionalGeneration(config), batch)
 
@@ -189,8 +206,8 @@ def token_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def lstm() -> Example:
-    def batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randint(0, 96, (rows, 10)), torch.randint(0, 96, (rows, 10))
+    def batch(rows: int, length: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randint(0, 96, (rows, length)), torch.randint(0, 96, (rows, length))
 
     return Example(LstmTagger(), batch, token_loss)
 
@@ -250,6 +267,21 @@ def build(name: str, seed: int = 0) -> Example:
     example = ZOO[name]()
     example.model.train()
     return example
+
+
+@cache
+def captured(name: str) -> OperatorDag:
+    """Capture a model of the zoo, dropout and all, once a process."""
+    return capture_example(build(name))
+
+
+def capture_example(example: Example) -> OperatorDag:
+    """Capture an example's model from a batch of three rows."""
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        # transformers' BLOOM has a hand-written backward for its GELU, which is its derivative.
+        warnings.filterwarnings("ignore", message=".*GeLUFunction.*", category=UserWarning)
+        return capture(example.model, example.batch(3), loss=example.loss)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

@@ -37,8 +37,8 @@ def flatten_batch(batch: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             constants[name] = leaf
         else:
             raise BatchInvalid(
-                f"The batch holds a {type(leaf).__name__} at {name!r}; wanted tensors, NumPy arrays, "
-                "numbers, strings or None, in mappings, tuples and lists."
+                f"The batch holds a {type(leaf).__name__} at {name!r}; wanted tensors, NumPy "
+                "arrays, numbers, strings or None, in mappings, tuples and lists."
             )
     if not tensors:
         raise BatchInvalid(
@@ -95,8 +95,8 @@ def split_target(batch: Any) -> tuple[Any, Any]:
             if name in batch:
                 return {key: value for key, value in batch.items() if key != name}, batch[name]
         raise BatchInvalid(
-            f"Labels are missing: loss= needs a target, and the batch has only {sorted(batch)}. Name "
-            f"the target one of {', '.join(TARGET_NAMES)}, or yield tuples (input, target)."
+            f"Labels are missing: loss= needs a target, and the batch has only {sorted(batch)}. "
+            f"Name the target one of {', '.join(TARGET_NAMES)}, or yield tuples (input, target)."
         )
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return tuple(batch[:-1]), batch[-1]

@@ -6,7 +6,7 @@ that the DAG runs the same kernels as the model did, to the same bits.
 
 from __future__ import annotations
 
-import copy
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from dagflow.errors import BatchInvalid, CaptureFailed
 from dagflow.graph.batch import call_model, flatten_batch, rebuilder, split_target
-from dagflow.graph.dag import OperatorDag, ValueSpec, input_value
+from dagflow.graph.dag import OperatorDag, input_value
 from dagflow.graph.translate import translate
+from dagflow_tasks.program import ValueSpec
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
@@ -59,6 +60,11 @@ def capture(
         run; names module, source line and operator.
     BatchInvalid
         If the batch isn't made of tensors, or holds no target though `loss` needs one.
+
+    Warns
+    -----
+    UserWarning
+        If the model calls a `torch.autograd.Function`: its forward is captured, its backward isn't.
     """
     tensors, constants = flatten_batch(example_batch)
     wrapper = _LossModule(model, loss, rebuilder(example_batch))
@@ -77,6 +83,14 @@ def capture(
             raise
         except Exception as error:
             raise CaptureFailed(_explain(error, position)) from error
+    for function, module in position.functions.items():
+        warnings.warn(
+            f"Module {module or 'the model itself'!r} calls {function.__qualname__}, a "
+            "torch.autograd.Function with a backward of its own. A graph holds operators only: "
+            "dagflow will use the derivative of its forward instead. If they differ by more than "
+            "rounding (straight-through estimators, clipped gradients), write it with detach().",
+            stacklevel=2,
+        )
     inputs = [
         ValueSpec(input_value(name), str(t.dtype).removeprefix("torch."), tuple(t.shape))
         for name, t in tensors.items()
@@ -110,16 +124,23 @@ class _LossModule(torch.nn.Module):
         value = output if isinstance(output, torch.Tensor) else getattr(output, "loss", None)
         if value is None:
             raise BatchInvalid(
-                f"The model returned a {type(output).__name__} without a loss. Are labels missing from "
-                "the batch? Add them, or pass loss=function(output, target)."
+                f"The model returned a {type(output).__name__} without a loss. Are labels missing "
+                "from the batch? Add them, or pass loss=function(output, target)."
             )
         return _scalar(value, "the model")
 
 
 def _scalar(value: Any, origin: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or value.dim() != 0:
-        shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise BatchInvalid(f"A loss is a scalar tensor; {origin} returned {shape}.")
+        found = (
+            f"shape {list(value.shape)}"
+            if isinstance(value, torch.Tensor)
+            else f"a {type(value).__name__}"
+        )
+        raise BatchInvalid(
+            f"A loss is a scalar tensor; {origin} returned {found}. Reduce it, with .mean() say, "
+            "or pass loss=function(output, target)."
+        )
     return value
 
 
@@ -146,9 +167,10 @@ def _on_one_device(
     """
     devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
     if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
         raise CaptureFailed(
-            f"The model's parameters are on several devices ({', '.join(map(str, sorted(devices, key=str)))}); "
-            "move it to one, or build it on the meta device."
+            f"The model's parameters are on several devices ({names}); move it to one, or build it "
+            "on the meta device."
         )
     (device,) = devices
     swapped: list[tuple[torch.nn.Module, str, torch.Tensor]] = []
@@ -171,12 +193,42 @@ class _Position(TorchFunctionMode):
         super().__init__()
         self.modules: list[str] = []
         self.operator = ""
+        self.functions: dict[type[torch.autograd.Function], str] = {}
+
+    @property
+    def module(self) -> str:
+        """Path of the innermost module, in words where there is none."""
+        if not self.modules:
+            return "none, outside the model's forward"
+        return self.modules[-1] or "the model itself"
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.operator = getattr(func, "__name__", str(func))
+        function = _enclosing_function()
+        if function is not None:
+            self.functions.setdefault(function, self.modules[-1] if self.modules else "")
         return func(*args, **(kwargs or {}))
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+def _enclosing_function() -> type[torch.autograd.Function] | None:
+    """Return the user's `torch.autograd.Function` whose forward is being traced, if any.
+
+    Found on the stack rather than by replacing `apply`: models often keep `apply` itself under
+    another name, and other threads may call it meanwhile.
+    """
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        if frame.f_code is _APPLY:
+            found: type[torch.autograd.Function] = frame.f_locals["cls"]
+            # torch's own keep to the derivative (activation checkpointing, custom operators).
+            return None if found.__module__.startswith("torch.") else found
+        frame = frame.f_back
+    return None
 
 
 @contextmanager
@@ -216,10 +268,9 @@ def _explain(error: Exception, position: _Position) -> str:
         if not frame.filename.startswith(_TORCH_FOLDER) and frame.filename != __file__
     ]
     where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "unknown"
-    module = position.modules[-1] if position.modules else ""
     reason = " ".join(str(error).split())[:400]
     return (
-        f"The model can't be captured. Module: {module or 'the model itself'!r}. Source: {where}. "
+        f"The model can't be captured. Module: {position.module!r}. Source: {where}. "
         f"Operator: {position.operator or 'unknown'}. torch says: {type(error).__name__}: {reason} "
         f"What to do: {_advice(error)}"
     )
@@ -229,15 +280,9 @@ def _advice(error: Exception) -> str:
     text = f"{type(error).__name__} {error}"
     if "data-dependent" in text or "DataDependent" in text or "Unbacked" in text:
         return (
-            "the line decides by a tensor's value, which a graph can't; write it with torch.where or "
-            "a mask, or take the decision outside of forward()."
+            "the line decides by a tensor's value, which a graph can't; write it with torch.where "
+            "or a mask, or take the decision outside of forward()."
         )
     if "torch._dynamo" in text or "Constraint" in text:
         return "the model fixes a size that varies; pass dynamic={'tensor': [dims that vary]}."
     return "make that line work under torch.export.export(model, ..., strict=False)."
-
-
-def detached_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of the model's structure, sharing its parameters' memory."""
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo)

@@ -25,9 +25,13 @@ _FLOPS_PER_ELEMENT = {
     "dropout": 2,
 }
 
-_VIEWS = frozenset(
-    ["view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "split", "chunk", "detach", "detach_", "t", "getitem", "flatten", "alias", "contiguous", "to", "type_as", "lift_fresh_copy", "unbind", "narrow", "as_strided", "unflatten"]
-)
+# fmt: off
+_VIEWS = frozenset([
+    "view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",
+    "split", "chunk", "detach", "detach_", "t", "getitem", "flatten", "alias", "contiguous", "to",
+    "type_as", "lift_fresh_copy", "unbind", "narrow", "as_strided", "unflatten",
+])
+# fmt: on
 
 
 def is_view(op: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from dagflow_tasks.operators import Node, size_text
+
 if TYPE_CHECKING:
     from dagflow.graph.dag import OperatorDag
 
@@ -51,14 +53,15 @@ def table(dag: OperatorDag) -> str:
     for path, operators_text, flops, moved, shape in rows:
         short = path if len(path) <= width else "…" + path[-(width - 1) :]
         lines.append(
-            f"{short:<{width}}  {amount(flops, ''):>10}  {amount(moved, 'B'):>9}  {shape:<24} {operators_text}"
+            f"{short:<{width}}  {amount(flops, ''):>10}  {amount(moved, 'B'):>9}  {shape:<24} "
+            f"{operators_text}"
         )
     lines.append(f"loss: {dag.loss}")
     return "\n".join(lines)
 
 
-def _by_module(dag: OperatorDag) -> list[tuple[str, list]]:  # type: ignore[type-arg]
-    groups: list[tuple[str, list]] = []  # type: ignore[type-arg]
+def _by_module(dag: OperatorDag) -> list[tuple[str, list[Node]]]:
+    groups: list[tuple[str, list[Node]]] = []
     for node in dag.nodes:
         if not groups or groups[-1][0] != node.module:
             groups.append((node.module, []))
@@ -72,8 +75,6 @@ def _summary(operators: list[str]) -> str:
 
 
 def _shape(dag: OperatorDag, name: str) -> str:
-    from dagflow_tasks.operators import size_text
-
     outputs = dag.info[name].outputs
     if not outputs:
         return ""
@@ -86,7 +87,8 @@ def dot(dag: OperatorDag, stages: Mapping[str, int]) -> str:
     lines = [
         "digraph operators {",
         "  rankdir=TB; compound=true;",
-        '  node [shape=box, style="rounded,filled", fillcolor=white, fontname=Helvetica, fontsize=10];',
+        '  node [shape=box, style="rounded,filled", fillcolor=white, fontname=Helvetica, '
+        "fontsize=10];",
     ]
     for spec in dag.inputs:
         lines.append(
@@ -100,9 +102,8 @@ def dot(dag: OperatorDag, stages: Mapping[str, int]) -> str:
             label = node.op.removeprefix("aten.").rsplit(".", 1)[0]
             stage = stages.get(node.name)
             colour = "white" if stage is None else _COLOURS[stage % len(_COLOURS)]
-            lines.append(
-                f'    "{node.name}" [label="{label}\\n{_shape(dag, node.name)}", fillcolor="{colour}"];'
-            )
+            label += f"\\n{_shape(dag, node.name)}"
+            lines.append(f'    "{node.name}" [label="{label}", fillcolor="{colour}"];')
         lines.append("  }")
     known = {node.name for node in dag.nodes} | {spec.name for spec in dag.inputs}
     for node in dag.nodes:

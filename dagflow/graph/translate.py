@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -19,7 +20,6 @@ from dagflow.graph.dag import (
     OperatorInfo,
     Parameter,
     Symbol,
-    ValueSpec,
     buffer_value,
     dtype_bytes,
 )
@@ -32,7 +32,7 @@ from dagflow_tasks.operators import (
     is_allowed,
     mutated_arguments,
 )
-from dagflow_tasks.program import Constant
+from dagflow_tasks.program import Constant, ValueSpec
 
 # Nodes that only say what the ranges of the symbols say already.
 _RANGE_CHECKS = ("sym_constrain_range", "_assert_scalar", "sym_constrain_range_for_size")
@@ -46,6 +46,19 @@ def translate(
 ) -> OperatorDag:
     """Build the operator DAG of an exported loss module whose model is its child `model`."""
     return _Translator(exported, model, inputs, batch_constants).dag()
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where in the model's code an operator comes from."""
+
+    module: str
+    source: str
+    op: str
+
+    def __str__(self) -> str:
+        module = self.module or "the model itself"
+        return f"Module: {module!r}. Source: {self.source or 'unknown'}. Operator: {self.op}."
 
 
 class _Translator:
@@ -123,8 +136,8 @@ class _Translator:
         name = str(expression)
         if not expression.is_symbol:
             raise CaptureFailed(
-                f"Dimension {dim} of {input_name.removeprefix('in.')!r} must be {expression} for this "
-                "model; sizes of the batch that depend on each other aren't supported. Pass "
+                f"Dimension {dim} of {input_name.removeprefix('in.')!r} must be {expression} for "
+                "this model; sizes of the batch that depend on each other aren't supported. Pass "
                 "dynamic={...} to fix one of them."
             )
         if name not in self.symbols:
@@ -138,9 +151,9 @@ class _Translator:
         name = f"c.{len(self.constants)}"
         if tensor.is_meta and tensor.numel():
             raise CaptureFailed(
-                f"The model computes with a constant of shape {list(tensor.shape)} that is on the meta "
-                "device and so has no value. Build the model under dagflow.empty_weights(), which "
-                "leaves all but parameters real."
+                f"The model computes with a constant of shape {list(tensor.shape)} that is on the "
+                "meta device and so has no value. Build the model under dagflow.empty_weights(), "
+                "which leaves all but parameters real."
             )
         self.constants.append(
             Constant.of(
@@ -195,35 +208,41 @@ class _Translator:
 
     def _operator(self, node: torch.fx.Node, name: str, grad: bool, autocast: bool) -> None:
         op = "getitem" if node.target is _GETITEM else str(node.target)
-        module, source = _origin(node)
+        origin = _origin(node, op)
         if not is_allowed(op):
             raise CaptureFailed(
-                f"The model calls {op}, which is not on the allow-list of operators that workers run. "
-                f"Module: {module or 'the model itself'!r}. Source: {source}. What to do: write it with "
-                "ATen operators (torch.* and torch.nn.functional.*)."
+                f"The model calls {op}, which is not on the allow-list of operators that workers "
+                f"run. {origin} What to do: write it with ATen operators (torch.* and "
+                "torch.nn.functional.*)."
             )
-        args = tuple(self._argument(argument, source) for argument in node.args)
+        args = tuple(self._argument(argument, origin) for argument in node.args)
         kwargs = {
-            key: self._argument(value, source)
+            key: self._argument(value, origin)
             for key, value in node.kwargs.items()
             if key != "pin_memory"
         }
-        outputs = self._outputs(node.meta.get("val"), source)
+        outputs = self._outputs(node.meta.get("val"), origin)
         self.environment[node] = name
-        self.nodes.append(Node(name, op, args, kwargs, grad, autocast, module))
-        self.info[name] = self._info(node, op, outputs, source)
+        self.nodes.append(Node(name, op, args, kwargs, grad, autocast, origin.module))
+        self.info[name] = self._info(node, outputs, origin)
 
-    def _argument(self, argument: Any, source: str) -> Argument:
+    def _argument(self, argument: Any, origin: _Origin) -> Argument:
         if isinstance(argument, torch.fx.Node):
             value = argument.meta.get("val")
             if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):
-                return self._size(value, source)
+                return self._size(value, origin)
             return self._reference(self.environment[argument])
         if isinstance(argument, (list, tuple)):
-            return [self._argument(item, source) for item in argument]
+            return [self._argument(item, origin) for item in argument]
         if isinstance(argument, (torch.SymInt, torch.SymBool, torch.SymFloat)):
-            return self._size(argument, source)
-        return encode_literal(argument)
+            return self._size(argument, origin)
+        try:
+            return encode_literal(argument)
+        except TypeError as error:
+            raise CaptureFailed(
+                f"The argument {argument!r:.80} can't be written in a program: {error}. {origin} "
+                "What to do: make it a tensor."
+            ) from error
 
     def _reference(self, value: Any) -> Argument:
         """Refer to a value; every reference to a parameter is a use of its own."""
@@ -233,37 +252,39 @@ class _Translator:
             return {"ref": uses[-1]}
         return {"ref": value}
 
-    def _size(self, size: Any, source: str) -> Argument:
-        expression = self._expression(size.node.expr, source)
+    def _size(self, size: Any, origin: _Origin) -> Argument:
+        expression = self._expression(size.node.expr, origin)
         return expression if isinstance(expression, int) else {"size": expression}
 
-    def _expression(self, expression: Any, source: str) -> Any:
+    def _expression(self, expression: Any, origin: _Origin) -> Any:
         if expression.is_Integer:
             return int(expression)
         if expression.is_symbol:
             if str(expression) in self.symbols:
                 return str(expression)
             raise CaptureFailed(
-                f"The size {expression} depends on the data, not on the batch's shape. Source: {source}. "
-                "What to do: use masks instead of selecting by value (nonzero, boolean indexing)."
+                f"The number {expression} depends on the data, not on the batch's shape. {origin} "
+                "What to do: use masks instead of selecting by value (nonzero, boolean indexing), "
+                "and tensors instead of .item()."
             )
-        operands = [self._expression(operand, source) for operand in expression.args]
+        operands = [self._expression(operand, origin) for operand in expression.args]
         for kind, operation in _OPERATIONS:
             if isinstance(expression, kind):
                 return [operation, *operands]
         raise CaptureFailed(
-            f"The size {expression} can't be written in a program. Source: {source}."
+            f"The size {expression} can't be written in a program. {origin} What to do: pass "
+            "dynamic={'tensor': []} to fix the tensor's sizes to those of the example batch."
         )
 
     # What is known of an operator
 
-    def _outputs(self, value: Any, source: str) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    def _outputs(self, value: Any, origin: _Origin) -> tuple[tuple[str, tuple[Any, ...]], ...]:
         tensors = [value] if isinstance(value, torch.Tensor) else list(value or ())
         return tuple(
             (
                 str(tensor.dtype).removeprefix("torch."),
                 tuple(
-                    size if isinstance(size, int) else self._expression(size.node.expr, source)
+                    size if isinstance(size, int) else self._expression(size.node.expr, origin)
                     for size in tensor.shape
                 ),
             )
@@ -271,15 +292,15 @@ class _Translator:
             if isinstance(tensor, torch.Tensor)
         )
 
-    def _info(self, node: torch.fx.Node, op: str, outputs: Any, source: str) -> OperatorInfo:
+    def _info(self, node: torch.fx.Node, outputs: Any, origin: _Origin) -> OperatorInfo:
         def concrete(item: Any) -> Any:
             if isinstance(item, torch.fx.Node):
                 return concrete(item.meta.get("val"))
             if isinstance(item, torch.Tensor):
-                shape = [self._hint(size, source) for size in item.shape]
+                shape = [self._hint(size, origin) for size in item.shape]
                 return torch.empty(shape, dtype=item.dtype, device="meta")
             if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-                return self._hint(item, source)
+                return self._hint(item, origin)
             if isinstance(item, (list, tuple)):
                 return [concrete(element) for element in item]
             return torch.device("meta") if isinstance(item, torch.device) else item
@@ -287,15 +308,15 @@ class _Translator:
         args = [concrete(argument) for argument in node.args]
         kwargs = {key: concrete(value) for key, value in node.kwargs.items()}
         result = concrete(node.meta.get("val"))
-        flops = operator_flops(op, args, kwargs, result)
-        moved = 0 if is_view(op) else _bytes([args, list(kwargs.values()), result])
-        return OperatorInfo(outputs, flops, moved, source)
+        flops = operator_flops(origin.op, args, kwargs, result)
+        moved = 0 if is_view(origin.op) else _bytes([args, list(kwargs.values()), result])
+        return OperatorInfo(outputs, flops, moved, origin.source)
 
-    def _hint(self, size: Any, source: str) -> int:
+    def _hint(self, size: Any, origin: _Origin) -> int:
         if isinstance(size, int):
             return size
         hints = {symbol.name: symbol.hint for symbol in self.symbols.values()}
-        return evaluate_size(self._expression(size.node.expr, source), hints)
+        return evaluate_size(self._expression(size.node.expr, origin), hints)
 
     # Parameters and buffers
 
@@ -369,14 +390,13 @@ def _tied_names(model: torch.nn.Module) -> tuple[dict[str, str], dict[str, list[
     return canonical, aliases
 
 
-def _origin(node: torch.fx.Node) -> tuple[str, str]:
-    """Return the module path and the source line that a node comes from."""
+def _origin(node: torch.fx.Node, op: str) -> _Origin:
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else ""
     path = re.sub(r"^L\['self'\]\.?", "", path).removeprefix("model").removeprefix(".")
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     source = f"{lines[-1][0]}:{lines[-1][1]}" if lines else ""
-    return path, source
+    return _Origin(path, source, op)
 
 
 def _bytes(tree: Any) -> int:

@@ -1,4 +1,4 @@
-"""What a cut must know of an operator DAG: aliases, gradients, cheap producers, where not to cut."""
+"""What a cut must know of an operator DAG: aliases, gradients, cheap values, where not to cut."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class _Assembler:
         )
 
     def _members(self, stage: int) -> set[str]:
-        """Collect the nodes a stage runs: its own that something needs, and cheap ones before it."""
+        """Collect the nodes a stage runs: its own that something needs, and cheap ones before."""
         wanted = [name for name in self.readers if self.stage_of(name) == stage]
         if self.stage_of(self.dag.loss) == stage:
             wanted.append(self.dag.loss)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dagflow.errors import PlanInvalid, StageTooLarge
-from dagflow.graph.dag import OperatorDag, dtype_bytes
+from dagflow.graph.dag import OperatorDag, Parameter, dtype_bytes
 from dagflow.graph.show import amount
 from dagflow.plan.analysis import DagAnalysis
 from dagflow.plan.assemble import assemble
@@ -85,7 +85,8 @@ class Partition:
 
     def __str__(self) -> str:
         lines = [
-            "stage  operators     FLOPs  share   weights  activations  in flight    memory   output  to"
+            "stage  operators     FLOPs  share   weights  activations  in flight    memory   output"
+            "  to"
         ]
         slowest = sum(e.seconds for e in self.estimates) or 1.0
         for program, e in zip(self.programs, self.estimates, strict=True):
@@ -177,9 +178,9 @@ def _too_large(stage: int, num_stages: int, e: StageEstimate, limit: int) -> str
     return (
         f"Stage {stage} of {num_stages} needs about {amount(e.memory_bytes, 'B')}: "
         f"{amount(e.parameter_bytes, 'B')} of weights with gradients and optimizer state, and "
-        f"{e.in_flight} micro-batches in flight with {amount(e.activation_bytes, 'B')} of activations "
-        f"each; the smallest worker has {amount(limit, 'B')}. Use more stages, smaller micro-batches, "
-        "or workers with more memory."
+        f"{e.in_flight} micro-batches in flight with {amount(e.activation_bytes, 'B')} of "
+        f"activations each; the smallest worker has {amount(limit, 'B')}. Use more stages, smaller "
+        "micro-batches, or workers with more memory."
     )
 
 
@@ -293,7 +294,7 @@ def _segment_costs(
     index = np.array(points)
     seconds = np.concatenate([[0.0], np.cumsum(analysis.node_seconds)])[index]
     saved = np.concatenate([[0.0], np.cumsum(analysis.saved_bytes)])[index]
-    first_use = {}
+    first_use: dict[str, tuple[int, Parameter]] = {}
     for i, node in enumerate(analysis.dag.nodes):
         for name in node.references():
             parameter = analysis.parameter_uses.get(name)
@@ -335,7 +336,7 @@ def _cheapest(
     total = np.full(num_points, np.inf)
     total[0] = 0.0
     choices = []
-    for stage, stage_cost in enumerate(cost):
+    for stage_cost in cost:
         if bound is None:
             step = np.maximum(total[:, None], stage_cost)
         else:

@@ -96,9 +96,9 @@ def one_forward_one_backward(
             if last or Action(stage + 1, BACKWARD, backward) in done:
                 return Action(stage, BACKWARD, backward)
         forward = next_forward[stage]
-        if forward < num_microbatches and forward - backward < limits[stage]:
-            if stage == 0 or Action(stage - 1, FORWARD, forward) in done:
-                return Action(stage, FORWARD, forward)
+        may_start = forward < num_microbatches and forward - backward < limits[stage]
+        if may_start and (stage == 0 or Action(stage - 1, FORWARD, forward) in done):
+            return Action(stage, FORWARD, forward)
         return None
 
     while len(done) < 2 * num_stages * num_microbatches:

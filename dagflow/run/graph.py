@@ -7,19 +7,19 @@ is no barrier: a stage goes on with the next step as soon as its weights are upd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from dagflow.plan.schedule import BACKWARD, FORWARD, Action, Schedule
+from dagflow.plan.schedule import BACKWARD, FORWARD, Schedule
 from dagflow.run.dask_internals import List, Task, TaskRef
 from dagflow_tasks import tasks
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import Microbatch, StageRef, StateRef
 from dagflow_tasks.results import Decision
 
-Key = tuple[Hashable, ...]
+Key = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class StepInputs:
         ``batch(stage, microbatch_index)`` gives the graph argument (a literal or a `TaskRef`) that
         holds the batch's tensors for that stage.
     learning_rate_factor : float
+    saved : bool
+        True if the state before this step is being written to the store, which its update must
+        wait for.
     first : bool
         True if nothing before this step is in flight: the weights are in the workers' caches or in
         the store, and no earlier task has to be waited for.
@@ -46,6 +49,7 @@ class StepInputs:
     batch: Callable[[int, int], Any]
     learning_rate_factor: float
     first: bool
+    saved: bool = False
     decision: Decision | None = None
 
 
@@ -76,7 +80,7 @@ class StepGraph:
     scaled: bool = False
     parameter_order: tuple[str, ...] = field(default=())
 
-    def key(self, kind: str, step: int, stage: int, *more: Hashable) -> Key:
+    def key(self, kind: str, step: int, stage: int, *more: str | int) -> Key:
         return (f"{kind}-{self.prefix}", step, stage, *more)
 
     def update_keys(self, step: int) -> list[Key]:
@@ -115,12 +119,20 @@ class StepGraph:
         """Return the tasks of one step by key."""
         return _StepBuilder(self, inputs).build()
 
-    def save(self, step: int) -> dict[Key, Task]:
-        """Return the tasks that write every stage's state after `step` steps to the store."""
+    def save(self, step: int, *, after_update: bool) -> dict[Key, Task]:
+        """Return the tasks that write every stage's state after `step` steps to the store.
+
+        `after_update` tells whether the last step is still in flight, so that they wait for it.
+        """
         dsk = {}
         for ref in self.refs:
             key = self.key("save", step, ref.stage)
-            dsk[key] = Task(key, tasks.save, ref, StateRef(step))
+            call = (tasks.save, ref, StateRef(step))
+            if after_update:
+                update = TaskRef(self.key("update", step - 1, ref.stage))
+                dsk[key] = Task(key, tasks.run_after, List(update), *call)
+            else:
+                dsk[key] = Task(key, *call)
         return dsk
 
 
@@ -139,6 +151,7 @@ class _StepBuilder:
                     owner,
                     borrower,
                     call=(tasks.lend_parameters, self._ref(owner), self._state, names),
+                    after=self._weights_ready(owner),
                 )
         for program in self.graph.programs:
             for microbatch in self.inputs.microbatches:
@@ -157,7 +170,7 @@ class _StepBuilder:
     # Building blocks
 
     def _add(
-        self, kind: str, stage: int, *more: Hashable, call: tuple[Any, ...], after: Any = ()
+        self, kind: str, stage: int, *more: str | int, call: tuple[Any, ...], after: Any = ()
     ) -> Key:
         key = self.graph.key(kind, self.k, stage, *more)
         waits = [TaskRef(name) for name in after]
@@ -167,7 +180,7 @@ class _StepBuilder:
             self.dsk[key] = Task(key, *call)
         return key
 
-    def _at(self, kind: str, stage: int, *more: Hashable) -> TaskRef:
+    def _at(self, kind: str, stage: int, *more: str | int) -> TaskRef:
         return TaskRef(self.graph.key(kind, self.k, stage, *more))
 
     def _ref(self, stage: int) -> StageRef:
@@ -335,7 +348,8 @@ class _StepBuilder:
             self._at("forward", stage, last) if program.mutated_buffers else None,
             self._decision(),
         )
-        self._add("update", stage, call=call)
+        saved = [self.graph.key("save", self.k, stage)] if self.inputs.saved else []
+        self._add("update", stage, call=call, after=saved)
 
     def _report(self) -> None:
         program = self.graph.programs[self.graph.loss_stage]
@@ -348,14 +362,7 @@ class _StepBuilder:
             for microbatch in self.inputs.microbatches
         ]
         updates = [self._at("update", p.stage) for p in self.graph.programs]
-        call = (
-            tasks.report,
-            self.k,
-            List(*losses),
-            List(*updates),
-            self._decision(),
-            self.graph.scaled,
-        )
+        call = (tasks.report, self.k, List(*losses), List(*updates), self._decision())
         self._add("report", program.stage, call=call)
 
 
@@ -366,7 +373,7 @@ class Priorities:
     """
 
     def __init__(self, schedule: Schedule) -> None:
-        self._starts = {
+        self._starts: dict[Key, float] = {
             (action.kind, action.stage, action.microbatch): start
             for action, start in schedule.starts.items()
         }
@@ -380,7 +387,7 @@ class Priorities:
         elif name == "select":
             start = -1.0  # a message, hardly any work: at once
         else:
-            start = -1.0 if name in ("lend", "batch") else self._span - 3
+            start = -1.0 if name in ("lend", "batch", "save") else self._span - 3
         return -(int(str(step)) * self._span + start)
 
 
@@ -392,15 +399,3 @@ class Places:
 
     def __call__(self, key: Key) -> list[str]:
         return [self._addresses[int(str(key[2]))]]
-
-
-def first_action(schedule: Schedule, stage: int) -> Action:
-    """Return what a stage does first."""
-    return schedule.order([stage])[0]
-
-
-def num_tasks(
-    programs: Mapping[int, StageProgram] | Sequence[StageProgram], num_microbatches: int
-) -> int:
-    """Return about how many tasks a step has."""
-    return len(programs) * (2 * num_microbatches + 1) + 1

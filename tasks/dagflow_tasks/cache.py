@@ -23,7 +23,7 @@ StageKey = tuple[str, str, int]
 
 @dataclass
 class SavedGraph:
-    """What a forward leaves behind for its backward: autograd's graph and the tensors at its ends."""
+    """What a forward leaves for its backward: autograd's graph and the tensors at its ends."""
 
     inputs: dict[str, torch.Tensor]
     uses: dict[str, torch.Tensor]
@@ -47,13 +47,15 @@ class WorkerCache:
             self.states.clear()
             self.graphs.clear()
 
-    def forget_runs_but(self, run_id: str) -> None:
-        """Forget what belongs to other runs; a worker serves one run after another."""
+    def keep_only(self, run_id: str, plan: str) -> None:
+        """Forget what belongs to other runs, or to other plans of this one."""
+        kept = (run_id, plan)
         with self.lock:
-            for entries in (self.programs, self.states):
-                for key in [key for key in entries if key[0] != run_id]:
-                    del entries[key]
-            for graph_key in [key for key in self.graphs if key[0][0] != run_id]:
+            for key in [key for key in self.programs if key[:2] != kept]:
+                del self.programs[key]
+            for key in [key for key in self.states if key[:2] != kept]:
+                del self.states[key]
+            for graph_key in [key for key in self.graphs if key[0][:2] != kept]:
                 del self.graphs[graph_key]
 
     def executable(self, ref: StageRef) -> Executable:

@@ -140,11 +140,15 @@ def encode_literal(value: Any) -> Argument:
     raise TypeError(f"a {type(value).__name__} can't be an argument in a program")
 
 
+# fmt: off
+_DTYPES = (
+    "float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64",
+    "uint8", "uint16", "uint32", "uint64", "bool", "complex64", "complex128",
+)
+# fmt: on
+
 _TORCH_CONSTANTS: dict[str, dict[str, Any]] = {
-    "dtype": {
-        name: getattr(torch, name)
-        for name in ["float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "bool", "complex64", "complex128", "uint16", "uint32", "uint64"]
-    },
+    "dtype": {name: getattr(torch, name) for name in _DTYPES},
     "layout": {"strided": torch.strided},
     "memory_format": {
         name: getattr(torch, name)
@@ -158,7 +162,7 @@ def decode_literal(
 ) -> Any:
     """Decode a one-key mapping that isn't a reference.
 
-    `{"device": ...}` always becomes the stage's own device: a program does not choose where it runs.
+    `{"device": ...}` always becomes the stage's own device: no program chooses where it runs.
     """
     ((kind, value),) = argument.items()
     if kind == "size":
@@ -317,7 +321,9 @@ def is_allowed(op: str) -> bool:
 
 
 # Operators whose arguments autocast turns to half precision, on CPUs and GPUs alike.
-_AUTOCAST = frozenset(["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d"])
+_AUTOCAST = frozenset(
+    ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d")
+)
 
 
 def autocasts(node: Node) -> bool:
@@ -368,7 +374,7 @@ def aliased_arguments(node: Node) -> list[str]:
         return []
     names: list[str] = []
     for position, formal in enumerate(schema.arguments):
-        if formal.alias_info is None and not _MAYBE_VIEW.get(node.op) == position:
+        if formal.alias_info is None and _MAYBE_VIEW.get(node.op) != position:
             continue
         actual = node.args[position] if position < len(node.args) else node.kwargs.get(formal.name)
         names.extend(argument_references(actual))

@@ -48,7 +48,7 @@ class Optimizer:
     def override(self, pattern: str, **options: Any) -> Optimizer:
         """Return this optimizer with other options for parameters whose name the pattern finds.
 
-        >>> Optimizer("SGD", lr=0.1, weight_decay=0.1).override(r"bias$", weight_decay=0.0).overrides
+        >>> Optimizer("AdamW", lr=0.1).override(r"bias$", weight_decay=0.0).overrides
         (('bias$', {'weight_decay': 0.0}),)
         """
         return Optimizer(self.name, (*self.overrides, (pattern, options)), **self.options)

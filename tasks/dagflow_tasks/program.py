@@ -313,8 +313,8 @@ def read_format(text: str, expected: str, version: int) -> dict[str, Any]:
         raise ProgramInvalid(f"Not a {expected} file: its format is {found!r}.")
     if body.get("format_version", 0) > version:
         raise ProgramTooNew(
-            f"This {expected} has format version {body['format_version']}; this dagflow reads up to "
-            f"{version}. Upgrade dagflow on this machine."
+            f"This {expected} has format version {body['format_version']}; this dagflow reads up "
+            f"to {version}. Upgrade dagflow on this machine."
         )
     return dict(body)
 
@@ -325,12 +325,13 @@ def check_nodes(nodes: Sequence[Node], defined: set[str]) -> None:
     for node in nodes:
         if node.op not in ASSERTIONS and not is_allowed(node.op):
             raise OperatorNotAllowed(
-                f"Node {node.name!r} names the operator {node.op!r}, which is not on the allow-list "
-                "of dagflow programs (ATen operators and a few extensions)."
+                f"Node {node.name!r} names the operator {node.op!r}, which is not on the "
+                "allow-list of dagflow programs (ATen operators and a few extensions)."
             )
         for name in node.references():
             if name not in known:
                 raise ProgramInvalid(
-                    f"Node {node.name!r} ({node.op}) reads {name!r}, which nothing before it defines."
+                    f"Node {node.name!r} ({node.op}) reads {name!r}, which nothing before it "
+                    "defines."
                 )
         known.add(node.name)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from dagflow_storage import Store
 from dagflow_tasks.optimizer import Optimizer
+
+DAGFLOW_VERSION = version("dagflow")
 
 
 @dataclass(frozen=True)
@@ -59,5 +62,5 @@ class StateRef:
 
 
 def action(kind: str, stage: int, microbatch: Microbatch) -> str:
-    """Write a task the way schedules are read: ``2F0 step 17`` is stage 2, forward, micro-batch 0."""
+    """Write a task as schedules do: ``2F0 step 17`` is stage 2, forward, micro-batch 0."""
     return f"{stage}{kind}{microbatch.index} step {microbatch.step}"

@@ -12,6 +12,10 @@ from dagflow_tasks.references import StateRef
 Tensors = Mapping[str, torch.Tensor]
 
 
+class TensorDict(dict[str, torch.Tensor]):
+    """Named tensors as a task's result or argument, a type of its own so that they travel well."""
+
+
 @dataclass(frozen=True)
 class ForwardResult:
     """Result of `forward`.
@@ -86,12 +90,23 @@ class UpdateResult:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the driver learns of a step."""
+    """What the driver learns of a step.
+
+    Attributes
+    ----------
+    step : int
+    loss : float
+        Weighted mean over the micro-batches.
+    losses : tuple of float
+        One a micro-batch.
+    decision : Decision or None
+        In a run that clips or scales.
+    non_finite : mapping
+        By stage the micro-batches whose values left the finite numbers there.
+    """
 
     step: int
     loss: float
     losses: tuple[float, ...] = ()
-    gradient_norm: float | None = None
-    loss_scale: float | None = None
-    skipped: bool = False
+    decision: Decision | None = None
     non_finite: Mapping[int, tuple[int, ...]] = field(default_factory=dict)

@@ -48,8 +48,8 @@ def load_state(ref: StageRef, program: StageProgram, step: int, device: torch.de
         snapshot = Snapshot.open(ref.store, step)
     except NotFound as error:
         raise StateLost(
-            f"The weights of stage {ref.stage} after step {step} were on a worker that is gone, and "
-            f"the store has no snapshot of that step. {error}"
+            f"The weights of stage {ref.stage} after step {step} were on a worker that is gone, "
+            f"and the store has no snapshot of that step. {error}"
         ) from error
     owned = {use.parameter: use for use in program.owned_parameters}
     parameters = {
@@ -106,7 +106,7 @@ def stream_tensors(
     items: Iterable[tuple[str, str, torch.dtype, tuple[int, ...]]],
     read: Callable[[str, str], torch.Tensor],
 ) -> ShardRecord:
-    """Write tensors as one shard, asking for one at a time, so that they need not all be in memory."""
+    """Write tensors as one shard, asking for one at a time, so that memory holds only one."""
     # Within a shard the store tells arrays apart by name alone, so names carry their role, too.
     specs = [
         ArraySpec(name, role, str(dtype).removeprefix("torch."), shape)

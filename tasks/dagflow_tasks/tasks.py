@@ -22,6 +22,7 @@ from dagflow_tasks.results import (
     Decision,
     ForwardResult,
     StepReport,
+    TensorDict,
     Tensors,
     UpdateResult,
 )
@@ -203,7 +204,7 @@ def _roots(
 
 
 def _add(previous: BackwardResult | None, fresh: dict[str, torch.Tensor | None]) -> Tensors:
-    """Add a micro-batch's gradients to the sums so far, in float32 if they are in half precision."""
+    """Add a micro-batch's gradients to the sums so far, half-precision ones in float32."""
     sums: dict[str, torch.Tensor] = dict(previous.sums or {}) if previous else {}
     if previous is not None and previous.sums is None:
         raise RuntimeError(
@@ -338,7 +339,9 @@ def gradient_norms(
 ) -> Tensors:
     """Return the 2-norm of each parameter's gradient, by name."""
     totals = _own_gradients(ref, gradients, borrowed)
-    return {name: torch.linalg.vector_norm(total).cpu() for name, total in totals.items()}
+    return TensorDict(
+        {name: torch.linalg.vector_norm(total).cpu() for name, total in totals.items()}
+    )
 
 
 def decide(
@@ -383,13 +386,13 @@ def select_gradients(result: BackwardResult, names: Sequence[str]) -> BackwardRe
 def lend_parameters(ref: StageRef, state: StateRef, names: Sequence[str]) -> Tensors:
     """Return parameters that another stage uses, too (tied weights)."""
     parameters = CACHE.state(ref, state.step).parameters
-    return {name: parameters[name].detach() for name in names}
+    return TensorDict({name: parameters[name].detach() for name in names})
 
 
 def return_gradients(gradients: BackwardResult, uses: Sequence[str]) -> Tensors:
     """Return the gradients of borrowed parameters to their owner, by use."""
     sums = gradients.sums or {}
-    return {use: sums[use] for use in uses if use in sums}
+    return TensorDict({use: sums[use] for use in uses if use in sums})
 
 
 def save(ref: StageRef, state: StateRef) -> ShardRecord:
@@ -402,7 +405,6 @@ def report(
     losses: Sequence[tuple[float, ForwardResult, str]],
     updates: Sequence[UpdateResult],
     decision: Decision | None,
-    scaled: bool,
 ) -> StepReport:
     """Gather what the driver wants to know of a step.
 
@@ -413,15 +415,8 @@ def report(
     """
     values = [float(result.values[name]) for _, result, name in losses]
     loss = sum(weight * value for (weight, _, _), value in zip(losses, values, strict=True))
-    return StepReport(
-        step=step,
-        loss=loss,
-        losses=tuple(values),
-        gradient_norm=decision.norm if decision is not None else None,
-        loss_scale=decision.loss_scale if decision is not None and scaled else None,
-        skipped=decision is not None and not decision.apply,
-        non_finite={u.stage: u.non_finite for u in updates if u.non_finite},
-    )
+    non_finite = {u.stage: u.non_finite for u in updates if u.non_finite}
+    return StepReport(step, loss, tuple(values), decision, non_finite)
 
 
 def tensors_of(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,76 @@
+"""The plan: which stages there are, who runs them, and how many micro-batches are under way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dagflow.graph.show import amount
+from dagflow.plan.partition import Partition
+from dagflow.plan.schedule import Schedule, one_forward_one_backward
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A partition, placed.
+
+    Attributes
+    ----------
+    partition : Partition
+    placement : tuple of int
+        Index of each stage's worker.
+    workers : tuple of str
+        Names of the workers, for people.
+    limits : tuple of int
+        Micro-batches in flight by stage.
+    num_microbatches : int
+    """
+
+    partition: Partition
+    placement: tuple[int, ...]
+    workers: tuple[str, ...]
+    limits: tuple[int, ...]
+    num_microbatches: int
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.partition)
+
+    def schedule(self) -> Schedule:
+        """Return the 1F1B timetable, with the stages' estimated costs."""
+        seconds = [estimate.seconds for estimate in self.partition.estimates]
+        mean = sum(seconds) / len(seconds) or 1.0
+        costs = [(max(s / mean, 1e-3), max(2 * s / mean, 1e-3)) for s in seconds]
+        return one_forward_one_backward(self.placement, self.num_microbatches, self.limits, costs)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "num_stages": self.num_stages,
+            "cuts": list(self.partition.cuts),
+            "placement": list(self.placement),
+            "workers": list(self.workers),
+            "limits": list(self.limits),
+            "num_microbatches": self.num_microbatches,
+            "estimates": [asdict(estimate) for estimate in self.partition.estimates],
+        }
+
+    def __str__(self) -> str:
+        lines = str(self.partition).splitlines()
+        lines[0] += "  worker"
+        for stage in range(self.num_stages):
+            lines[stage + 1] += f"  {self.workers[self.placement[stage]]}"
+        total = sum(e.parameter_bytes for e in self.partition.estimates)
+        lines.append(f"{self.num_stages} stages, {amount(total, 'B')} of weights")
+        return "\n".join(lines)
+
+
+def place_in_turn(num_stages: int, num_workers: int) -> tuple[int, ...]:
+    """Deal stages out to workers one after the other.
+
+    With more stages than workers every worker has stages from all over the model, so that the
+    pipeline fills sooner (interleaved 1F1B, arXiv 2104.04473, section 2.2).
+    """
+    return tuple(stage % num_workers for stage in range(num_stages))
+
+

@@ -1,0 +1,205 @@
+"""Where tasks run: a cluster that the user names, or an embedded one started for the run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import dask
+import torch
+from distributed import Client, LocalCluster
+
+from dagflow.errors import SettingsInvalid, WorkerIncompatible, WorkersLost
+from dagflow.run import wire
+from dagflow.run.workers import StageScheduler, StageWorker, WorkerFacts, describe, prepare_process
+from dagflow_storage import Store
+from dagflow_tasks.references import DAGFLOW_VERSION
+
+_DASHBOARD_PORT = 8787
+
+# An embedded cluster runs one thing only. Nothing is stolen, moved, spilled or profiled.
+_EMBEDDED_SETTINGS = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.scheduler.work-stealing": False,
+    "distributed.scheduler.active-memory-manager.start": False,
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": False,
+    "distributed.admin.tick.limit": "30s",
+    # Weights and activations stay where they are; a big literal is a user's batch, not an accident.
+    "distributed.admin.large-graph-warning-threshold": "200MB",
+}
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """How to start an embedded cluster, and how long to wait for workers.
+
+    Attributes
+    ----------
+    num_workers : int | None
+        One a core by default, at most four.
+    num_torch_threads : int | None
+        Threads inside an operator of each embedded worker: its share of the cores by default.
+    wait_seconds : float
+        How long to wait for the first worker, or for all embedded ones.
+    """
+
+    num_workers: int | None = None
+    num_torch_threads: int | None = None
+    wait_seconds: float = 60.0
+
+
+@contextmanager
+def open_cluster(
+    client: Client | str | None, settings: ClusterSettings, store: Store
+) -> Iterator[Client]:
+    """Yield a client of the user's cluster, or of an embedded one that is closed afterwards.
+
+    Raises
+    ------
+    SettingsInvalid
+        If the store is inside this process and the workers aren't.
+    WorkersLost
+        If nobody answers at the address.
+    """
+    if isinstance(client, Client):
+        _refuse_process_local(store, client)
+        wire.register()
+        _register_plugins(client, StageWorker())
+        yield client
+        return
+    if isinstance(client, str):
+        try:
+            connected = Client(client, timeout=settings.wait_seconds, set_as_default=False)
+        except (OSError, TimeoutError) as error:
+            raise WorkersLost(
+                f"No dask scheduler answers at {client} within {settings.wait_seconds:g} s. Start one "
+                "with `dask scheduler`, or leave client= out for a local cluster."
+            ) from error
+        with connected:
+            _refuse_process_local(store, connected)
+            wire.register()
+            _register_plugins(connected, StageWorker())
+            yield connected
+        return
+    with _embedded(settings, store) as local:
+        yield local
+
+
+@contextmanager
+def _embedded(settings: ClusterSettings, store: Store) -> Iterator[Client]:
+    cores = os.cpu_count() or 1
+    num_workers = settings.num_workers or min(cores, 4)
+    threads = settings.num_torch_threads or max(1, cores // num_workers)
+    processes = not store.is_process_local
+    if processes:
+        environment = {
+            **dask.config.get("distributed.nanny.pre-spawn-environ"),
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+        }
+        environment.pop("MALLOC_TRIM_THRESHOLD_", None)
+    else:
+        environment = {}
+        threads = settings.num_torch_threads or torch.get_num_threads()
+        prepare_process(None, "auto")
+    config = {**_EMBEDDED_SETTINGS, "distributed.nanny.pre-spawn-environ": environment}
+    with (
+        dask.config.set(config),
+        warnings.catch_warnings(),
+        LocalCluster(
+            n_workers=num_workers,
+            threads_per_worker=1,
+            processes=processes,
+            dashboard_address=f"127.0.0.1:{_free_dashboard_port()}",
+            silence_logs=logging.ERROR,
+        ) as cluster,
+        Client(cluster, set_as_default=False, direct_to_workers=True) as client,
+    ):
+        wire.register()
+        _register_plugins(client, StageWorker(threads, embedded=processes))
+        yield client
+
+
+def _free_dashboard_port() -> int:
+    with socket.socket() as probe:
+        taken = probe.connect_ex(("127.0.0.1", _DASHBOARD_PORT)) == 0
+    return 0 if taken else _DASHBOARD_PORT
+
+
+def _register_plugins(client: Client, worker_plugin: StageWorker) -> None:
+    try:
+        client.register_plugin(StageScheduler())
+        client.register_plugin(worker_plugin)
+    except ModuleNotFoundError as error:
+        raise WorkerIncompatible(
+            f"The scheduler or a worker has no module {error.name!r}: install the same dagflow there "
+            f"as here ({DAGFLOW_VERSION}): pip install dagflow."
+        ) from error
+
+
+def _refuse_process_local(store: Store, client: Client) -> None:
+    if store.is_process_local:
+        raise SettingsInvalid(
+            f"The store {store.url} lives in this process's memory, and the workers of "
+            f"{client.scheduler.address} can't reach it. Use a folder they share or an s3:// URL; "
+            "memory:// works with the embedded cluster."
+        )
+
+
+def roster(client: Client, num_workers: int, wait_seconds: float) -> list[WorkerFacts]:
+    """Wait for workers and return their facts, sorted by name.
+
+    Raises
+    ------
+    WorkersLost
+        If fewer than `num_workers` come in time.
+    WorkerIncompatible
+        If one of them runs another dagflow, or none at all.
+    """
+    address = client.scheduler.address
+    try:
+        client.wait_for_workers(num_workers, timeout=wait_seconds)
+    except TimeoutError as error:
+        found = len(client.scheduler_info()["workers"])
+        raise WorkersLost(
+            f"{found} of {num_workers} workers joined {address} within {wait_seconds:g} s. On each "
+            f"machine that should help run: dagflow join {address}"
+        ) from error
+    answers = client.run(describe, on_error="return")
+    facts = [_checked(worker, answer) for worker, answer in answers.items()]
+    _warn_of_versions(facts)
+    return sorted(facts, key=lambda f: (len(f.name), f.name, f.address))
+
+
+def _checked(worker: str, answer: Any) -> WorkerFacts:
+    if isinstance(answer, Exception):
+        raise WorkerIncompatible(
+            f"The worker {worker} can't run stages: {type(answer).__name__}: {answer}. Install dagflow "
+            f"{DAGFLOW_VERSION} on it: pip install dagflow=={DAGFLOW_VERSION}."
+        ) from answer
+    facts = WorkerFacts(**answer)
+    if facts.dagflow != DAGFLOW_VERSION:
+        raise WorkerIncompatible(
+            f"The worker {facts.name} ({worker}) runs dagflow {facts.dagflow}, this is "
+            f"{DAGFLOW_VERSION}; programs and results may not fit. Install the same version on both."
+        )
+    return facts
+
+
+def _warn_of_versions(facts: Sequence[WorkerFacts]) -> None:
+    for worker in facts:
+        if worker.torch != torch.__version__:
+            warnings.warn(
+                f"The worker {worker.name} ({worker.address}) has torch {worker.torch}, this is "
+                f"{torch.__version__}: results may differ in the last bits.",
+                stacklevel=2,
+            )

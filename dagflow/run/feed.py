@@ -1,0 +1,190 @@
+"""Brings each step's batch to the workers: scattered by the driver, or read by the workers."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from distributed import Client
+
+from dagflow.errors import BatchInvalid
+from dagflow.graph.batch import flatten_batch
+from dagflow.graph.dag import OperatorDag
+from dagflow.graph.signature import match_batch
+from dagflow.plan.loss_weight import TargetCount, target_count
+from dagflow.run.dask_internals import Task, TaskRef
+from dagflow.run.data import BatchStream, TokenDataset, num_rows, read_rows, split_rows, take_rows
+from dagflow.run.graph import Key, StepGraph
+from dagflow_tasks.references import Microbatch
+from dagflow_tasks.results import TensorDict
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A step's batch, on its way to the workers.
+
+    Attributes
+    ----------
+    microbatches : tuple of Microbatch
+    argument : callable
+        ``argument(stage, index)`` is what stands for the batch in the graph.
+    tasks : mapping
+        Tasks that the graph needs besides its own.
+    held : list
+        Futures to keep until the step is done.
+    amount, unit
+        Size of the batch in tokens or samples.
+    """
+
+    microbatches: tuple[Microbatch, ...]
+    argument: Callable[[int, int], Any]
+    tasks: Mapping[Key, Task]
+    amount: int
+    unit: str
+    held: list[Any] = field(default_factory=list)
+
+
+class Feed(ABC):
+    """Prepares the batch of one step after the other."""
+
+    @abstractmethod
+    def prepare(self, step: int, graph: StepGraph) -> StepBatch | None:
+        """Return the step's batch, or None when there is no more data."""
+
+
+class StreamFeed(Feed):
+    """Takes batches from the user's data and scatters each stage's part to its worker."""
+
+    def __init__(
+        self,
+        stream: BatchStream,
+        dag: OperatorDag,
+        num_microbatches: int,
+        client: Client,
+        addresses: Sequence[str],
+    ) -> None:
+        self._stream = stream
+        self._dag = dag
+        self._num_microbatches = num_microbatches
+        self._client = client
+        self._addresses = addresses
+        self._count = target_count(dag)
+
+    def prepare(self, step: int, graph: StepGraph) -> StepBatch | None:
+        batch = self._stream.take()
+        if batch is None:
+            return None
+        parts, microbatches = split_batch(
+            self._dag, batch, step, self._num_microbatches, self._count
+        )
+        futures: dict[tuple[int, int], Any] = {}
+        for program in graph.programs:
+            if program.batch_inputs:
+                names = program.batch_inputs
+                data = [TensorDict({n: part[n] for n in names}) for part in parts]
+                address = self._addresses[program.stage]
+                scattered = self._client.scatter(data, workers=[address], hash=False)
+                futures.update({(program.stage, i): f for i, f in enumerate(scattered)})
+        amount, unit = measure(parts)
+        return StepBatch(
+            microbatches,
+            lambda stage, index: TaskRef(futures[(stage, index)].key),
+            {},
+            amount,
+            unit,
+            list(futures.values()),
+        )
+
+
+class TokenFeed(Feed):
+    """Has the workers read their own rows of a token dataset."""
+
+    def __init__(
+        self, dataset: TokenDataset, dag: OperatorDag, num_microbatches: int, num_steps: int | None
+    ) -> None:
+        self._dataset = dataset
+        self._bounds = split_rows(dataset.batch_size, num_microbatches, smallest_rows(dag))
+        self._size_of = {
+            n: match_batch(dag, dataset.rows(0, 0, n), {}, "the token dataset")
+            for n in {end - begin for begin, end in self._bounds}
+        }
+        self._num_steps = num_steps
+        self._amount = dataset.batch_size * dataset.sequence_length
+
+    def prepare(self, step: int, graph: StepGraph) -> StepBatch | None:
+        if self._num_steps is not None and step >= self._num_steps:
+            return None
+        microbatches = tuple(
+            Microbatch(step, i, (e - b) / self._dataset.batch_size, self._size_of[e - b])
+            for i, (b, e) in enumerate(self._bounds)
+        )
+        tasks: dict[Key, Task] = {}
+        for program in graph.programs:
+            if program.batch_inputs:
+                for i, (b, e) in enumerate(self._bounds):
+                    key = graph.key("batch", step, program.stage, i)
+                    tasks[key] = Task(
+                        key, read_rows, self._dataset, step, b, e, program.batch_inputs
+                    )
+        return StepBatch(
+            microbatches,
+            lambda stage, index: TaskRef(graph.key("batch", step, stage, index)),
+            tasks,
+            self._amount,
+            "tokens",
+        )
+
+
+def smallest_rows(dag: OperatorDag) -> int:
+    """Return the least number of rows that the captured operators are right for."""
+    rows = {symbol.minimum for symbol in dag.symbols if symbol.dim == 0}
+    fixed = [spec.shape[0] for spec in dag.inputs if spec.shape and isinstance(spec.shape[0], int)]
+    return max([*rows, *fixed], default=1)
+
+
+def split_batch(
+    dag: OperatorDag, batch: Any, step: int, num_microbatches: int, count: TargetCount | None
+) -> tuple[list[dict[str, torch.Tensor]], tuple[Microbatch, ...]]:
+    """Check a batch, split it into micro-batches, and weigh them.
+
+    Returns
+    -------
+    parts
+        Tensors of each micro-batch by value name.
+    microbatches
+
+    Raises
+    ------
+    BatchInvalid
+        If the batch doesn't fit the captured signature.
+    """
+    where = f"step {step}"
+    tensors, constants = flatten_batch(batch)
+    bounds = split_rows(num_rows(tensors, where), num_microbatches, smallest_rows(dag))
+    parts = [take_rows(tensors, begin, end) for begin, end in bounds]
+    sizes = [match_batch(dag, part, constants, where) for part in parts]
+    named = [{f"in.{name}": tensor for name, tensor in part.items()} for part in parts]
+    weights = [float(end - begin) for begin, end in bounds]
+    if count is not None:
+        counted = [float(count(p, dict(s))) for p, s in zip(named, sizes, strict=True)]
+        if sum(counted) == 0:
+            raise BatchInvalid(f"All labels of {where} are ignored: there is nothing to learn from.")
+        weights = counted
+    total = math.fsum(weights)
+    microbatches = tuple(
+        Microbatch(step, index, weight / total, sizes[index])
+        for index, weight in enumerate(weights)
+    )
+    return named, microbatches
+
+
+def measure(parts: Sequence[Mapping[str, torch.Tensor]]) -> tuple[int, str]:
+    """Return a batch's size: tokens if its first tensor is an integer matrix, samples otherwise."""
+    first = [next(iter(part.values())) for part in parts]
+    if first[0].dim() == 2 and not first[0].is_floating_point():
+        return sum(tensor.numel() for tensor in first), "tokens"
+    return sum(tensor.shape[0] if tensor.dim() else 1 for tensor in first), "samples"

@@ -1,0 +1,104 @@
+"""Settings of a run: the mathematics, which the store remembers, and the rest, which may change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dagflow.errors import SettingsInvalid
+from dagflow.run.clusters import ClusterSettings
+from dagflow_tasks.optimizer import Optimizer, Schedule
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings that few runs need; none of them changes what a run computes.
+
+    Attributes
+    ----------
+    cluster : ClusterSettings
+        Workers of the embedded cluster, and how long to wait for others.
+    split_points : sequence of str, optional
+        Module paths to cut at, instead of balancing `num_stages`.
+    memory_limit_bytes : int, optional
+        Memory that a stage may take; the smallest worker's by default.
+    granularity : {"stage", "operator"}
+        "operator" runs every operator as a dask task of its own: slow, and the reference that
+        stages are checked against.
+    dynamic : mapping, optional
+        Dimensions that vary by tensor name, see `dagflow.capture`.
+    batch_size : int, optional
+        Rows a batch, for Hugging Face datasets, which yield rows.
+    lookahead_steps : int
+        Steps handed to the scheduler before the oldest is done.
+    in_flight_slack : int
+        Micro-batches in flight beyond 1F1B's, against slow messages; costs their activations.
+    keep_snapshots : int
+    force : bool
+        Resume though settings differ from the store's that change the mathematics.
+    """
+
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    split_points: Sequence[str] | None = None
+    memory_limit_bytes: int | None = None
+    granularity: Literal["stage", "operator"] = "stage"
+    dynamic: Mapping[str, Sequence[int]] | None = None
+    batch_size: int | None = None
+    lookahead_steps: int = 2
+    in_flight_slack: int = 0
+    keep_snapshots: int = 3
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        at_least = {"lookahead_steps": 1, "in_flight_slack": 0, "keep_snapshots": 1}
+        for name, minimum in at_least.items():
+            if getattr(self, name) < minimum:
+                raise SettingsInvalid(
+                    f"Config({name}=...) must be at least {minimum}; found {getattr(self, name)}."
+                )
+        if self.granularity not in ("stage", "operator"):
+            raise SettingsInvalid(
+                f"Config(granularity=...) is 'stage' or 'operator'; found {self.granularity!r}."
+            )
+
+
+@dataclass(frozen=True)
+class Mathematics:
+    """The settings that decide what a run computes. A store keeps them; a resumed run must agree."""
+
+    optimizer: Optimizer
+    schedule: Schedule
+    clip_grad_norm: float | None
+    num_microbatches: int
+    precision: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise SettingsInvalid(
+                f"precision is one of {', '.join(PRECISIONS)}; found {self.precision!r}."
+            )
+        if self.num_microbatches < 1:
+            raise SettingsInvalid(
+                f"num_microbatches must be at least 1; found {self.num_microbatches}."
+            )
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise SettingsInvalid(f"clip_grad_norm must be positive; found {self.clip_grad_norm}.")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.to_json(),
+            "schedule": {
+                "kind": self.schedule.kind,
+                "warmup_steps": self.schedule.warmup_steps,
+                "total_steps": self.schedule.total_steps if self.schedule.kind != "constant" else None,
+                "final_factor": self.schedule.final_factor,
+            },
+            "clip_grad_norm": self.clip_grad_norm,
+            "num_microbatches": self.num_microbatches,
+            "precision": self.precision,
+            "seed": self.seed,
+        }

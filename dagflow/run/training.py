@@ -1,0 +1,463 @@
+"""`dagflow.train`: a model, data, and a swarm become a trained model."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from distributed import Client
+
+from dagflow.errors import SettingsInvalid, StoreHoldsAnotherRun, TransientError
+from dagflow.graph.batch import flatten_batch, rebuilder
+from dagflow.graph.capture import LossFunction, capture
+from dagflow.graph.dag import OperatorDag
+from dagflow.plan.partition import Partition, partition, partition_by_operator
+from dagflow.plan.plan import Plan, place_in_turn
+from dagflow.plan.schedule import in_flight_limits
+from dagflow.run.clusters import open_cluster, roster
+from dagflow.run.data import BatchStream, TokenDataset, fingerprint, num_rows, split_rows, take_rows
+from dagflow.run.driver import Driver
+from dagflow.run.events import Callback, ProgressLine, StepEvent, notify
+from dagflow.run.feed import Feed, StreamFeed, TokenFeed
+from dagflow.run.graph import Priorities, StepGraph
+from dagflow.run.settings import Config, Mathematics
+from dagflow.run.weights import Leftovers, initial_shard, read_state_dict
+from dagflow.run.workers import WorkerFacts
+from dagflow_storage import (
+    RunDirectory,
+    Snapshot,
+    Store,
+    commit_snapshot,
+    list_snapshots,
+    settings_diff,
+)
+from dagflow_tasks.cache import CACHE
+from dagflow_tasks.optimizer import Optimizer, Schedule
+from dagflow_tasks.references import StageRef, TaskSettings
+from dagflow_tasks.results import Decision
+
+# A run whose workers keep leaving before it gets anywhere is given up after so many attempts.
+_MAX_FRUITLESS_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns; the rest is in the store.
+
+    Attributes
+    ----------
+    losses : list of float
+        One a step, from the run's first.
+    step : int
+        Steps done.
+    plan : Plan
+        The latest one.
+    store : str
+        URL of the run's directory.
+    """
+
+    losses: list[float]
+    step: int
+    plan: Plan
+    store: str
+    _store: Store
+    _aliases: dict[str, str]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Read the trained weights and buffers from the store, on the CPU.
+
+        ``model.load_state_dict(result.state_dict())`` works on the model that was given.
+        """
+        return read_state_dict(self._store, self.step, self._aliases)
+
+
+def train(
+    model: torch.nn.Module,
+    data: Any,
+    *,
+    loss: LossFunction | None = None,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
+    clip_grad_norm: float | None = None,
+    steps: int | None = None,
+    epochs: int = 1,
+    num_stages: int | str = "auto",
+    num_microbatches: int = 8,
+    precision: str = "fp32",
+    seed: int = 0,
+    store: str | Path | None = None,
+    snapshot_every: int | None = 100,
+    client: Client | str | None = None,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    config: Config | None = None,
+    state_dict: str | Path | None = None,
+) -> TrainResult:
+    """Train a model on a swarm, and return its losses and weights.
+
+    The model is captured as an operator DAG, cut into stages, and trained as a dask graph. The
+    mathematics is that of a plain torch loop over the same batches: it depends neither on the
+    number of stages nor on who computes them.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        On the CPU, or built under `empty_weights` with `state_dict=` a safetensors file or folder.
+        It is put into training mode and not changed otherwise.
+    data
+        Iterable or map-style dataset of batches (mappings, tuples, tensors), a torch `DataLoader`,
+        a Hugging Face dataset, or a `TokenDataset`.
+    loss : callable, optional
+        ``loss(output, target)``; without it the model returns its loss, or something with ``.loss``.
+    optimizer : Optimizer
+        AdamW with a learning rate of 3e-4 by default.
+    schedule : Schedule, optional
+        Constant by default; `total_steps` defaults to the run's number of steps.
+    clip_grad_norm : float, optional
+        Largest global norm of the gradients.
+    steps, epochs : int
+        How long: `steps` if given, else passes over the data.
+    num_stages : int or "auto"
+        "auto" takes one a worker.
+    num_microbatches : int
+        Parts of a batch that go through the stages one after the other. A batch that it doesn't
+        divide is split unevenly; the loss is the mean over the batch all the same.
+    precision : {"fp32", "bf16", "fp16"}
+        With bf16 and fp16 weights stay in fp32 and operators run under autocast; fp16 scales the
+        loss.
+    seed : int
+    store : str or Path, optional
+        Folder or fsspec URL of the run; a new folder under ``runs/`` by default. If it holds this
+        run already, training resumes from its newest snapshot.
+    snapshot_every : int, optional
+        Steps between snapshots; None for one at the end.
+    client : distributed.Client or str, optional
+        The cluster, or its scheduler's address. By default one is started on this machine.
+    progress : bool
+        Show a progress line on stderr.
+    callbacks : sequence
+        Objects with ``on_step(event)``, or functions of a `StepEvent`.
+    config : Config, optional
+        What few runs need.
+
+    Raises
+    ------
+    CaptureFailed, BatchInvalid, SettingsInvalid, OptimizerInvalid, PlanInvalid, StageTooLarge
+        Before any task runs.
+    StoreNotWritable, StoreHoldsAnotherRun
+        Before any task runs.
+    WorkersLost
+        If no worker joins in time, or all have left.
+    NonFiniteLoss
+        If the loss isn't finite; the last snapshot is good.
+    """
+    config = config or Config()
+    line = ProgressLine(progress, None)
+    stream = _stream(data, epochs, steps, seed, config)
+    total = steps if steps is not None else _total_steps(data, stream, epochs)
+    mathematics = Mathematics(
+        optimizer=optimizer or Optimizer("AdamW", lr=3e-4),
+        schedule=_with_total(schedule or Schedule(), total),
+        clip_grad_norm=clip_grad_norm,
+        num_microbatches=num_microbatches,
+        precision=precision,
+        seed=seed,
+    )
+    where = Store(str(store) if store is not None else _new_folder(model))
+    where.probe()
+    was_training = model.training
+    model.train()
+    try:
+        first = data.rows(0, 0, data.batch_size) if stream is None else stream.peek()
+        dag = capture(
+            model, _example(first, num_microbatches), loss=loss, dynamic=config.dynamic
+        )
+        run = _open_run(where, dag, mathematics, fingerprint(first), config, line)
+        if not list_snapshots(where):
+            shard = initial_shard(where, dag, model, state_dict)
+            commit_snapshot(where, 0, [shard], {"decision": None})
+    finally:
+        model.train(was_training)
+    session = _Session(
+        dag, mathematics, run, data, stream, total, config, num_stages, snapshot_every,
+        line, tuple(callbacks), epochs,
+    )
+    try:
+        with open_cluster(client, config.cluster, where) as connected:
+            return session.train(connected)
+    finally:
+        line.close()
+
+
+@dataclass
+class _Session:
+    """One call of `train`: attempts at the same run until it is done."""
+
+    dag: OperatorDag
+    mathematics: Mathematics
+    run: RunDirectory
+    data: Any
+    stream: BatchStream | None
+    total: int | None
+    config: Config
+    num_stages: int | str
+    snapshot_every: int | None
+    line: ProgressLine
+    callbacks: tuple[Callback, ...]
+    epochs: int
+    plan: Plan | None = None
+    position: int = 0
+
+    def train(self, client: Client) -> TrainResult:
+        fruitless = 0
+        self.line.note(f"dashboard: {client.dashboard_link}")
+        while True:
+            start = list_snapshots(self.run.store)[-1]
+            try:
+                step = self._attempt(client, start)
+                break
+            except TransientError as error:
+                newest = list_snapshots(self.run.store)[-1]
+                fruitless = fruitless + 1 if newest == start else 1
+                if fruitless >= _MAX_FRUITLESS_ATTEMPTS:
+                    raise
+                self.line.note(f"{error} Going on from the snapshot of step {newest}.")
+        metrics = self.run.read_metrics()
+        assert self.plan is not None
+        aliases = {alias: p.name for p in self.dag.parameters for alias in p.aliases}
+        return TrainResult(
+            [row["loss"] for row in metrics if row["step"] <= step],
+            step,
+            self.plan,
+            self.run.store.url,
+            self.run.store,
+            aliases,
+        )
+
+    def _attempt(self, client: Client, start: int) -> int:
+        """Plan for the workers that are there, and run until the end or until one is lost."""
+        embedded = self.config.cluster.num_workers
+        workers = roster(client, embedded or 1, self.config.cluster.wait_seconds)
+        self.plan = make_plan(self.dag, workers, self.num_stages, self.mathematics, self.config)
+        name = uuid.uuid4().hex[:8]
+        programs = self.plan.partition.programs
+        self.run.write_programs(name, [program.to_json() for program in programs])
+        client.run(_keep_only, self.run.run_id, name)
+        driver = self._driver(client, workers, name, start)
+        if self.total is None or start < self.total:
+            self.line.note(str(self.plan))
+        self.line.begin(start)
+        with driver.cleaning_up():
+            try:
+                return driver.go(start, self.total)
+            except KeyboardInterrupt:
+                self._stop(driver, start)
+                raise
+
+    def _driver(
+        self, client: Client, workers: Sequence[WorkerFacts], name: str, start: int
+    ) -> Driver:
+        assert self.plan is not None
+        m = self.mathematics
+        settings = TaskSettings(m.seed, m.precision, m.optimizer)
+        run_id = self.run.run_id
+        refs = [
+            StageRef(self.run.store, run_id, name, stage, settings)
+            for stage in range(self.plan.num_stages)
+        ]
+        graph = StepGraph(
+            prefix=name,
+            programs=self.plan.partition.programs,
+            refs=refs,
+            limits=self.plan.limits,
+            clip_norm=m.clip_grad_norm,
+            scaled=m.precision == "fp16",
+            parameter_order=tuple(p.name for p in self.dag.parameters if p.trainable),
+        )
+        addresses = [workers[index].address for index in self.plan.placement]
+        stored = Snapshot.open(self.run.store, start).meta.get("decision")
+        leftovers = Leftovers(self.run.store, start, self.plan.partition.programs)
+        return Driver(
+            client=client,
+            graph=graph,
+            priorities=Priorities(self.plan.schedule()),
+            addresses=addresses,
+            feed=self._feed(client, addresses, start),
+            schedule=m.schedule,
+            run=self.run,
+            snapshot_every=self.snapshot_every,
+            lookahead_steps=self.config.lookahead_steps,
+            keep_snapshots=self.config.keep_snapshots,
+            on_step=self._on_step,
+            write_extra=leftovers.write,
+            decision=Decision(**stored) if stored else None,
+        )
+
+    def _feed(self, client: Client, addresses: Sequence[str], start: int) -> Feed:
+        count = self.mathematics.num_microbatches
+        if isinstance(self.data, TokenDataset):
+            return TokenFeed(self.data, self.dag, count, self.total)
+        if self.stream is None or self.position > start:
+            # A second attempt: read the data from its beginning again.
+            steps = self.total if self.total is not None else None
+            self.stream = _stream(self.data, self.epochs, steps, self.mathematics.seed, self.config)
+            self.position = 0
+        assert self.stream is not None
+        self.stream.skip(start - self.position)
+        self.position = 1 << 62  # whoever comes next must begin anew
+        return StreamFeed(self.stream, self.dag, count, client, addresses)
+
+    def _on_step(self, event: StepEvent) -> None:
+        self.line.update(event)
+        notify(self.callbacks, event)
+
+    def _stop(self, driver: Driver, start: int) -> None:
+        """After Ctrl-C: let what is in flight finish, write a snapshot, say how to go on."""
+        self.line.note("Stopping: finishing the steps in flight (Ctrl-C again to stop at once).")
+        done = driver.drain()
+        if done is not None and done > start:
+            driver.save_and_commit(done)
+        self.line.close()
+        self.line.note(
+            f"Stopped after step {done or start}. Call train again with store={self.run.store.url!r} "
+            "to go on from here."
+        )
+
+
+def make_plan(
+    dag: OperatorDag,
+    workers: Sequence[WorkerFacts],
+    num_stages: int | str,
+    mathematics: Mathematics,
+    config: Config,
+) -> Plan:
+    """Cut the DAG for these workers and place the stages.
+
+    Raises
+    ------
+    PlanInvalid, StageTooLarge
+    """
+    cut = _partition(dag, workers, num_stages, config)
+    limits = in_flight_limits(len(cut), config.in_flight_slack)
+    return Plan(
+        cut,
+        place_in_turn(len(cut), len(workers)),
+        tuple(worker.name for worker in workers),
+        limits,
+        mathematics.num_microbatches,
+    )
+
+
+def _partition(
+    dag: OperatorDag, workers: Sequence[WorkerFacts], num_stages: int | str, config: Config
+) -> Partition:
+    if config.granularity == "operator":
+        return partition_by_operator(dag)
+    limit = config.memory_limit_bytes or min(worker.memory_bytes for worker in workers)
+    if config.split_points is not None:
+        return partition(dag, split_points=config.split_points, memory_limit_bytes=limit)
+    if isinstance(num_stages, str):
+        if num_stages != "auto":
+            raise SettingsInvalid(f"num_stages is a number or 'auto'; found {num_stages!r}.")
+        num_stages = len(workers)
+    return partition(dag, num_stages, memory_limit_bytes=limit)
+
+
+def _open_run(
+    store: Store,
+    dag: OperatorDag,
+    mathematics: Mathematics,
+    first_batch: str,
+    config: Config,
+    line: ProgressLine,
+) -> RunDirectory:
+    """Create the run's directory, or check that it holds this run.
+
+    Raises
+    ------
+    StoreHoldsAnotherRun
+        If settings differ that change the mathematics; lists them.
+    """
+    run = RunDirectory(store)
+    wanted = {
+        "model": _model_settings(dag),
+        "data": {"first_batch": first_batch},
+        **mathematics.to_json(),
+    }
+    wanted = json.loads(json.dumps(wanted))
+    if not run.exists():
+        run.create(wanted)
+        return run
+    difference = settings_diff(run.settings(), wanted)
+    if difference and not config.force:
+        raise StoreHoldsAnotherRun(
+            f"{store.url} holds a run with other settings, which change what is computed:\n  "
+            + "\n  ".join(difference)
+            + "\nUse another store=, the old settings, or Config(force=True) to go on regardless."
+        )
+    newest = (list_snapshots(store) or [0])[-1]
+    line.note(f"Resuming {store.url} from the snapshot of step {newest}.")
+    return run
+
+
+def _model_settings(dag: OperatorDag) -> dict[str, Any]:
+    parameters = {p.name: f"{p.dtype}{list(p.shape)}" for p in dag.parameters}
+    trainable = sum(p.num_elements for p in dag.parameters if p.trainable)
+    return {
+        "parameters": parameters,
+        "num_trainable": trainable,
+        "num_operators": len(dag.nodes),
+    }
+
+
+def _keep_only(run_id: str, plan: str) -> None:
+    CACHE.keep_only(run_id, plan)
+
+
+def _stream(
+    data: Any, epochs: int, steps: int | None, seed: int, config: Config
+) -> BatchStream | None:
+    if isinstance(data, TokenDataset):
+        return None
+    if epochs < 1 or (steps is not None and steps < 0):
+        raise SettingsInvalid(f"epochs and steps count up from 1; found {epochs} and {steps}.")
+    return BatchStream(data, None if steps is not None else epochs, seed, config.batch_size)
+
+
+def _total_steps(data: Any, stream: BatchStream | None, epochs: int) -> int | None:
+    per_epoch = len(data) if stream is None else stream.steps_per_epoch()
+    return None if per_epoch is None else per_epoch * epochs
+
+
+def _with_total(schedule: Schedule, total: int | None) -> Schedule:
+    if schedule.kind == "constant" or schedule.total_steps is not None:
+        return schedule
+    if total is None:
+        raise SettingsInvalid(
+            f"The schedule {schedule.kind!r} needs to know how long the run is, and the data has no "
+            "length: pass steps=, or total_steps= in the schedule."
+        )
+    return replace(schedule, total_steps=total)
+
+
+def _example(batch: Any, num_microbatches: int) -> Any:
+    """Return the first micro-batch of a batch, as the model will see it."""
+    tensors, _ = flatten_batch(batch)
+    rows = num_rows(tensors, "step 0")
+    begin, end = split_rows(rows, num_microbatches, 2)[0]
+    part = take_rows(tensors, begin, end)
+    if isinstance(batch, torch.Tensor):
+        return part["input"]
+    return rebuilder(batch)(list(part.values()))
+
+
+def _new_folder(model: torch.nn.Module) -> str:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return str(Path("runs") / f"{type(model).__name__.lower()}-{stamp}-{uuid.uuid4().hex[:4]}")
+

@@ -1,0 +1,178 @@
+"""Where a run's first weights come from, and how its last ones are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from dagflow.errors import SettingsInvalid
+from dagflow.graph.dag import OperatorDag
+from dagflow_storage import ShardRecord, Snapshot, Store
+from dagflow_tasks.program import StageProgram
+from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors, stream_tensors, write_tensors
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Build models without memory for their parameters; buffers stay real.
+
+    >>> with empty_weights():
+    ...     model = torch.nn.Linear(100_000, 100_000)
+    >>> model.weight.is_meta
+    True
+    """
+    original = torch.nn.Module.register_parameter
+
+    def register(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            empty = torch.empty_like(parameter, device="meta")
+            parameter = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        original(module, name, parameter)
+
+    # Initialisers write to what torch.empty returned before it is registered; on the meta device
+    # both cost nothing.
+    torch.nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+    try:
+        with _EmptyOnMeta():
+            yield
+    finally:
+        torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+class _EmptyOnMeta(torch.overrides.TorchFunctionMode):
+    """Let `torch.empty`, which parameters are made of, allocate on the meta device."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") in (None, "cpu", torch.device("cpu")):
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+class WeightFiles:
+    """Tensors in safetensors files, read one at a time.
+
+    Parameters
+    ----------
+    path
+        A file, or a folder with one or several ``*.safetensors``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        folder = Path(path)
+        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
+        if not files or not all(file.is_file() for file in files):
+            raise SettingsInvalid(
+                f"state_dict= must be a .safetensors file or a folder with some; found none at {path}."
+            )
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            with safe_open(str(file), framework="pt") as opened:
+                self._file_of.update(dict.fromkeys(opened.keys(), file))
+
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def read(self, name: str) -> torch.Tensor:
+        with safe_open(str(self._file_of[name]), framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+            return tensor
+
+
+def initial_shard(
+    store: Store, dag: OperatorDag, model: torch.nn.Module, state_dict: str | Path | None
+) -> ShardRecord:
+    """Write a model's parameters and buffers as the snapshot of step 0, one tensor at a time.
+
+    Raises
+    ------
+    SettingsInvalid
+        If a parameter has no value: it is on the meta device, and no file holds it.
+    """
+    read = _reader(dag, model, state_dict)
+    items: list[tuple[str, str, torch.dtype, tuple[int, ...]]] = [
+        (PARAMETER, p.name, getattr(torch, p.dtype), p.shape) for p in dag.parameters
+    ]
+    items += [(BUFFER, name, b.dtype, tuple(b.shape)) for name, b in model.named_buffers()]
+    return stream_tensors(store, 0, "initial", items, read)
+
+
+def _reader(
+    dag: OperatorDag, model: torch.nn.Module, state_dict: str | Path | None
+) -> Callable[[str, str], torch.Tensor]:
+    files = WeightFiles(state_dict) if state_dict is not None else None
+    names = {p.name: (p.name, *p.aliases) for p in dag.parameters}
+    given = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    stored = files.names() if files is not None else set()
+
+    def found(name: str) -> str | None:
+        return next((n for n in names.get(name, (name,)) if n in stored), None)
+
+    missing = [n for n, tensor in given.items() if tensor.is_meta and found(n) is None]
+    if missing:
+        raise SettingsInvalid(
+            f"{len(missing)} of the model's tensors are on the meta device and have no value, "
+            f"{missing[0]!r} the first. "
+            + (
+                f"{state_dict} holds none under that name."
+                if files is not None
+                else "Pass state_dict='model.safetensors', or build the model on the CPU."
+            )
+        )
+
+    def read(role: str, name: str) -> torch.Tensor:
+        source = found(name)
+        if files is None or source is None:
+            return given[name]
+        tensor = files.read(source)
+        if tuple(tensor.shape) != tuple(given[name].shape):
+            raise SettingsInvalid(
+                f"{state_dict} has {name!r} with shape {list(tensor.shape)}; the model wants "
+                f"{list(given[name].shape)}."
+            )
+        return tensor.to(given[name].dtype)
+
+    return read
+
+
+class Leftovers:
+    """Tensors that no stage owns, because the loss doesn't need them; they stay as they were."""
+
+    def __init__(self, store: Store, step: int, programs: Sequence[StageProgram]) -> None:
+        snapshot = Snapshot.open(store, step)
+        owned = {(PARAMETER, use.parameter) for p in programs for use in p.owned_parameters}
+        owned |= {(BUFFER, use.buffer) for p in programs for use in p.buffers}
+        self._store = store
+        self._tensors: dict[tuple[str, str], torch.Tensor] = {}
+        for role in (PARAMETER, BUFFER):
+            names = [name for name in snapshot.names(role) if (role, name) not in owned]
+            for name, tensor in read_tensors(snapshot, role, names).items():
+                self._tensors[(role, name)] = tensor
+
+    def write(self, step: int) -> list[ShardRecord]:
+        """Write them as a shard of a step's snapshot, if there are any."""
+        if not self._tensors:
+            return []
+        return [write_tensors(self._store, step, "unused", self._tensors)]
+
+
+def read_state_dict(store: Store, step: int, aliases: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Return a snapshot's parameters and buffers by name, tied names included.
+
+    Parameters
+    ----------
+    aliases
+        First name by further name of each tied parameter.
+    """
+    snapshot = Snapshot.open(store, step)
+    found: dict[str, torch.Tensor] = {}
+    for role in (PARAMETER, BUFFER):
+        found.update(read_tensors(snapshot, role, snapshot.names(role)))
+    return {**found, **{alias: found[name] for alias, name in aliases.items() if name in found}}

@@ -1,0 +1,157 @@
+"""Makes a dask worker fit to run stages, and says what it is.
+
+Runs on workers: through the preload ``dagflow.worker``, and again through a plugin that
+`dagflow.train` registers, so that a plain ``dask worker`` serves, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import threading
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from distributed import SchedulerPlugin, Worker, WorkerPlugin
+
+from dagflow.run import wire
+from dagflow.run.dask_internals import set_scheduler_send_interval, set_worker_send_interval
+from dagflow_tasks.device import choose_device, current_device
+from dagflow_tasks.references import DAGFLOW_VERSION
+
+SEND_INTERVAL_SECONDS = 0.0002
+
+# glibc's own limits for its adaptive thresholds (malloc.c, DEFAULT_MMAP_THRESHOLD_MAX).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MMAP_THRESHOLD_BYTES = 32 << 20
+_TRIM_THRESHOLD_BYTES = 2 * _MMAP_THRESHOLD_BYTES
+
+
+@dataclass(frozen=True)
+class WorkerFacts:
+    """What a worker says of itself.
+
+    Attributes
+    ----------
+    address, name : str
+    dagflow, torch, python : str
+        Versions.
+    device : str
+    num_threads : int
+        Tasks at a time.
+    num_torch_threads : int
+        Threads inside an operator.
+    memory_bytes : int
+        What stages may use: dask's limit for the worker, or the GPU's memory.
+    host : str
+    """
+
+    address: str
+    name: str
+    dagflow: str
+    torch: str
+    python: str
+    device: str
+    num_threads: int
+    num_torch_threads: int
+    memory_bytes: int
+    host: str
+
+
+def keep_freed_memory() -> bool:
+    """Undo dask's ``MALLOC_TRIM_THRESHOLD_`` in this process; tell whether libc took it.
+
+    With dask's setting every freed tensor goes back to the system and every new one is faulted in
+    again, page by page: a fifth of the throughput. The values are those that glibc would reach
+    by itself.
+    """
+    if platform.system() != "Linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    done = mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+    return bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES) and done)
+
+
+def prepare_process(num_torch_threads: int | None = None, device: str = "auto") -> None:
+    """Set this process up for stages: memory, threads, device, serializers. Safe to call again."""
+    keep_freed_memory()
+    if num_torch_threads is not None:
+        torch.set_num_threads(num_torch_threads)
+    choose_device(device)
+    wire.register()
+
+
+def prepare_worker(worker: Worker) -> None:
+    """Connect a worker with what its process was prepared for."""
+    set_worker_send_interval(worker, SEND_INTERVAL_SECONDS)
+    wire.POLICY.bandwidth = wire.bandwidth_from_log(worker.transfer_outgoing_log)
+
+
+class StageWorker(WorkerPlugin):
+    """Prepares every worker of a cluster, those that join later included.
+
+    Parameters
+    ----------
+    num_torch_threads : int, optional
+        None leaves torch's setting, or the preload's, alone.
+    embedded : bool
+        True in a cluster that `dagflow.train` started: Ctrl-C then is the driver's business alone.
+    """
+
+    name = "dagflow-stage-worker"
+
+    def __init__(self, num_torch_threads: int | None = None, embedded: bool = False) -> None:
+        self.num_torch_threads = num_torch_threads
+        self.embedded = embedded
+
+    def setup(self, worker: Worker) -> None:
+        if not getattr(worker, "_dagflow_prepared", False):
+            prepare_process(self.num_torch_threads)
+        if self.embedded and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        prepare_worker(worker)
+
+
+class StageScheduler(SchedulerPlugin):
+    """Lets the scheduler send tasks at once instead of collecting them for 5 ms."""
+
+    name = "dagflow-stage-scheduler"
+
+    async def start(self, scheduler: Any) -> None:
+        for address in list(scheduler.workers):
+            set_scheduler_send_interval(scheduler, address, SEND_INTERVAL_SECONDS)
+
+    def add_worker(self, scheduler: Any, worker: str) -> None:
+        set_scheduler_send_interval(scheduler, worker, SEND_INTERVAL_SECONDS)
+
+
+def describe(dask_worker: Worker) -> dict[str, Any]:
+    """Return a worker's facts; runs on the worker."""
+    device = current_device()
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = dask_worker.memory_manager.memory_limit or _system_memory()
+    return asdict(
+        WorkerFacts(
+            address=dask_worker.address,
+            name=str(dask_worker.name),
+            dagflow=DAGFLOW_VERSION,
+            torch=torch.__version__,
+            python=platform.python_version(),
+            device=str(device),
+            num_threads=dask_worker.state.nthreads,
+            num_torch_threads=torch.get_num_threads(),
+            memory_bytes=int(memory),
+            host=platform.node(),
+        )
+    )
+
+
+def _system_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
