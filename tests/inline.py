@@ -35,7 +35,7 @@ class InlineRun:
         optimizer: Optimizer | None = None,
         precision: str = "fp32",
         clip_norm: float | None = None,
-        before_task: Callable[[], None] = lambda: None,
+        before_task: Callable[[InlineRun], None] = lambda run: None,
     ) -> None:
         self.dag, self.cut = dag, cut
         self.before_task = before_task
@@ -77,7 +77,7 @@ class InlineRun:
 
         inputs = StepInputs(step, microbatches, batch, 1.0, first=step == 0)
         for key, task in in_order(self.graph.step(inputs)):
-            self.before_task()
+            self.before_task(self)
             self.results[key] = task(self.results)
         self.losses.append(self.results[self.graph.report_key(step)].loss)
 
@@ -104,9 +104,7 @@ class InlineRun:
         return found
 
 
-def assert_same_bits(
-    found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
-) -> None:
+def assert_same_bits(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
     """Compare named tensors bit for bit, and say which differ."""
     assert sorted(found) == sorted(wanted)
     differing = {

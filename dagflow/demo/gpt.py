@@ -123,17 +123,21 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
+def mean_loss(model: GPT, tokens: Tensor, num_windows: int = 64) -> float:
+    """Return the mean cross-entropy in nats over windows spread evenly over ``(N,)`` tokens."""
+    last = len(tokens) - model.context - 1
+    offsets = torch.linspace(0, last, num_windows, dtype=torch.float64).long()
+    windows = torch.stack([tokens[o : o + model.context + 1] for o in offsets.tolist()]).long()
+    return float(model(windows[:, :-1], windows[:, 1:]))
+
+
+@torch.no_grad()
 def sample(
     model: GPT, prompt_ids: Tensor, num_tokens: int, temperature: float = 0.8, seed: int = 0
 ) -> Tensor:
-    """Return the prompt, continued: the same tokens each time for the same seed.
+    """Return ``(T,)`` tokens, continued: the same for the same seed.
 
-    Parameters
-    ----------
-    prompt_ids
-        ``(T,)``, at least one token; the model sees the last `context` of prompt and answer.
-    temperature
-        0 takes the likeliest token.
+    The model sees the last `context` of them. A `temperature` of 0 takes the likeliest token.
     """
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from distributed import Client
 
 import dagflow
-from dagflow.demo.gpt import GPT, sample
-from dagflow.demo.text import ByteTokenizer, find_files, python_library, tokens_of
+from dagflow.demo.gpt import GPT, mean_loss, sample
+from dagflow.demo.text import ByteTokenizer, TokenIds, find_files, python_library, tokens_of
 from dagflow.errors import NotFound, SettingsInvalid
-from dagflow_storage import RunDirectory, Store, TokenArray, write_tokens
+from dagflow_storage import JSON, Store, TokenArray, write_tokens
 
 FOLDER = "runs/demo"
 PROMPT = b"    def "
 SAMPLE_BYTES = 400
+TEMPERATURE = 0.7
 # What the demo puts into its folder, in the order in which it is safe to delete: a run without
 # snapshots starts from nothing, and a folder without a run is an empty one.
 _CONTENT = ("sample.txt", "snapshots", "metrics", "programs", "run.json", "tokens")
@@ -85,15 +87,17 @@ def run_demo(
         print(f"\nThis run is finished. Start afresh: dagflow demo{_option(folder)} --fresh")
         print(_how_to_look(folder))
         return
-    tokens = _tokens(store, files)
-    print(_introduction(settings, len(tokens)), flush=True)
-    result = _train(store, settings, client, progress)
-    if result.step < settings.num_steps:
-        print(f"Go on from step {result.step}: dagflow demo{_option(folder)}")
-        return
+    corpus = _corpus(files)
+    _write_tokens(store, corpus)
+    print(_introduction(settings, corpus), flush=True)
+    try:
+        result = _train(store, settings, client, progress)
+    except KeyboardInterrupt:
+        print(f"Go on from here: dagflow demo{_option(folder)}")
+        raise
     model = settings.model()
     model.load_state_dict(result.state_dict())
-    report = f"{_written(model)}\n\n{_outcome(model, result.losses, tokens)}"
+    report = f"{_written_by(model)}\n\n{_outcome(model, result.losses, corpus)}"
     # Last: with it the demo is finished.
     store.write_bytes("sample.txt", report.encode())
     print(f"\n{report}\n{_how_to_look(folder)}")
@@ -118,27 +122,79 @@ def _train(
         steps=settings.num_steps,
         num_microbatches=settings.num_microbatches,
         store=store.url,
-        snapshot_every=100,
         client=client,
         progress=progress,
     )
 
 
-def _tokens(store: Store, files: Sequence[str]) -> TokenArray:
-    """Open the folder's tokens, written before they are opened for the first time."""
-    wanted = {"text": list(files) or "the library of this Python"}
-    tokens = TokenArray(store.child("tokens"))
+@dataclass(frozen=True)
+class _Corpus:
+    """Text files, and what to call them."""
+
+    name: str
+    files: Sequence[Path]
+
+    def tokens(self, held_out: bool = False) -> Iterator[TokenIds]:
+        return tokens_of(self.files, ByteTokenizer(), held_out=held_out)
+
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+
+def _corpus(files: Sequence[str]) -> _Corpus:
+    if files:
+        return _Corpus(", ".join(files), find_files(files))
+    return _Corpus("the library of this Python", python_library())
+
+
+def _write_tokens(store: Store, corpus: _Corpus) -> None:
+    """Write the folder's tokens, unless a demo that was stopped left the same ones."""
+    place = store.child("tokens")
     try:
-        found = tokens.attributes
+        found = TokenArray(place).attributes.get("text")
     except NotFound:
-        paths = find_files(files) if files else python_library()
-        pieces = tokens_of(paths, ByteTokenizer())
-        write_tokens(store.child("tokens"), pieces, dtype="uint8", attributes=wanted)
-        held_out = tokens_of(paths, ByteTokenizer(), held_out=True)
-        return tokens
-    if found != wanted:
+        attributes: dict[str, JSON] = {"text": corpus.name}
+        write_tokens(place, corpus.tokens(), dtype="uint8", attributes=attributes)
+        return
+    if found != corpus.name:
         raise SettingsInvalid(
-            f"{store.url} has tokens of {found.get('text')}, you ask for {wanted['text']}: "
-            "use another folder, or --fresh to replace them"
+            f"{store.url} is learning from {found}, you ask for {corpus.name}: use another folder, "
+            "or --fresh to start afresh here"
         )
-    return tokens
+
+
+def _forget(store: Store) -> None:
+    for name in _CONTENT:
+        store.delete(name)
+
+
+def _introduction(settings: DemoSettings, corpus: _Corpus) -> str:
+    num_parameters = sum(parameter.numel() for parameter in settings.model().parameters())
+    return (
+        f"A GPT of {num_parameters / 1e6:.1f} M parameters learns from {corpus.name}: "
+        f"{len(corpus.files)} files, {corpus.num_bytes() / 1e6:.1f} MB, a token a byte; "
+        f"{settings.num_steps} steps of {settings.batch_size} x {settings.context} tokens."
+    )
+
+
+def _written_by(model: GPT) -> str:
+    tokenizer = ByteTokenizer()
+    prompt = torch.tensor(list(PROMPT))
+    text = tokenizer.decode(sample(model, prompt, SAMPLE_BYTES, TEMPERATURE).tolist())
+    return f"What it writes after {PROMPT.decode()!r}:\n\n{text}"
+
+
+def _outcome(model: GPT, losses: Sequence[float], corpus: _Corpus) -> str:
+    line = f"Loss: {losses[0]:.2f} at the first step, {losses[-1]:.2f} at the last"
+    unseen = np.concatenate([*corpus.tokens(held_out=True), np.empty(0, np.uint8)])
+    if len(unseen) <= model.context:
+        return f"{line}."
+    return f"{line}; {mean_loss(model, torch.from_numpy(unseen)):.2f} on text it never saw."
+
+
+def _option(folder: str) -> str:
+    return "" if folder == FOLDER else f" --folder {folder}"
+
+
+def _how_to_look(folder: str) -> str:
+    return f"Look at the run: dagflow inspect {folder}"

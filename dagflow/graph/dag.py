@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from dagflow_tasks.operators import Node, evaluate_size
+from dagflow_tasks.errors import ProgramInvalid
+from dagflow_tasks.operators import Node, dtype_of, evaluate_size
 from dagflow_tasks.program import Constant, ValueSpec, check_nodes, read_format
 
 FORMAT = "dagflow-operator-dag"
@@ -173,20 +174,28 @@ class OperatorDag:
         ProgramInvalid, ProgramTooNew, OperatorNotAllowed
         """
         body = read_format(text, FORMAT, FORMAT_VERSION)
-        nodes = tuple(Node.from_json(node) for node in body["nodes"])
-        dag = cls(
+        try:
+            dag = cls._from_body(body)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProgramInvalid(
+                f"This operator DAG is incomplete or damaged: {type(error).__name__}: {error}."
+            ) from error
+        check_nodes(dag.nodes, dag.defined_values())
+        return dag
+
+    @classmethod
+    def _from_body(cls, body: Mapping[str, Any]) -> OperatorDag:
+        return cls(
             symbols=tuple(Symbol(**symbol) for symbol in body["symbols"]),
             inputs=tuple(ValueSpec.from_json(spec) for spec in body["inputs"]),
             parameters=tuple(Parameter(**_tuples(p)) for p in body["parameters"]),
             buffers=tuple(Buffer(**_tuples(b)) for b in body["buffers"]),
             constants=tuple(Constant.from_json(constant) for constant in body["constants"]),
-            nodes=nodes,
+            nodes=tuple(Node.from_json(node) for node in body["nodes"]),
             info={raw["name"]: _info_from_json(raw["info"]) for raw in body["nodes"]},
             loss=body["loss"],
             batch_constants=body["batch_constants"],
         )
-        check_nodes(dag.nodes, dag.defined_values())
-        return dag
 
     def defined_values(self) -> set[str]:
         """Names that are defined before the first node runs."""
@@ -210,8 +219,7 @@ def buffer_value(name: str) -> str:
 
 def dtype_bytes(dtype: str) -> int:
     """Bytes of one element."""
-    torch_dtype: torch.dtype = getattr(torch, dtype)
-    return torch_dtype.itemsize
+    return dtype_of(dtype).itemsize
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -37,8 +37,8 @@ def match_batch(
         )
     if dict(constants) != dict(dag.batch_constants):
         raise BatchInvalid(
-            f"The batch of {where} has the constants {dict(constants)}; the model was captured with "
-            f"{dict(dag.batch_constants)}. Pass what changes as tensors."
+            f"The batch of {where} has the constants {dict(constants)}; the model was captured "
+            f"with {dict(dag.batch_constants)}. Pass what changes as tensors."
         )
     sizes: dict[str, int] = {}
     for name, spec in wanted.items():
@@ -54,8 +54,8 @@ def match_batch(
                 _match_symbol(dag, sizes, known, size, f"{name!r} of {where}", dim)
             elif size != known:
                 raise BatchInvalid(
-                    f"{name!r} of {where} has size {size} in dimension {dim}; the model was captured "
-                    f"with {known}, and that size is fixed. Pad or drop such batches "
+                    f"{name!r} of {where} has size {size} in dimension {dim}; the model was "
+                    f"captured with {known}, and that size is fixed. Pad or drop such batches "
                     f"(DataLoader(drop_last=True)), or name the dimension in Config(dynamic=...)."
                 )
     return tuple((symbol.name, sizes[symbol.name]) for symbol in dag.symbols)
@@ -73,6 +73,6 @@ def _match_symbol(
         )
     if sizes.setdefault(symbol_name, size) != size:
         raise BatchInvalid(
-            f"{what} has size {size} in dimension {dim}, and another tensor {sizes[symbol_name]}; the "
-            "model needs them equal."
+            f"{what} has size {size} in dimension {dim}, and another tensor {sizes[symbol_name]}; "
+            "the model needs them equal."
         )

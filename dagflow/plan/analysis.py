@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from functools import cached_property
 
-import torch
-
 from dagflow.graph.dag import OperatorDag
-from dagflow_tasks.operators import Node, aliased_arguments, mutated_arguments
+from dagflow_tasks.operators import Node, aliased_arguments, dtype_of, mutated_arguments
 
 # Roughly one volunteer's CPU core; only ratios between operators matter.
 NOMINAL_FLOPS_PER_SECOND = 50e9
@@ -75,7 +73,7 @@ class DagAnalysis:
                 continue
             outputs = self.dag.info[node.name].outputs
             if any(name in found for name in node.references()) and any(
-                getattr(torch, dtype).is_floating_point for dtype, _ in outputs
+                dtype_of(dtype).is_floating_point for dtype, _ in outputs
             ):
                 found.add(node.name)
         return found

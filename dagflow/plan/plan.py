@@ -72,5 +72,3 @@ def place_in_turn(num_stages: int, num_workers: int) -> tuple[int, ...]:
     pipeline fills sooner (interleaved 1F1B, arXiv 2104.04473, section 2.2).
     """
     return tuple(stage % num_workers for stage in range(num_stages))
-
-

@@ -33,6 +33,8 @@ _EMBEDDED_SETTINGS = {
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": False,
     "distributed.admin.tick.limit": "30s",
+    # What goes wrong in a task comes back as an exception; dask's own log would say it again.
+    "logging": {"distributed": "critical"},
     # Weights and activations stay where they are; a big literal is a user's batch, not an accident.
     "distributed.admin.large-graph-warning-threshold": "200MB",
 }

@@ -65,16 +65,15 @@ def notify(callbacks: tuple[Callback, ...], event: StepEvent) -> None:
 class ProgressLine:
     """One line: step, loss, speed, time left; and notes above it.
 
-    Parameters
+    Attributes
     ----------
-    enabled : bool
     total : int | None
         Steps of the whole run, if known.
     """
 
-    def __init__(self, enabled: bool, total: int | None) -> None:
+    def __init__(self, enabled: bool, total: int | None = None) -> None:
         self._enabled = enabled
-        self._total = total
+        self.total = total
         self._console = Console(stderr=True, highlight=False)
         self._live = enabled and sys.stderr.isatty()
         self._progress: Progress | None = None
@@ -99,7 +98,7 @@ class ProgressLine:
             console=self._console,
             refresh_per_second=4,
         )
-        self._task = self._progress.add_task("", total=self._total, completed=step, text="starting")
+        self._task = self._progress.add_task("", total=self.total, completed=step, text="starting")
         self._progress.start()
 
     def update(self, event: StepEvent) -> None:
@@ -112,12 +111,12 @@ class ProgressLine:
             self._progress.update(self._task, completed=event.step, text=text)
         elif self._enabled and time.monotonic() - self._logged > _LOG_EVERY_SECONDS:
             self._logged = time.monotonic()
-            self.note(f"step {event.step}/{self._total or '?'}  {text}{self._remaining(event)}")
+            self.note(f"step {event.step}/{self.total or '?'}  {text}{self._remaining(event)}")
 
     def _remaining(self, event: StepEvent) -> str:
-        if self._total is None or not self._smoothed:
+        if self.total is None or not self._smoothed:
             return ""
-        seconds = (self._total - event.step) * event.amount / self._smoothed
+        seconds = (self.total - event.step) * event.amount / self._smoothed
         return f"  {seconds:.0f} s left"
 
     def close(self) -> None:

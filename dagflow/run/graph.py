@@ -301,7 +301,7 @@ class _StepBuilder:
     def _return_loans(self) -> None:
         for owner, borrowers in self.graph.loans.items():
             for borrower, (_, uses) in borrowers.items():
-                call = (tasks.return_gradients, self._sums(borrower), uses)
+                call = (tasks.return_gradients, self._ref(borrower), self._sums(borrower), uses)
                 self._add("return", borrower, owner, call=call)
 
     def _borrowed(self, stage: int) -> List:

@@ -158,7 +158,7 @@ def train(
         If the loss isn't finite; the last snapshot is good.
     """
     config = config or Config()
-    line = ProgressLine(progress, None)
+    line = ProgressLine(progress)
     stream = _stream(data, epochs, steps, seed, config)
     total = steps if steps is not None else _total_steps(data, stream, epochs)
     mathematics = Mathematics(
@@ -216,6 +216,7 @@ class _Session:
 
     def train(self, client: Client) -> TrainResult:
         fruitless = 0
+        self.line.total = self.total
         self.line.note(f"dashboard: {client.dashboard_link}")
         while True:
             start = list_snapshots(self.run.store)[-1]

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import blosc2
 import torch
+from dask.sizeof import sizeof
 from distributed.protocol import dask_deserialize, dask_serialize
 
 from dagflow_tasks.results import BackwardResult, ForwardResult, TensorDict
@@ -157,6 +158,8 @@ def register() -> None:
     dask_deserialize.register(ForwardResult)(_load_forward)
     dask_serialize.register(BackwardResult)(_dump_backward)
     dask_deserialize.register(BackwardResult)(_load_backward)
+    for result_type in (TensorDict, ForwardResult, BackwardResult):
+        sizeof.register(result_type)(_size_of)
 
 
 def _dump_tensors(value: TensorDict, context: Any = None) -> tuple[Header, list[Any]]:
@@ -167,19 +170,32 @@ def _dump_tensors(value: TensorDict, context: Any = None) -> tuple[Header, list[
 def _dump_forward(result: ForwardResult, context: Any = None) -> tuple[Header, list[Any]]:
     # Mutated buffers stay: only the stage's own tasks, on this worker, read them.
     headers, frames = pack_tensors(result.values, context)
-    return {"tensors": headers, "finite": result.finite}, frames
+    return {"tensors": headers, "finite": result.finite, "place": list(result.place)}, frames
 
 
 def _load_forward(header: Header, frames: list[Any]) -> ForwardResult:
-    return ForwardResult(unpack_tensors(header["tensors"], frames), finite=header["finite"])
+    values = unpack_tensors(header["tensors"], frames)
+    return ForwardResult(values, None, header["finite"], tuple(header["place"]))
 
 
 def _dump_backward(result: BackwardResult, context: Any = None) -> tuple[Header, list[Any]]:
     # Gradient sums stay, too: they are as large as the weights.
     headers, frames = pack_tensors(result.gradients, context)
-    return {"tensors": headers, "non_finite": list(result.non_finite)}, frames
+    header = {"non_finite": list(result.non_finite), "place": list(result.place)}
+    return {"tensors": headers, **header}, frames
 
 
 def _load_backward(header: Header, frames: list[Any]) -> BackwardResult:
     gradients = unpack_tensors(header["tensors"], frames)
-    return BackwardResult(gradients, non_finite=tuple(header["non_finite"]))
+    return BackwardResult(gradients, None, tuple(header["non_finite"]), tuple(header["place"]))
+
+
+def _size_of(value: Any) -> int:
+    """Bytes of a result's tensors, for dask's accounts."""
+    parts: list[Any] = [value]
+    if isinstance(value, ForwardResult):
+        parts = [value.values, value.buffers]
+    elif isinstance(value, BackwardResult):
+        parts = [value.gradients, value.sums]
+    tensors = [tensor for part in parts if part for tensor in part.values()]
+    return 200 + sum(tensor.numel() * tensor.element_size() for tensor in tensors)

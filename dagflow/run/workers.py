@@ -121,6 +121,7 @@ class StageScheduler(SchedulerPlugin):
     """Lets the scheduler send tasks at once instead of collecting them for 5 ms."""
 
     name = "dagflow-stage-scheduler"
+    idempotent = True
 
     async def start(self, scheduler: Any) -> None:
         for address in list(scheduler.workers):

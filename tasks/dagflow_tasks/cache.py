@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from dagflow_tasks.device import current_device
+from dagflow_tasks.errors import StateLost
 from dagflow_tasks.interpreter import Executable
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import StageRef
+from dagflow_tasks.results import Tensors
 from dagflow_tasks.state import StageState, load_state
 
 StageKey = tuple[str, str, int]
@@ -37,6 +39,7 @@ class WorkerCache:
     programs: dict[StageKey, Executable] = field(default_factory=dict)
     states: dict[StageKey, StageState] = field(default_factory=dict)
     graphs: dict[tuple[StageKey, int, int], SavedGraph] = field(default_factory=dict)
+    kept: dict[tuple[StageKey, str], tuple[tuple[int, int], Tensors]] = field(default_factory=dict)
     recomputed: int = 0
     lock: Any = field(default_factory=threading.RLock)
 
@@ -46,6 +49,7 @@ class WorkerCache:
             self.programs.clear()
             self.states.clear()
             self.graphs.clear()
+            self.kept.clear()
 
     def keep_only(self, run_id: str, plan: str) -> None:
         """Forget what belongs to other runs, or to other plans of this one."""
@@ -57,6 +61,8 @@ class WorkerCache:
                 del self.states[key]
             for graph_key in [key for key in self.graphs if key[0][:2] != kept]:
                 del self.graphs[graph_key]
+            for kept_key in [key for key in self.kept if key[0][:2] != kept]:
+                del self.kept[kept_key]
 
     def executable(self, ref: StageRef) -> Executable:
         """Return the stage's program ready to run, reading it from the store if need be."""
@@ -96,6 +102,38 @@ class WorkerCache:
         """Return a saved graph and forget it: a graph serves one backward."""
         with self.lock:
             return self.graphs.pop((ref.key, step, microbatch), None)
+
+
+    def keep(self, ref: StageRef, what: str, place: tuple[int, int], tensors: Tensors) -> None:
+        """Remember the newest gradient sums or buffers of a stage beside the result that holds them.
+
+        dask may move a result to another worker and back (its memory manager, spilling), and these
+        don't travel.
+        """
+        with self.lock:
+            self.kept[(ref.key, what)] = (place, tensors)
+
+    def recall(self, ref: StageRef, what: str, place: tuple[int, int]) -> Tensors:
+        """Return what was kept.
+
+        Raises
+        ------
+        StateLost
+            If it isn't here.
+        """
+        with self.lock:
+            known, tensors = self.kept.get((ref.key, what), ((-1, -1), {}))
+        if known != place:
+            raise StateLost(
+                f"The {what} of stage {ref.stage} after micro-batch {place[1]} of step {place[0]} were "
+                "on a worker that is gone."
+            )
+        return tensors
+
+    def drop(self, ref: StageRef, what: str) -> None:
+        """Forget what was kept: the step is done."""
+        with self.lock:
+            self.kept.pop((ref.key, what), None)
 
 
 CACHE = WorkerCache()

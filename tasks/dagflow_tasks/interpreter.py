@@ -23,6 +23,7 @@ from dagflow_tasks.operators import (
     Node,
     autocasts,
     decode_literal,
+    device_parameters,
     draws_random_numbers,
     mutated_arguments,
     resolve,
@@ -193,10 +194,16 @@ class Executable:
                 return [template(item) for item in argument]
             return argument
 
+        devices = device_parameters(node.op)
+
+        def placed(where: int | str, argument: Argument) -> Any:
+            # Whatever a program says: torch takes strings for devices, too.
+            return self.device if where in devices and argument is not None else template(argument)
+
         return _Instruction(
             function=resolve(node.op),
-            arguments=[template(argument) for argument in node.args],
-            keywords={name: template(argument) for name, argument in node.kwargs.items()},
+            arguments=[placed(i, argument) for i, argument in enumerate(node.args)],
+            keywords={name: placed(name, argument) for name, argument in node.kwargs.items()},
             output=self._slots[node.name],
             free=tuple(self._free.get(node.name, ())),
             node=node,

@@ -28,7 +28,10 @@ _ATEN_NAME = re.compile(r"aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
 _FORBIDDEN_ATEN = frozenset(
     {
         "from_file",
+        "set",
         "set_",
+        "set_data",
+        "_print",
         "_share_memory_",
         "is_pinned",
         "pin_memory",
@@ -144,6 +147,7 @@ def encode_literal(value: Any) -> Argument:
 _DTYPES = (
     "float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64",
     "uint8", "uint16", "uint32", "uint64", "bool", "complex64", "complex128",
+    "float8_e4m3fn", "float8_e5m2",
 )
 # fmt: on
 
@@ -164,17 +168,25 @@ def decode_literal(
 
     `{"device": ...}` always becomes the stage's own device: no program chooses where it runs.
     """
-    ((kind, value),) = argument.items()
-    if kind == "size":
-        return evaluate_size(value, sizes)
-    if kind == "device":
-        return device
-    if kind == "float":
-        return float(value)
     try:
+        ((kind, value),) = argument.items()
+        if kind == "size":
+            return evaluate_size(value, sizes)
+        if kind == "device":
+            return device
+        if kind == "float":
+            return float(value)
         return _TORCH_CONSTANTS[kind][value]
-    except KeyError:
+    except (KeyError, TypeError, ValueError):
         raise ProgramInvalid(f"A program holds the unknown argument {argument!r:.200}.") from None
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype that a program names; nothing else of torch can be reached by name."""
+    dtype = _TORCH_CONSTANTS["dtype"].get(name)
+    if not isinstance(dtype, torch.dtype):
+        raise ProgramInvalid(f"A program holds the unknown dtype {name!r:.80}.")
+    return dtype
 
 
 _SIZE_OPERATIONS: dict[str, Callable[[int, int], int]] = {
@@ -335,6 +347,15 @@ def schema_of(op: str) -> torch.FunctionSchema | None:
     """Return the operator's schema, or None for `getitem` and the extensions."""
     function = resolve(op)
     return function._schema if isinstance(function, torch._ops.OpOverload) else None
+
+
+@cache
+def device_parameters(op: str) -> frozenset[int | str]:
+    """Positions and names of the operator's parameters that choose a device."""
+    schema = schema_of(op)
+    formals = enumerate(schema.arguments) if schema is not None else ()
+    found = [(i, formal.name) for i, formal in formals if "Device" in str(formal.type)]
+    return frozenset(key for pair in found for key in pair)
 
 
 def draws_random_numbers(op: str) -> bool:

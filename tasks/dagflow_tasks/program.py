@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid, ProgramTooNew
-from dagflow_tasks.operators import ASSERTIONS, Node, is_allowed
+from dagflow_tasks.operators import ASSERTIONS, Node, dtype_of, is_allowed
 
 FORMAT = "dagflow-stage-program"
 FORMAT_VERSION = 1
@@ -112,7 +113,7 @@ class Constant:
     data: bytes = field(repr=False)
 
     def tensor(self) -> torch.Tensor:
-        dtype: torch.dtype = getattr(torch, self.dtype)
+        dtype = dtype_of(self.dtype)
         if not self.data:
             return torch.empty(self.shape, dtype=dtype)
         return torch.frombuffer(bytearray(self.data), dtype=dtype).reshape(self.shape)
@@ -130,7 +131,14 @@ class Constant:
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Constant:
         data = base64.b64decode(body["data"])
-        return cls(body["name"], body["dtype"], tuple(body["shape"]), data)
+        constant = cls(body["name"], body["dtype"], tuple(body["shape"]), data)
+        wanted_bytes = math.prod(constant.shape) * dtype_of(constant.dtype).itemsize
+        if len(data) != wanted_bytes:
+            raise ValueError(
+                f"the constant {constant.name!r} has {len(data)} bytes, its shape needs "
+                f"{wanted_bytes}"
+            )
+        return constant
 
 
 @dataclass(frozen=True)
@@ -290,6 +298,11 @@ class StageProgram:
                 f"This stage program is incomplete or damaged: {type(error).__name__}: {error}."
             ) from error
         check_nodes(program.nodes, program.defined_values())
+        computed = {node.name for node in program.nodes}
+        results = [output.value.name for output in program.outputs]
+        for name in (*results, *([program.loss] if program.loss is not None else [])):
+            if name not in computed:
+                raise ProgramInvalid(f"This stage program returns {name!r} but doesn't compute it.")
         return program
 
     def defined_values(self) -> set[str]:
@@ -311,7 +324,9 @@ def read_format(text: str, expected: str, version: int) -> dict[str, Any]:
     found = body.get("format") if isinstance(body, dict) else None
     if found != expected:
         raise ProgramInvalid(f"Not a {expected} file: its format is {found!r}.")
-    if body.get("format_version", 0) > version:
+    if not isinstance(body.get("format_version"), int):
+        raise ProgramInvalid(f"This {expected} doesn't say its format version.")
+    if body["format_version"] > version:
         raise ProgramTooNew(
             f"This {expected} has format version {body['format_version']}; this dagflow reads up "
             f"to {version}. Upgrade dagflow on this machine."

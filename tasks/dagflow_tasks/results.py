@@ -29,11 +29,14 @@ class ForwardResult:
         stage's own next task reads them.
     finite : bool
         Whether all floating-point values are finite.
+    place : (step, micro-batch)
+        What the worker's cache knows `buffers` by, if this copy has lost them on a journey.
     """
 
     values: Tensors
     buffers: Tensors | None = None
     finite: bool = True
+    place: tuple[int, int] = (-1, -1)
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,14 @@ class BackwardResult:
         on the worker: only the stage's own next task reads them.
     non_finite : tuple of int
         Micro-batches so far whose forward left the finite numbers in this stage.
+    place : (step, micro-batch)
+        What the worker's cache knows `sums` by, if this copy has lost them on a journey.
     """
 
     gradients: Tensors
     sums: Tensors | None = None
     non_finite: tuple[int, ...] = ()
+    place: tuple[int, int] = (-1, -1)
 
 
 @dataclass(frozen=True)

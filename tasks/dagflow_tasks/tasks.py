@@ -28,6 +28,8 @@ from dagflow_tasks.results import (
 )
 from dagflow_tasks.state import StageState, save_state
 
+SUMS, BUFFERS = "gradient sums", "buffers"
+
 # Loss scaling as torch.amp.GradScaler does it (its defaults).
 INITIAL_LOSS_SCALE = 65536.0
 _SCALE_GROWTH, _SCALE_BACKOFF, _GROWTH_INTERVAL = 2.0, 0.5, 2000
@@ -62,7 +64,10 @@ def forward(
         for tensor in boundary.values()
         if tensor.is_floating_point()
     )
-    return ForwardResult(boundary, buffers, finite)
+    place = (microbatch.step, microbatch.index)
+    if buffers is not None:
+        CACHE.keep(ref, BUFFERS, place, buffers)
+    return ForwardResult(boundary, buffers, finite, place)
 
 
 def backward(
@@ -112,7 +117,10 @@ def backward(
     non_finite = previous.non_finite if previous else ()
     if not this.finite:
         non_finite = (*non_finite, microbatch.index)
-    return BackwardResult(boundary, _add(previous, by_name), non_finite)
+    place = (microbatch.step, microbatch.index)
+    sums = _add(_sums(ref, previous) if previous is not None else {}, by_name)
+    CACHE.keep(ref, SUMS, place, sums)
+    return BackwardResult(boundary, sums, non_finite, place)
 
 
 def _run(
@@ -137,7 +145,8 @@ def _run(
             tensor.detach().requires_grad_() if item.differentiable else tensor
         )
     uses = _leaves(executable, state, {n: t for part in tied for n, t in part.items()})
-    buffers, written = _buffers(executable, state, before)
+    latest = _buffers_after(ref, before) if before is not None else state.buffers
+    buffers, written = _buffers(executable, state, latest)
     random = RandomAddress(ref.settings.seed, microbatch.step, microbatch.index)
     outputs = executable.run({**inputs, **uses, **buffers}, dict(microbatch.sizes), random)
     return SavedGraph(inputs, uses, outputs), written
@@ -164,10 +173,9 @@ def _leaves(executable: Executable, state: StageState, tied: Tensors) -> dict[st
 
 
 def _buffers(
-    executable: Executable, state: StageState, before: ForwardResult | None
+    executable: Executable, state: StageState, latest: Tensors
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
     """Return buffers by value, and copies of the mutated ones, which the program may write."""
-    latest = before.buffers if before is not None and before.buffers is not None else state.buffers
     written = {name: latest[name].clone() for name in executable.program.mutated_buffers}
     values = {
         use.value: written[use.buffer] if use.mutated else state.buffers[use.buffer]
@@ -203,13 +211,19 @@ def _roots(
     return roots, seeds
 
 
-def _add(previous: BackwardResult | None, fresh: dict[str, torch.Tensor | None]) -> Tensors:
-    """Add a micro-batch's gradients to the sums so far, half-precision ones in float32."""
-    sums: dict[str, torch.Tensor] = dict(previous.sums or {}) if previous else {}
-    if previous is not None and previous.sums is None:
-        raise RuntimeError(
-            "gradient sums were left behind on another worker"
-        )  # placement pins stages
+def _sums(ref: StageRef, result: BackwardResult) -> Tensors:
+    """Return a result's gradient sums, from the cache if this copy of it has been on a journey."""
+    return result.sums if result.sums is not None else CACHE.recall(ref, SUMS, result.place)
+
+
+def _buffers_after(ref: StageRef, result: ForwardResult) -> Tensors:
+    """Return a result's buffers, from the cache if this copy of it has been on a journey."""
+    return result.buffers if result.buffers is not None else CACHE.recall(ref, BUFFERS, result.place)
+
+
+def _add(before: Tensors, fresh: dict[str, torch.Tensor | None]) -> Tensors:
+    """Add a micro-batch's gradients to the sums so far, in float32 if they are in half precision."""
+    sums: dict[str, torch.Tensor] = dict(before)
     while fresh:  # drop each gradient as soon as it is added
         name, gradient = fresh.popitem()
         if gradient is None:
@@ -224,7 +238,7 @@ def _add(previous: BackwardResult | None, fresh: dict[str, torch.Tensor | None])
 
 
 def total_gradients(
-    uses: Iterable[ParameterUse], sums: Sequence[Tensors | None]
+    uses: Iterable[ParameterUse], sums: Sequence[Tensors]
 ) -> dict[str, torch.Tensor]:
     """Add up the gradients of each parameter's uses, last use first, as autograd does.
 
@@ -235,7 +249,7 @@ def total_gradients(
     sums
         Gradient sums by use, from this stage and from those it lends parameters to.
     """
-    by_use = {name: gradient for part in sums if part for name, gradient in part.items()}
+    by_use = {name: gradient for part in sums for name, gradient in part.items()}
     totals: dict[str, torch.Tensor] = {}
     for use in sorted(uses, key=lambda use: use_index(use.value), reverse=True):
         gradient = by_use.get(use.value)
@@ -261,7 +275,7 @@ def _own_gradients(
         for value in part:
             parameter = value.removeprefix("p.").partition("#")[0]
             uses.append(ParameterUse(value, parameter, "", (), True, ref.stage))
-    return total_gradients(uses, [gradients.sums, *borrowed])
+    return total_gradients(uses, [_sums(ref, gradients), *borrowed])
 
 
 def update(
@@ -306,8 +320,10 @@ def update(
         with CACHE.lock:
             CACHE.states.pop(ref.key, None)  # half-updated: better none
         raise
-    if last is not None and last.buffers is not None:
-        current.buffers.update(last.buffers)
+    if last is not None:
+        current.buffers.update(_buffers_after(ref, last))
+    CACHE.drop(ref, SUMS)
+    CACHE.drop(ref, BUFFERS)
     current.casts.clear()
     current.step += 1
     return done
@@ -389,9 +405,9 @@ def lend_parameters(ref: StageRef, state: StateRef, names: Sequence[str]) -> Ten
     return TensorDict({name: parameters[name].detach() for name in names})
 
 
-def return_gradients(gradients: BackwardResult, uses: Sequence[str]) -> Tensors:
+def return_gradients(ref: StageRef, gradients: BackwardResult, uses: Sequence[str]) -> Tensors:
     """Return the gradients of borrowed parameters to their owner, by use."""
-    sums = gradients.sums or {}
+    sums = _sums(ref, gradients)
     return TensorDict({use: sums[use] for use in uses if use in sums})
 
 
@@ -411,7 +427,7 @@ def report(
     Parameters
     ----------
     losses
-        For each micro-batch its weight, the forward result that holds its loss, and the loss's name.
+        For each micro-batch its weight, the forward result with its loss, and the loss's name.
     """
     values = [float(result.values[name]) for _, result, name in losses]
     loss = sum(weight * value for (weight, _, _), value in zip(losses, values, strict=True))

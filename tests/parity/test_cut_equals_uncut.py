@@ -1,4 +1,4 @@
-"""A model cut into stages trains exactly as the uncut one: losses, gradients, weights, to the bit."""
+"""A model cut into stages trains exactly as the uncut one, to the bit."""
 
 from __future__ import annotations
 

@@ -1,0 +1,178 @@
+"""A worker's memory is only a cache: every task gives the same result without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from inline import InlineRun, assert_same_bits, run_inline
+from zoo import build, captured
+
+from dagflow_storage import commit_snapshot
+from dagflow_tasks import tasks
+from dagflow_tasks.cache import CACHE
+from dagflow_tasks.errors import StateLost
+from dagflow_tasks.references import StateRef
+from dagflow_tasks.results import BackwardResult, ForwardResult
+from dagflow_tasks.state import StageState
+
+STEPS, STAGES, MICROBATCHES = 3, 3, 2
+
+
+class Amnesia:
+    """Empties the cache before every task, once what only the cache holds is in the store."""
+
+    def __init__(self) -> None:
+        self.step = 1
+        self.shards: dict[int, Any] = {}
+
+    def __call__(self, run: InlineRun) -> None:
+        for ref in run.refs:
+            state = CACHE.states.get(ref.key)
+            if state is not None and state.step == self.step:
+                self.shards[ref.stage] = tasks.save(ref, StateRef(self.step))
+        if len(self.shards) == len(run.refs):
+            commit_snapshot(run.store, self.step, list(self.shards.values()), {})
+            self.step, self.shards = self.step + 1, {}
+        CACHE.clear()
+
+
+@dataclass(frozen=True)
+class Trained:
+    run: InlineRun
+    weights: dict[str, torch.Tensor]
+    recomputed: int
+
+
+def train(name: str, before_task: Callable[[InlineRun], None]) -> Trained:
+    before = CACHE.recomputed
+    run = run_inline(
+        build(name), STAGES, STEPS, MICROBATCHES, dag=captured(name), before_task=before_task
+    )
+    recomputed = CACHE.recomputed - before
+    return Trained(run, run.weights(STEPS), recomputed)
+
+
+def remember(run: InlineRun) -> None:
+    """Leave the cache alone."""
+
+
+def tensors_of(result: Any) -> dict[str, torch.Tensor]:
+    if isinstance(result, ForwardResult):
+        return {**result.values, **(result.buffers or {})}
+    if isinstance(result, BackwardResult):
+        return {**result.gradients, **(result.sums or {})}
+    return dict(result) if isinstance(result, dict) else {}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "resnet", "lstm"])
+def test_every_task_gives_the_same_result_with_an_emptied_cache(name: str) -> None:
+    warm, cold = train(name, remember), train(name, Amnesia())
+    assert cold.run.losses == warm.run.losses
+    assert_same_bits(cold.weights, warm.weights)
+    warm_results = {(k[0].partition("-")[0], *k[1:]): r for k, r in warm.run.results.items()}
+    cold_results = {(k[0].partition("-")[0], *k[1:]): r for k, r in cold.run.results.items()}
+    assert sorted(map(str, cold_results)) == sorted(map(str, warm_results))
+    for key, result in warm_results.items():
+        assert_same_bits(tensors_of(cold_results[key]), tensors_of(result))
+
+
+def test_a_warm_cache_recomputes_nothing() -> None:
+    assert train("gpt2", remember).recomputed == 0
+
+
+def test_an_emptied_cache_recomputes_each_forward_once() -> None:
+    assert train("gpt2", Amnesia()).recomputed == STEPS * STAGES * MICROBATCHES
+
+
+def test_a_graph_serves_one_backward() -> None:
+    train("two_branches", remember)
+    assert CACHE.graphs == {}
+
+
+def state_of(run: InlineRun, stage: int) -> tuple[int, dict[str, torch.Tensor]]:
+    state: StageState = CACHE.states[run.refs[stage].key]
+    tensors = {name: tensor.detach().clone() for name, tensor in state.parameters.items()}
+    tensors |= {f"buffer {name}": tensor.clone() for name, tensor in state.buffers.items()}
+    return state.step, tensors
+
+
+def run_last_update_again(run: InlineRun, stage: int) -> Any:
+    step = STEPS - 1
+    batches = [run.results[run.graph.key("forward", step, stage, m)] for m in range(MICROBATCHES)]
+    gradients = run.results[run.graph.key("backward", step, stage, MICROBATCHES - 1)]
+    last = batches[-1] if batches[-1].buffers is not None else None
+    return tasks.update(run.refs[stage], StateRef(step), gradients, 1.0, last=last)
+
+
+@pytest.mark.parametrize("name", ["resnet", "llama"])
+def test_an_update_that_runs_twice_changes_nothing_the_second_time(name: str) -> None:
+    run = train(name, remember).run
+    before = state_of(run, 1)
+    assert before[0] == STEPS
+    again = run_last_update_again(run, 1)
+    assert again == run.results[run.graph.key("update", STEPS - 1, 1)]
+    after = state_of(run, 1)
+    assert after[0] == before[0]
+    assert_same_bits(after[1], before[1])
+
+
+@pytest.mark.parametrize("name", ["resnet", "llama"])
+def test_an_update_on_another_worker_makes_the_same_state(name: str) -> None:
+    run = train(name, Amnesia()).run
+    before = state_of(run, 1)
+    CACHE.clear()
+    run_last_update_again(run, 1)
+    after = state_of(run, 1)
+    assert after[0] == before[0]
+    assert_same_bits(after[1], before[1])
+
+
+def test_weights_neither_cached_nor_stored_are_reported_as_lost() -> None:
+    run = train("two_branches", remember).run
+    CACHE.clear()
+    with pytest.raises(StateLost, match=r"stage 1 after step 2 .* complete are: \[0, 3\]"):
+        tasks.lend_parameters(run.refs[1], StateRef(2), [])
+
+
+def test_an_update_that_fails_leaves_no_half_updated_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = train("two_branches", Amnesia()).run
+    key, wanted = run.refs[1].key, state_of(run, 1)[1]
+    CACHE.clear()
+    steps = torch.optim.AdamW.step
+
+    def fail(self: torch.optim.AdamW) -> None:
+        steps(self)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", fail)
+        with pytest.raises(MemoryError):
+            run_last_update_again(run, 1)
+    assert key not in CACHE.states
+    run_last_update_again(run, 1)
+    assert_same_bits(state_of(run, 1)[1], wanted)
+
+
+def test_a_step_forgets_graphs_that_a_cancelled_step_left() -> None:
+    run = run_inline(build("two_branches"), 2, 1, 1, dag=captured("two_branches"))
+    ref = run.refs[0]
+    forward = run.graph.key("forward", 0, 0, 0)
+    CACHE.save_graph(ref, 0, 0, tasks.SavedGraph({}, {}, {}))
+    CACHE.save_graph(ref, 1, 0, tasks.SavedGraph({}, {}, {}))
+    assert forward in run.results
+    assert list(CACHE.graphs) == [(ref.key, 1, 0)]
+
+
+def test_a_worker_forgets_other_runs_only_when_told() -> None:
+    old = run_inline(build("two_branches"), 2, 1, 1, dag=captured("two_branches"))
+    keep = dict(CACHE.states)
+    CACHE.forget_runs_but(old.refs[0].run_id)
+    assert CACHE.states == keep
+    CACHE.forget_runs_but("another run")
+    assert (CACHE.states, CACHE.programs, CACHE.graphs) == ({}, {}, {})
