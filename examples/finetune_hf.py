@@ -6,7 +6,7 @@
     python examples/finetune_hf.py           # to try it: a tiny GPT-2 that knows nothing yet
 
 The folder is one that ``save_pretrained`` writes: configuration, safetensors, tokenizer. Another
-such folder comes out, given by ``--output``. Without a folder, a tiny randomly initialised GPT-2 with
+such folder comes out, given by ``--output``. Without a folder, a tiny GPT-2 with random weights and
 a tokenizer of bytes is made in a temporary place, so that nothing has to be downloaded.
 """
 

@@ -400,9 +400,10 @@ def select_gradients(result: BackwardResult, names: Sequence[str]) -> BackwardRe
 
 
 def lend_parameters(ref: StageRef, state: StateRef, names: Sequence[str]) -> Tensors:
-    """Return parameters that another stage uses, too (tied weights)."""
+    """Return copies of parameters that another stage uses, too (tied weights)."""
+    # Copies: `update` moves the cached weights on in place, and a result must not move with them.
     parameters = CACHE.state(ref, state.step).parameters
-    return TensorDict({name: parameters[name].detach() for name in names})
+    return TensorDict({name: parameters[name].detach().clone() for name in names})
 
 
 def return_gradients(ref: StageRef, gradients: BackwardResult, uses: Sequence[str]) -> Tensors:

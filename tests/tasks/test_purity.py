@@ -19,7 +19,7 @@ from dagflow_tasks.references import StateRef
 from dagflow_tasks.results import BackwardResult, ForwardResult
 from dagflow_tasks.state import StageState
 
-STEPS, STAGES, MICROBATCHES = 3, 3, 2
+STEPS, STAGES, MICROBATCHES = 2, 3, 2
 
 
 class Amnesia:
@@ -131,11 +131,19 @@ def test_an_update_on_another_worker_makes_the_same_state(name: str) -> None:
     assert_same_bits(after[1], before[1])
 
 
+def test_lent_parameters_stay_those_of_their_step_when_the_owner_moves_on() -> None:
+    run = train("gpt2", remember).run
+    names = ["transformer.wte.weight"]
+    (lent,) = (r for key, r in run.results.items() if key[0].startswith("lend") and key[1] == 0)
+    initial = dict(build("gpt2").model.named_parameters())
+    assert_same_bits(lent, {name: initial[name].detach() for name in names})
+
+
 def test_weights_neither_cached_nor_stored_are_reported_as_lost() -> None:
     run = train("two_branches", remember).run
     CACHE.clear()
-    with pytest.raises(StateLost, match=r"stage 1 after step 2 .* complete are: \[0, 3\]"):
-        tasks.lend_parameters(run.refs[1], StateRef(2), [])
+    with pytest.raises(StateLost, match=r"stage 1 after step 1 .* complete are: \[0, 2\]"):
+        tasks.lend_parameters(run.refs[1], StateRef(1), [])
 
 
 def test_an_update_that_fails_leaves_no_half_updated_state(
@@ -162,17 +170,6 @@ def test_an_update_that_fails_leaves_no_half_updated_state(
 def test_a_step_forgets_graphs_that_a_cancelled_step_left() -> None:
     run = run_inline(build("two_branches"), 2, 1, 1, dag=captured("two_branches"))
     ref = run.refs[0]
-    forward = run.graph.key("forward", 0, 0, 0)
     CACHE.save_graph(ref, 0, 0, tasks.SavedGraph({}, {}, {}))
     CACHE.save_graph(ref, 1, 0, tasks.SavedGraph({}, {}, {}))
-    assert forward in run.results
     assert list(CACHE.graphs) == [(ref.key, 1, 0)]
-
-
-def test_a_worker_forgets_other_runs_only_when_told() -> None:
-    old = run_inline(build("two_branches"), 2, 1, 1, dag=captured("two_branches"))
-    keep = dict(CACHE.states)
-    CACHE.forget_runs_but(old.refs[0].run_id)
-    assert CACHE.states == keep
-    CACHE.forget_runs_but("another run")
-    assert (CACHE.states, CACHE.programs, CACHE.graphs) == ({}, {}, {})

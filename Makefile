@@ -1,0 +1,39 @@
+# Everything a fresh machine needs: `make demo`, `make test`. Both make .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= 2
+
+.PHONY: demo test check gpu bench clean
+
+.venv/.run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/.dev: .venv/.run
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: .venv/.run
+	$(BIN)/dagflow demo
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+
+# The tests that need a CUDA device.
+gpu: .venv/.dev
+	$(BIN)/python -m pytest -m gpu -q
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q --doctest-modules dagflow tasks storage
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/train_throughput.py
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

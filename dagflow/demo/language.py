@@ -1,0 +1,113 @@
+"""Training language models on text files from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dagflow
+from dagflow.demo.gpt import GPT
+from dagflow.demo.text import ByteTokenizer, find_files, python_library, tokens_of
+from dagflow.errors import SettingsInvalid
+from dagflow_storage import Store
+
+
+def train_language_model(
+    files: Sequence[str],
+    *,
+    model: str | None,
+    layers: int,
+    width: int,
+    steps: int,
+    batch_size: int,
+    sequence_length: int,
+    lr: float,
+    microbatches: int,
+    stages: int | str,
+    precision: str,
+    seed: int,
+    store: str,
+    scheduler: str | None,
+) -> None:
+    """Train a byte-level GPT, or a Hugging Face model folder, and say where the result is."""
+    paths = find_files(files) if files else python_library()
+    tokens_url = Store(store).child("tokens").url
+    network, shifted = _network(model, layers, width, sequence_length, seed)
+    _write_tokens(tokens_url, paths, model)
+    data = dagflow.TokenDataset(
+        tokens_url,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        seed=seed,
+        shifted=shifted,
+    )
+    result = dagflow.train(
+        network,
+        data,
+        optimizer=dagflow.Optimizer("AdamW", lr=lr),
+        schedule=dagflow.Schedule("cosine", warmup_steps=min(20, steps // 10)),
+        clip_grad_norm=1.0,
+        steps=steps,
+        num_stages=stages,
+        num_microbatches=microbatches,
+        precision=precision,
+        seed=seed,
+        store=store,
+        client=scheduler,
+    )
+    if result.losses:
+        print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} in {result.step} steps")
+    print(f"look at the run: dagflow inspect {store}")
+    if model is not None:
+        target = Path(model).name + "-trained"
+        network.load_state_dict(result.state_dict())
+        network.save_pretrained(target)  # type: ignore[operator]
+        print(f"trained model: {target}")
+
+
+def _network(
+    model: str | None, layers: int, width: int, context: int, seed: int
+) -> tuple[torch.nn.Module, bool]:
+    """Return the model, and whether it wants its labels shifted already."""
+    if model is None:
+        torch.manual_seed(seed)
+        vocabulary = ByteTokenizer.vocab_size
+        heads = max(1, width // 64)
+        gpt = GPT(vocabulary, width=width, num_layers=layers, num_heads=heads, context=context)
+        return gpt, True
+    transformers = _transformers()
+    network: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(model)
+    return network, False
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise SettingsInvalid(
+            "--model reads Hugging Face folders with transformers: pip install 'dagflow[hf]'."
+        ) from error
+    return transformers
+
+
+def _write_tokens(url: str, paths: Sequence[Path], model: str | None) -> None:
+    if Store(url).list():
+        return
+    if model is None:
+        tokenizer: Any = ByteTokenizer()
+        pieces = (np.asarray(piece, dtype="uint16") for piece in tokens_of(paths, tokenizer))
+        dagflow.TokenDataset.write(url, pieces)
+        return
+    encode = _transformers().AutoTokenizer.from_pretrained(model)
+    dagflow.TokenDataset.write(
+        url,
+        (
+            np.array(encode(path.read_text(encoding="utf-8", errors="replace"))["input_ids"])
+            for path in paths
+        ),
+        dtype="uint32",
+    )

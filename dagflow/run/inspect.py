@@ -1,0 +1,128 @@
+"""Shows runs and program files to people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dagflow.errors import NotFound, ProgramInvalid
+from dagflow.graph.dag import FORMAT as DAG_FORMAT
+from dagflow.graph.dag import OperatorDag
+from dagflow.graph.show import amount
+from dagflow_storage import RunDirectory, Snapshot, Store, list_snapshots
+from dagflow_tasks.program import StageProgram
+
+_BARS = "▁▂▃▄▅▆▇█"
+_CHART_WIDTH = 60
+
+
+def describe_run(url: str) -> str:
+    """Return a run's settings, progress and snapshots as text.
+
+    Raises
+    ------
+    NotFound
+        If there is no run.
+    """
+    store = Store(url)
+    run = RunDirectory(store)
+    if not run.exists():
+        raise NotFound(f"{url} holds no run of dagflow: there is no run.json.")
+    settings = run.settings()
+    metrics = run.read_metrics()
+    steps = list_snapshots(store)
+    lines = [f"run {run.run_id} in {store.url}", *_settings_lines(settings)]
+    if metrics:
+        lines += _progress_lines(metrics)
+    lines.append(f"snapshots: {', '.join(map(str, steps)) or 'none'}")
+    if steps:
+        lines.append(_snapshot_line(Snapshot.open(store, steps[-1])))
+    return "\n".join(lines)
+
+
+def _settings_lines(settings: dict[str, Any]) -> list[str]:
+    optimizer = settings["optimizer"]
+    options = ", ".join(f"{key}={value}" for key, value in optimizer["options"].items())
+    model = settings["model"]
+    names = list(model["parameters"])
+    return [
+        f"model: {model['num_trainable']:,} trainable parameters in {len(names)} tensors "
+        f"({names[0]} ... {names[-1]}), {model['num_operators']} operators",
+        f"optimizer: {optimizer['name']}({options}), schedule {settings['schedule']['kind']}, "
+        f"{settings['num_microbatches']} micro-batches, {settings['precision']}, seed {settings['seed']}",
+    ]
+
+
+def _progress_lines(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    losses = [row["loss"] for row in metrics]
+    seconds = sorted(row["seconds"] for row in metrics)
+    rate = metrics[-1]["amount"] / seconds[len(seconds) // 2]
+    return [
+        f"steps: {metrics[-1]['step']}, median {seconds[len(seconds) // 2]:.3g} s a step, "
+        f"{rate:,.0f} {metrics[-1]['unit']}/s",
+        f"loss: {losses[0]:.4f} {chart(losses)} {losses[-1]:.4f}",
+    ]
+
+
+def chart(values: Sequence[float]) -> str:
+    """Draw values as a line of bars, averaged to fit.
+
+    >>> chart([4, 3, 2, 1, 0])
+    '█▆▄▂▁'
+    """
+    width = min(_CHART_WIDTH, len(values))
+    edges = [round(i * len(values) / width) for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    low, high = min(means), max(means)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[int((mean - low) * scale)] for mean in means)
+
+
+def _snapshot_line(snapshot: Snapshot) -> str:
+    sizes = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4}
+    total = 0
+    for stored in snapshot.arrays.values():
+        total += stored.num_elements * sizes.get(stored.dtype, 1)
+    roles = ", ".join(f"{len(snapshot.names(role))} {role}" for role in snapshot.roles)
+    return f"newest: step {snapshot.step}, {amount(total, 'B')} ({roles})"
+
+
+def describe_file(path: Path, dot: str | None) -> str:
+    """Return an operator DAG or a stage program as text; `dot` names a file for the picture.
+
+    Raises
+    ------
+    ProgramInvalid
+        If the file is neither.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise ProgramInvalid(f"{path} isn't JSON: {error}.") from error
+    if isinstance(body, dict) and body.get("format") == DAG_FORMAT:
+        dag = OperatorDag.from_json(text)
+        if dot is not None:
+            Path(dot).write_text(dag.to_graphviz(), encoding="utf-8")
+            return f"{dag}\nwritten: {dot} (draw it with: dot -Tsvg {dot} -o dag.svg)"
+        return str(dag)
+    return describe_program(StageProgram.from_json(text))
+
+
+def describe_program(program: StageProgram) -> str:
+    """Return a stage program's ends and operators as text."""
+    inputs = [
+        f"{i.value.name} ({'batch' if i.source is None else f'stage {i.source}'})"
+        for i in program.inputs
+    ]
+    outputs = [f"{o.value.name} (to {', '.join(map(str, o.readers))})" for o in program.outputs]
+    lines = [
+        f"stage {program.stage} of {program.num_stages}: {len(program.nodes)} operators, "
+        f"{len(program.owned_parameters)} parameters",
+        f"inputs: {', '.join(inputs) or 'none'}",
+        f"outputs: {', '.join(outputs) or 'none'}{f', loss {program.loss}' if program.loss else ''}",
+    ]
+    lines += [f"  {node.name:<28} {node.op:<44} {node.module}" for node in program.nodes]
+    return "\n".join(lines)
