@@ -90,7 +90,8 @@ def tiny_model(folder: Path) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=256, n_embd=96, n_layer=4, n_head=4, n_positions=256)
+    sizes = {"vocab_size": 256, "n_embd": 96, "n_layer": 4, "n_head": 4, "n_positions": 256}
+    config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
     GPT2LMHeadModel(config).save_pretrained(folder)
     return str(folder)
 

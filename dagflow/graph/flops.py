@@ -30,6 +30,7 @@ _VIEWS = frozenset([
     "view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",
     "split", "chunk", "detach", "detach_", "t", "getitem", "flatten", "alias", "contiguous", "to",
     "type_as", "lift_fresh_copy", "unbind", "narrow", "as_strided", "unflatten",
+    "broadcast_tensors", "broadcast_to", "expand_as", "view_as",
 ])
 # fmt: on
 

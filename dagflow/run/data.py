@@ -43,7 +43,9 @@ class TokenDataset:
 
     @staticmethod
     def write(
-        url: str, tokens: np.ndarray[Any, Any] | Iterable[np.ndarray[Any, Any]], dtype: str = "uint16"
+        url: str,
+        tokens: np.ndarray[Any, Any] | Iterable[np.ndarray[Any, Any]],
+        dtype: str = "uint16",
     ) -> int:
         """Write tokens as a compressed zarr array and return how many there are."""
         return write_tokens(url, tokens, dtype=dtype)

@@ -172,7 +172,9 @@ def split_batch(
     if count is not None:
         counted = [float(count(p, dict(s))) for p, s in zip(named, sizes, strict=True)]
         if sum(counted) == 0:
-            raise BatchInvalid(f"All labels of {where} are ignored: there is nothing to learn from.")
+            raise BatchInvalid(
+                f"All labels of {where} are ignored: there is nothing to learn from."
+            )
         weights = counted
     total = math.fsum(weights)
     microbatches = tuple(

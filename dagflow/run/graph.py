@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from dagflow.plan.schedule import BACKWARD, FORWARD, Schedule
-from dagflow.run.dask_internals import List, Task, TaskRef
+from dagflow.run.dask_internals import StepTask, Task, TaskRef
 from dagflow_tasks import tasks
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import Microbatch, StageRef, StateRef
@@ -127,12 +127,8 @@ class StepGraph:
         dsk = {}
         for ref in self.refs:
             key = self.key("save", step, ref.stage)
-            call = (tasks.save, ref, StateRef(step))
-            if after_update:
-                update = TaskRef(self.key("update", step - 1, ref.stage))
-                dsk[key] = Task(key, tasks.run_after, List(update), *call)
-            else:
-                dsk[key] = Task(key, *call)
+            after = [self.key("update", step - 1, ref.stage)] if after_update else []
+            dsk[key] = task(key, tasks.save, ref, StateRef(step), after=after)
         return dsk
 
 
@@ -173,11 +169,7 @@ class _StepBuilder:
         self, kind: str, stage: int, *more: str | int, call: tuple[Any, ...], after: Any = ()
     ) -> Key:
         key = self.graph.key(kind, self.k, stage, *more)
-        waits = [TaskRef(name) for name in after]
-        if waits:
-            self.dsk[key] = Task(key, tasks.run_after, List(*waits), *call)
-        else:
-            self.dsk[key] = Task(key, *call)
+        self.dsk[key] = task(key, *call, after=after)
         return key
 
     def _at(self, kind: str, stage: int, *more: str | int) -> TaskRef:
@@ -194,10 +186,10 @@ class _StepBuilder:
         """Keys to wait for before a stage's weights are those of this step."""
         return [] if self.inputs.first else [self.graph.key("update", self.k - 1, stage)]
 
-    def _values(self, program: StageProgram, index: int) -> List:
+    def _values(self, program: StageProgram, index: int) -> list[Any]:
         parts: list[Any] = [self.inputs.batch(program.stage, index)] if program.batch_inputs else []
         parts += [self._boundary(source, program.stage, index) for source in program.sources]
-        return List(*parts)
+        return [*parts]
 
     def _boundary(self, source: int, reader: int, index: int) -> TaskRef:
         """Refer to the part of a stage's forward result that a reader needs."""
@@ -241,9 +233,9 @@ class _StepBuilder:
             return None
         return self._at("forward", program.stage, index - 1)
 
-    def _tied(self, program: StageProgram) -> List:
+    def _tied(self, program: StageProgram) -> list[Any]:
         owners = sorted(set(program.borrowed_parameters.values()))
-        return List(*(self._at("lend", owner, program.stage) for owner in owners))
+        return [self._at("lend", owner, program.stage) for owner in owners]
 
     # Tasks
 
@@ -274,7 +266,7 @@ class _StepBuilder:
             self._state,
             microbatch,
             self._values(program, index),
-            List(*gradients),
+            [*gradients],
             self._at("forward", stage, index),
             self._at("backward", stage, index - 1) if index else None,
             self._before(program, index),
@@ -304,8 +296,8 @@ class _StepBuilder:
                 call = (tasks.return_gradients, self._ref(borrower), self._sums(borrower), uses)
                 self._add("return", borrower, owner, call=call)
 
-    def _borrowed(self, stage: int) -> List:
-        return List(*(self._at("return", b, stage) for b in self.graph.loans.get(stage, {})))
+    def _borrowed(self, stage: int) -> list[Any]:
+        return [self._at("return", b, stage) for b in self.graph.loans.get(stage, {})]
 
     def _decide(self) -> None:
         norms = []
@@ -324,7 +316,7 @@ class _StepBuilder:
             self.graph.loss_stage,
             call=(
                 tasks.decide,
-                List(*norms),
+                [*norms],
                 order,
                 self.graph.clip_norm,
                 self._previous_decision(),
@@ -354,16 +346,37 @@ class _StepBuilder:
     def _report(self) -> None:
         program = self.graph.programs[self.graph.loss_stage]
         losses = [
-            List(
+            [
                 microbatch.weight,
                 self._at("forward", program.stage, microbatch.index),
                 program.loss,
-            )
+            ]
             for microbatch in self.inputs.microbatches
         ]
         updates = [self._at("update", p.stage) for p in self.graph.programs]
-        call = (tasks.report, self.k, List(*losses), List(*updates), self._decision())
+        call = (tasks.report, self.k, [*losses], [*updates], self._decision())
         self._add("report", program.stage, call=call)
+
+
+def task(key: Key, function: Callable[..., Any], *args: Any, after: Sequence[Key] = ()) -> Task:
+    """Return a dask task whose arguments may hold `TaskRef`s inside lists.
+
+    dask would make a task of every list; a step has tens of thousands of tasks, so references are
+    passed side by side instead, and put back into place on the worker.
+    """
+    references: list[TaskRef] = []
+
+    def template(argument: Any) -> Any:
+        if isinstance(argument, TaskRef):
+            references.append(argument)
+            return tasks.result_slot(len(references) - 1)
+        if isinstance(argument, list):
+            return tuple(template(item) for item in argument)
+        return argument
+
+    layout = tuple(template(argument) for argument in args)
+    waited_for = [TaskRef(name) for name in after]
+    return StepTask(key, tasks.call, function, layout, *references, *waited_for)
 
 
 class Priorities:

@@ -94,7 +94,9 @@ class Mathematics:
             "schedule": {
                 "kind": self.schedule.kind,
                 "warmup_steps": self.schedule.warmup_steps,
-                "total_steps": self.schedule.total_steps if self.schedule.kind != "constant" else None,
+                "total_steps": self.schedule.total_steps
+                if self.schedule.kind != "constant"
+                else None,
                 "final_factor": self.schedule.final_factor,
             },
             "clip_grad_norm": self.clip_grad_norm,

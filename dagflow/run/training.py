@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from distributed import Client
 
-from dagflow.errors import SettingsInvalid, StoreHoldsAnotherRun, TransientError
+from dagflow.errors import BatchInvalid, SettingsInvalid, StoreHoldsAnotherRun, TransientError
 from dagflow.graph.batch import flatten_batch, rebuilder
 from dagflow.graph.capture import LossFunction, capture
 from dagflow.graph.dag import OperatorDag
@@ -68,13 +69,16 @@ class TrainResult:
     store: str
     _store: Store
     _aliases: dict[str, str]
+    _names: tuple[str, ...]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Read the trained weights and buffers from the store, on the CPU.
 
         ``model.load_state_dict(result.state_dict())`` works on the model that was given.
         """
-        return read_state_dict(self._store, self.step, self._aliases)
+        found = read_state_dict(self._store, self.step, self._aliases)
+        # Without the buffers that the model keeps out of its own state_dict.
+        return {name: found[name] for name in self._names if name in found}
 
 
 def train(
@@ -171,22 +175,32 @@ def train(
     )
     where = Store(str(store) if store is not None else _new_folder(model))
     where.probe()
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.train()
     try:
         first = data.rows(0, 0, data.batch_size) if stream is None else stream.peek()
-        dag = capture(
-            model, _example(first, num_microbatches), loss=loss, dynamic=config.dynamic
-        )
+        dag = capture(model, _example(first, num_microbatches), loss=loss, dynamic=config.dynamic)
         run = _open_run(where, dag, mathematics, fingerprint(first), config, line)
         if not list_snapshots(where):
             shard = initial_shard(where, dag, model, state_dict)
             commit_snapshot(where, 0, [shard], {"decision": None})
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
     session = _Session(
-        dag, mathematics, run, data, stream, total, config, num_stages, snapshot_every,
-        line, tuple(callbacks), epochs,
+        dag,
+        mathematics,
+        run,
+        data,
+        stream,
+        total,
+        config,
+        num_stages,
+        snapshot_every,
+        line,
+        tuple(callbacks),
+        epochs,
+        tuple(model.state_dict()),
     )
     try:
         with open_cluster(client, config.cluster, where) as connected:
@@ -211,24 +225,19 @@ class _Session:
     line: ProgressLine
     callbacks: tuple[Callback, ...]
     epochs: int
+    names: tuple[str, ...]
     plan: Plan | None = None
     position: int = 0
 
     def train(self, client: Client) -> TrainResult:
-        fruitless = 0
         self.line.total = self.total
         self.line.note(f"dashboard: {client.dashboard_link}")
-        while True:
-            start = list_snapshots(self.run.store)[-1]
-            try:
-                step = self._attempt(client, start)
-                break
-            except TransientError as error:
-                newest = list_snapshots(self.run.store)[-1]
-                fruitless = fruitless + 1 if newest == start else 1
-                if fruitless >= _MAX_FRUITLESS_ATTEMPTS:
-                    raise
-                self.line.note(f"{error} Going on from the snapshot of step {newest}.")
+        try:
+            step = self._until_done(client)
+        finally:
+            # The workers stay, and have other things to remember.
+            with contextlib.suppress(OSError):
+                client.run(_forget, self.run.run_id)
         metrics = self.run.read_metrics()
         assert self.plan is not None
         aliases = {alias: p.name for p in self.dag.parameters for alias in p.aliases}
@@ -239,17 +248,32 @@ class _Session:
             self.run.store.url,
             self.run.store,
             aliases,
+            self.names,
         )
 
-    def _attempt(self, client: Client, start: int) -> int:
+    def _until_done(self, client: Client) -> int:
+        fruitless = 0
+        while True:
+            start = list_snapshots(self.run.store)[-1]
+            embedded = self.config.cluster.num_workers
+            # Outside the try: who has waited for workers in vain needn't wait again.
+            workers = roster(client, embedded or 1, self.config.cluster.wait_seconds)
+            try:
+                return self._attempt(client, workers, start)
+            except TransientError as error:
+                newest = list_snapshots(self.run.store)[-1]
+                fruitless = fruitless + 1 if newest == start else 1
+                if fruitless >= _MAX_FRUITLESS_ATTEMPTS:
+                    raise
+                self.line.note(f"{error} Going on from the snapshot of step {newest}.")
+
+    def _attempt(self, client: Client, workers: Sequence[WorkerFacts], start: int) -> int:
         """Plan for the workers that are there, and run until the end or until one is lost."""
-        embedded = self.config.cluster.num_workers
-        workers = roster(client, embedded or 1, self.config.cluster.wait_seconds)
         self.plan = make_plan(self.dag, workers, self.num_stages, self.mathematics, self.config)
         name = uuid.uuid4().hex[:8]
         programs = self.plan.partition.programs
         self.run.write_programs(name, [program.to_json() for program in programs])
-        client.run(_keep_only, self.run.run_id, name)
+        client.run(_forget, self.run.run_id, name)
         driver = self._driver(client, workers, name, start)
         if self.total is None or start < self.total:
             self.line.note(str(self.plan))
@@ -306,6 +330,12 @@ class _Session:
             return TokenFeed(self.data, self.dag, count, self.total)
         if self.stream is None or self.position > start:
             # A second attempt: read the data from its beginning again.
+            if isinstance(self.data, Iterator):
+                raise BatchInvalid(
+                    "The data is an iterator, which can be read once, and the batches since the "
+                    f"snapshot of step {start} are gone. Call train again with a new iterator and "
+                    f"store={self.run.store.url!r}, or pass a list, a DataLoader or a dataset."
+                )
             steps = self.total if self.total is not None else None
             self.stream = _stream(self.data, self.epochs, steps, self.mathematics.seed, self.config)
             self.position = 0
@@ -417,8 +447,8 @@ def _model_settings(dag: OperatorDag) -> dict[str, Any]:
     }
 
 
-def _keep_only(run_id: str, plan: str) -> None:
-    CACHE.keep_only(run_id, plan)
+def _forget(run_id: str, but_plan: str | None = None) -> None:
+    CACHE.forget(run_id, but_plan=but_plan)
 
 
 def _stream(
@@ -461,4 +491,3 @@ def _example(batch: Any, num_microbatches: int) -> Any:
 def _new_folder(model: torch.nn.Module) -> str:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return str(Path("runs") / f"{type(model).__name__.lower()}-{stamp}-{uuid.uuid4().hex[:4]}")
-

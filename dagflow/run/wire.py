@@ -113,7 +113,9 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def pack_tensors(tensors: Mapping[str, torch.Tensor], context: Any) -> tuple[list[Header], list[Any]]:
+def pack_tensors(
+    tensors: Mapping[str, torch.Tensor], context: Any
+) -> tuple[list[Header], list[Any]]:
     """Return headers and buffers for named tensors."""
     recipient = ((context or {}).get("recipient") or {}).get("address") or ""
     host = urlsplit(recipient).hostname or ""
@@ -125,7 +127,9 @@ def pack_tensors(tensors: Mapping[str, torch.Tensor], context: Any) -> tuple[lis
         if packed:
             frame = compress(frame, tensor.element_size())
         dtype = str(tensor.dtype).removeprefix("torch.")
-        headers.append({"name": name, "dtype": dtype, "shape": list(tensor.shape), "blosc2": packed})
+        headers.append(
+            {"name": name, "dtype": dtype, "shape": list(tensor.shape), "blosc2": packed}
+        )
         frames.append(frame)
     return headers, frames
 
@@ -133,7 +137,8 @@ def pack_tensors(tensors: Mapping[str, torch.Tensor], context: Any) -> tuple[lis
 def unpack_tensors(headers: list[Header], frames: list[Any]) -> dict[str, torch.Tensor]:
     """Return the tensors that `pack_tensors` was given, on the CPU."""
     return {
-        header["name"]: _tensor(header, frame) for header, frame in zip(headers, frames, strict=True)
+        header["name"]: _tensor(header, frame)
+        for header, frame in zip(headers, frames, strict=True)
     }
 
 

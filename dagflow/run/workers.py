@@ -6,7 +6,9 @@ Runs on workers: through the preload ``dagflow.worker``, and again through a plu
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import os
 import platform
 import signal
@@ -89,6 +91,11 @@ def prepare_process(num_torch_threads: int | None = None, device: str = "auto") 
 def prepare_worker(worker: Worker) -> None:
     """Connect a worker with what its process was prepared for."""
     set_worker_send_interval(worker, SEND_INTERVAL_SECONDS)
+    if worker.nanny:
+        # A process of its own: let it end at once. Python's last collection over torch's modules
+        # takes more than a second, and a nanny kills what hasn't ended after four.
+        atexit.unregister(gc.freeze)
+        atexit.register(gc.freeze)
     wire.POLICY.bandwidth = wire.bandwidth_from_log(worker.transfer_outgoing_log)
 
 

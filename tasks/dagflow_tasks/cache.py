@@ -51,17 +51,20 @@ class WorkerCache:
             self.graphs.clear()
             self.kept.clear()
 
-    def keep_only(self, run_id: str, plan: str) -> None:
-        """Forget what belongs to other runs, or to other plans of this one."""
-        kept = (run_id, plan)
+    def forget(self, run_id: str, *, but_plan: str | None = None) -> None:
+        """Forget a run, or all but one of its plans. Other runs may be under way beside it."""
+
+        def outdated(key: StageKey) -> bool:
+            return key[0] == run_id and key[1] != but_plan
+
         with self.lock:
-            for key in [key for key in self.programs if key[:2] != kept]:
+            for key in [key for key in self.programs if outdated(key)]:
                 del self.programs[key]
-            for key in [key for key in self.states if key[:2] != kept]:
+            for key in [key for key in self.states if outdated(key)]:
                 del self.states[key]
-            for graph_key in [key for key in self.graphs if key[0][:2] != kept]:
+            for graph_key in [key for key in self.graphs if outdated(key[0])]:
                 del self.graphs[graph_key]
-            for kept_key in [key for key in self.kept if key[0][:2] != kept]:
+            for kept_key in [key for key in self.kept if outdated(key[0])]:
                 del self.kept[kept_key]
 
     def executable(self, ref: StageRef) -> Executable:
@@ -102,7 +105,6 @@ class WorkerCache:
         """Return a saved graph and forget it: a graph serves one backward."""
         with self.lock:
             return self.graphs.pop((ref.key, step, microbatch), None)
-
 
     def keep(self, ref: StageRef, what: str, place: tuple[int, int], tensors: Tensors) -> None:
         """Remember the newest gradient sums or buffers of a stage beside the result that holds them.

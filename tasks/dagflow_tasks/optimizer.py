@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -83,9 +84,11 @@ class Optimizer:
             for _, extra in self.overrides:
                 self._class()([probe], **{**self.options, **extra})
         except (TypeError, ValueError) as error:
+            known = [*signature(self._class()).parameters][1:]  # without params
             raise OptimizerInvalid(
                 f"torch.optim.{self.name} doesn't take these options: {dict(self.options)!r}"
-                f"{f' with {list(self.overrides)!r}' if self.overrides else ''}: {error}."
+                f"{f' with {list(self.overrides)!r}' if self.overrides else ''}: {error}. Its "
+                f"options are {', '.join(known)}."
             ) from error
         for group in optimizer.param_groups:
             group["base_lr"] = float(group["lr"])

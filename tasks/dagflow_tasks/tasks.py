@@ -8,6 +8,8 @@ the cached state on in place, but recognises its own work when it is run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,7 +60,7 @@ def forward(
     """
     graph, buffers = _run(ref, state, microbatch, values, before, tied)
     CACHE.save_graph(ref, microbatch.step, microbatch.index, graph)
-    boundary = {name: tensor.detach() for name, tensor in graph.outputs.items()}
+    boundary = _apart_from_weights(graph.outputs, CACHE.state(ref, state.step))
     finite = all(
         bool(torch.isfinite(tensor).all())
         for tensor in boundary.values()
@@ -152,6 +154,17 @@ def _run(
     return SavedGraph(inputs, uses, outputs), written
 
 
+def _apart_from_weights(outputs: Tensors, state: StageState) -> dict[str, torch.Tensor]:
+    """Detach a stage's outputs; copy views of weights, which `update` changes in place."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in state.parameters.values()}
+    return {
+        name: tensor.detach().clone()
+        if tensor.untyped_storage().data_ptr() in weights
+        else tensor.detach()
+        for name, tensor in outputs.items()
+    }
+
+
 def _leaves(executable: Executable, state: StageState, tied: Tensors) -> dict[str, torch.Tensor]:
     """Make a leaf for each parameter use, in half precision where its operator would cast it."""
     dtype = executable.autocast_dtype
@@ -218,7 +231,9 @@ def _sums(ref: StageRef, result: BackwardResult) -> Tensors:
 
 def _buffers_after(ref: StageRef, result: ForwardResult) -> Tensors:
     """Return a result's buffers, from the cache if this copy of it has been on a journey."""
-    return result.buffers if result.buffers is not None else CACHE.recall(ref, BUFFERS, result.place)
+    return (
+        result.buffers if result.buffers is not None else CACHE.recall(ref, BUFFERS, result.place)
+    )
 
 
 def _add(before: Tensors, fresh: dict[str, torch.Tensor | None]) -> Tensors:
@@ -441,6 +456,30 @@ def tensors_of(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {f"in.{name}": tensor for name, tensor in values.items()}
 
 
-def run_after(waited_for: object, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function once other tasks, whose results it doesn't need, are done."""
-    return function(*args, **kwargs)
+@dataclass(frozen=True)
+class ResultSlot:
+    """Stands for another task's result in the layout of a call."""
+
+    index: int
+
+
+@cache
+def result_slot(index: int) -> ResultSlot:
+    """Return the slot of an index, the same object each time: graphs hold very many."""
+    return ResultSlot(index)
+
+
+def call(function: Callable[..., Any], layout: tuple[Any, ...], *results: Any) -> Any:
+    """Call a function with other tasks' results in their places.
+
+    Results that no slot asks for are those of tasks that only had to be done before.
+    """
+
+    def filled(argument: Any) -> Any:
+        if type(argument) is ResultSlot:
+            return results[argument.index]
+        if type(argument) is tuple:
+            return tuple(filled(item) for item in argument)
+        return argument
+
+    return function(*(filled(argument) for argument in layout))

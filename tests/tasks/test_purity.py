@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from inline import InlineRun, assert_same_bits, run_inline
-from zoo import build, captured
+from torch.nn.functional import mse_loss
+from zoo import Example, build, captured
 
 from dagflow_storage import commit_snapshot
 from dagflow_tasks import tasks
@@ -137,6 +138,26 @@ def test_lent_parameters_stay_those_of_their_step_when_the_owner_moves_on() -> N
     (lent,) = (r for key, r in run.results.items() if key[0].startswith("lend") and key[1] == 0)
     initial = dict(build("gpt2").model.named_parameters())
     assert_same_bits(lent, {name: initial[name].detach() for name in names})
+
+
+class SharedView(torch.nn.Module):
+    """Reads a view of one weight in several places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        turned = self.weight.t()
+        return torch.tanh(features @ turned) @ turned
+
+
+def test_a_boundary_value_that_views_a_weight_does_not_move_with_it() -> None:
+    example = Example(SharedView(), lambda rows: (torch.randn(rows, 8),) * 2, mse_loss)
+    run = run_inline(example, None, 1, 1)
+    (view,) = run.results[run.graph.key("forward", 0, 0, 0)].values.values()
+    assert run.cut[0].nodes[0].op == "aten.t.default"
+    assert torch.equal(view, example.model.weight.detach().t())
 
 
 def test_weights_neither_cached_nor_stored_are_reported_as_lost() -> None:

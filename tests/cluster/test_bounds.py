@@ -1,0 +1,153 @@
+"""A run takes a bounded share of the scheduler and of the workers, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import Client, LocalCluster
+from small import assert_same_run, batches, example, train, wait_until
+
+import dagflow
+from dagflow.run import driver
+
+
+def largest_number_of_tasks(cluster: LocalCluster, seen: list[int]) -> Any:
+    return lambda event: seen.append(len(cluster.scheduler.tasks))
+
+
+def test_no_more_steps_are_in_flight_than_asked_for(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_flight: list[int] = []
+    submit = driver.Driver._submit
+
+    def counting(self: driver.Driver, step: int, batch: Any) -> None:
+        submit(self, step, batch)
+        in_flight.append(len(self._flights))
+
+    monkeypatch.setattr(driver.Driver, "_submit", counting)
+    of = example()
+    for lookahead in (1, 3):
+        in_flight.clear()
+        config = dagflow.Config(lookahead_steps=lookahead)
+        train(of, batches(of, 6), tmp_path / str(lookahead), client=client, config=config)
+        assert max(in_flight) == lookahead
+
+
+def test_a_step_starts_before_the_one_before_it_has_come_back(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[tuple[int, int]] = []
+    submit = driver.Driver._submit
+
+    def counting(self: driver.Driver, step: int, batch: Any) -> None:
+        submitted.append((step, self._reported))
+        submit(self, step, batch)
+
+    monkeypatch.setattr(driver.Driver, "_submit", counting)
+    of = example()
+    train(of, batches(of, 6), tmp_path / "run", client=client)
+    assert submitted == [(k, max(-1, k - 2)) for k in range(6)]
+
+
+def test_the_scheduler_forgets_finished_steps(
+    cluster: LocalCluster, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_LINEAGE_STEPS", 8)
+    of = example()
+    data = batches(of, 2)
+    seen: list[int] = []
+    train(
+        of,
+        data,
+        tmp_path / "run",
+        client=client,
+        steps=100,
+        num_microbatches=1,
+        num_stages=2,
+        callbacks=[largest_number_of_tasks(cluster, seen)],
+    )
+    assert len(seen) == 100
+    # Two stages and one micro-batch make some ten tasks a step, batches included.
+    assert max(seen[50:]) <= max(seen[:50]) <= 10 * (8 + 2)
+
+
+def test_cutting_the_lineage_changes_no_bit(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = example("resnet")
+    data = batches(of, 7)
+    wanted = train(of, data, tmp_path / "whole", client=client, clip_grad_norm=0.1)
+    monkeypatch.setattr(driver, "_LINEAGE_STEPS", 2)
+    found = train(of, data, tmp_path / "cut", client=client, clip_grad_norm=0.1, snapshot_every=2)
+    assert_same_run(found, wanted)
+
+
+def cached(client: Client) -> dict[str, int]:
+    def count() -> int:
+        from dagflow_tasks.cache import CACHE
+
+        return sum(map(len, (CACHE.programs, CACHE.states, CACHE.graphs, CACHE.kept)))
+
+    counts: dict[str, int] = client.run(count)
+    return counts
+
+
+def test_nothing_of_a_run_stays_on_the_users_cluster(
+    cluster: LocalCluster, client: Client, tmp_path: Path
+) -> None:
+    of = example()
+    sizes: list[int] = []
+
+    def watch(event: dagflow.StepEvent) -> None:
+        sizes.append(sum(cached(client).values()))
+
+    train(of, batches(of, 4), tmp_path / "run", client=client, callbacks=[watch])
+    assert max(sizes) >= 4
+    wait_until(lambda: not cluster.scheduler.tasks, "no task is left on the scheduler")
+    assert set(cached(client).values()) == {0}
+    assert client.futures == {}
+
+
+def test_a_failed_run_leaves_no_task_either(
+    cluster: LocalCluster, client: Client, tmp_path: Path
+) -> None:
+    of = example()
+    data = batches(of, 4)
+    data[2][0][0, 0] = torch.nan
+    with pytest.raises(dagflow.NonFiniteLoss):
+        train(of, data, tmp_path / "run", client=client)
+    wait_until(lambda: not cluster.scheduler.tasks, "no task is left on the scheduler")
+    assert client.futures == {}
+
+
+def test_two_runs_on_one_cluster_do_not_disturb_each_other(client: Client, tmp_path: Path) -> None:
+    of = example(dropout=True)
+    data = batches(of, 12)
+    wanted = train(of, data, tmp_path / "alone", client=client)
+    together = threading.Barrier(2)
+    begun: list[str] = []
+
+    def run(name: str) -> dagflow.TrainResult:
+        mine = example(dropout=True)
+
+        def meet(event: dagflow.StepEvent) -> None:
+            begun.append(name)
+            if event.step == 3:
+                together.wait(timeout=60)
+
+        return train(mine, data, tmp_path / name, client=client, callbacks=[meet])
+
+    with ThreadPoolExecutor(1) as pool:
+        # Capturing isn't for two threads at once, so the second run begins when the first has.
+        first = pool.submit(run, "first")
+        wait_until(lambda: bool(begun), "the first run's first step")
+        second = run("second")
+        assert_same_run(first.result(), wanted)
+    assert_same_run(second, wanted)
+    assert begun.count("first") == begun.count("second") == 12

@@ -1,0 +1,241 @@
+"""Programs are data: what a worker reads from one, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from zoo import captured
+
+from dagflow.plan.partition import partition
+from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid, ProgramTooNew, TaskFailed
+from dagflow_tasks.interpreter import Executable, RandomAddress
+from dagflow_tasks.operators import (
+    Node,
+    decode_literal,
+    encode_literal,
+    evaluate_size,
+    is_allowed,
+    resolve,
+    size_text,
+)
+from dagflow_tasks.program import Constant, StageProgram
+
+CPU = torch.device("cpu")
+ADDRESS = RandomAddress(0, 0, 0)
+
+
+def program(*nodes: Node, loss: str | None = None) -> StageProgram:
+    return StageProgram(0, 1, ("s0",), (), (), (), (), (), nodes, loss or nodes[-1].name)
+
+
+def run(*nodes: Node, **sizes: int) -> torch.Tensor:
+    written = StageProgram.from_json(program(*nodes).to_json())
+    executable = Executable(written, CPU)
+    result: torch.Tensor = executable.run({}, {"s0": 1, **sizes}, ADDRESS)[nodes[-1].name]
+    return result
+
+
+ZEROS = Node("zeros", "aten.zeros.default", ([2, 3],), {"device": {"device": "stage"}})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "resnet", "lstm", "mixtral"])
+def test_json_there_and_back_changes_nothing(name: str) -> None:
+    for written in partition(captured(name), 3).programs:
+        text = written.to_json()
+        read = StageProgram.from_json(text)
+        assert read.to_json() == text
+        assert read.inputs == written.inputs
+        assert read.outputs == written.outputs
+        assert read.parameters == written.parameters
+        assert read.buffers == written.buffers
+        assert read.constants == written.constants
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(2, 3, dtype=torch.bfloat16),
+        torch.tensor([float("nan"), float("-inf"), -0.0]),
+        torch.tensor(True),
+        torch.arange(6).reshape(2, 3).t(),
+        torch.empty(0, 4),
+    ],
+    ids=["bf16", "special floats", "scalar", "transposed", "empty"],
+)
+def test_a_constant_keeps_its_bytes_dtype_and_shape(tensor: torch.Tensor) -> None:
+    read = Constant.from_json(json.loads(json.dumps(Constant.of("c", tensor).to_json()))).tensor()
+    assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
+    assert torch.equal(read.nan_to_num(7.0), tensor.nan_to_num(7.0))
+
+
+def set_field(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(body: dict[str, Any]) -> None:
+        body[field] = value
+
+    return change
+
+
+def set_node(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    def change(body: dict[str, Any]) -> None:
+        body["nodes"][0].update(changes)
+
+    return change
+
+
+def drop(*path: Any) -> Callable[[dict[str, Any]], None]:
+    def change(body: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            body = body[key]
+        del body[path[-1]]
+
+    return change
+
+
+CONSTANT = {"name": "c", "dtype": "float32", "shape": [2], "data": "AAAAAAAAAAA="}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (set_node(op="os.system.default"), OperatorNotAllowed, "'os.system.default'.*allow-list"),
+        (set_node(op="aten.from_file.default"), OperatorNotAllowed, "aten.from_file"),
+        (set_field("format_version", 2), ProgramTooNew, "version 2.*up to 1.*Upgrade"),
+        (set_field("format_version", "1"), ProgramInvalid, "doesn't say its format version"),
+        (set_field("format", "zip"), ProgramInvalid, "its format is 'zip'"),
+        (set_node(args=[{"ref": "ghost"}]), ProgramInvalid, "'zeros'.*reads 'ghost'"),
+        (set_node(args=[{"ref": "zeros"}]), ProgramInvalid, "'zeros'.*reads 'zeros'"),
+        (set_node(args=[[[{"ref": "ghost"}]]]), ProgramInvalid, "reads 'ghost'"),
+        (drop("nodes", 0, "op"), ProgramInvalid, "'name', 'op' and 'args'"),
+        (drop("nodes"), ProgramInvalid, "incomplete.*KeyError: 'nodes'"),
+        (drop("loss"), ProgramInvalid, "incomplete.*KeyError: 'loss'"),
+        (set_field("loss", "ghost"), ProgramInvalid, "returns 'ghost' but doesn't compute it"),
+        (set_field("nodes", None), ProgramInvalid, "TypeError"),
+        (set_field("parameters", [{"walue": 1}]), ProgramInvalid, "incomplete"),
+        (set_field("constants", [{**CONSTANT, "dtype": "load"}]), ProgramInvalid, "dtype 'load'"),
+        (set_field("constants", [{**CONSTANT, "shape": [3]}]), ProgramInvalid, "8 bytes.*needs 12"),
+    ],
+)
+def test_a_bad_program_is_refused_when_it_is_read(
+    change: Callable[[dict[str, Any]], None], error: type[Exception], message: str
+) -> None:
+    body = json.loads(program(ZEROS).to_json())
+    change(body)
+    with pytest.raises(error, match=message) as caught:
+        StageProgram.from_json(json.dumps(body))
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"dagflow-stage-program"'])
+def test_what_is_no_program_is_refused(text: str) -> None:
+    with pytest.raises(ProgramInvalid, match="Not a dagflow-stage-program file"):
+        StageProgram.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        "aten.from_file.out",
+        "aten.set_.source_Storage",
+        "aten.set.source_Tensor",
+        "aten.set_data.default",
+        "aten._print.default",
+        "aten.record_stream.default",
+        "aten.pin_memory.default",
+        "aten.__dict__.update",
+        "aten.__class__.__init__",
+        "aten.linear.__call__",
+        "aten.linear._schema",
+        "aten.linear",
+        "aten.linear.default.default",
+        "prim.device.default",
+        "torch.load",
+        "builtins.eval",
+        "",
+    ],
+)
+def test_operators_that_reach_outside_a_program_are_not_allowed(op: str) -> None:
+    assert not is_allowed(op)
+    with pytest.raises(OperatorNotAllowed, match=r"allow-list|has no operator"):
+        resolve(op)
+
+
+def test_an_operator_this_torch_lacks_is_told_from_a_forbidden_one() -> None:
+    with pytest.raises(OperatorNotAllowed, match="another torch"):
+        resolve("aten.invented_in_2031.default")
+
+
+@pytest.mark.parametrize("device", [{"device": "cuda:7"}, {"device": "stage"}, "meta", "cuda:7"])
+def test_a_program_does_not_choose_its_device(device: Any) -> None:
+    assert run(Node("z", "aten.zeros.default", ([2],), {"device": device})).device == CPU
+    moved = Node("moved", "aten.to.device", ({"ref": "zeros"}, device, {"dtype": "float64"}))
+    found = run(ZEROS, moved)
+    assert (found.device, found.dtype) == (CPU, torch.float64)
+
+
+def test_devices_are_written_without_their_name() -> None:
+    assert encode_literal(torch.device("cuda:3")) == {"device": "stage"}
+    assert decode_literal({"device": "cuda:3"}, {}, CPU) == CPU
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 3, -2.5, "mean", float("inf"), torch.bfloat16, torch.strided, torch.channels_last],
+    ids=str,
+)
+def test_literals_come_back_as_they_were(value: Any) -> None:
+    written = json.loads(json.dumps(encode_literal(value)))
+    read = decode_literal(written, {}, CPU) if isinstance(written, dict) else written
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_what_is_no_literal_is_not_written() -> None:
+    with pytest.raises(TypeError, match="a complex can't be an argument"):
+        encode_literal(1j)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [{}, {"dtype": "load"}, {"code": "1"}, {"dtype": "int8", "size": 1}, {"size": ["xor", 1, 2]}],
+)
+def test_an_unknown_argument_is_refused_before_anything_runs(argument: Any) -> None:
+    with pytest.raises(ProgramInvalid, match="unknown argument"):
+        run(ZEROS, Node("bad", "aten.sum.dim_IntList", ({"ref": "zeros"}, [argument])))
+
+
+@pytest.mark.parametrize(
+    ("expression", "value", "text"),
+    [
+        (7, 7, "7"),
+        ("s0", 4, "s0"),
+        (["mul", 2, ["add", "s0", 1]], 10, "2*(s0 + 1)"),
+        (["add", "s0", ["mul", -1, "s1"]], 1, "s0 + -1*s1"),
+        (["floordiv", "s0", 3], 1, "s0//3"),
+        (["mod", "s0", "s1"], 1, "s0%s1"),
+        (["max", "s0", 9, "s1"], 9, "max(s0, 9, s1)"),
+        (["min", "s0", "s1"], 3, "min(s0, s1)"),
+        (["pow", "s0", 2], 16, "s0**2"),
+    ],
+)
+def test_size_expressions(expression: Any, value: int, text: str) -> None:
+    assert evaluate_size(expression, {"s0": 4, "s1": 3}) == value
+    assert size_text(expression) == text
+
+
+def test_sizes_are_filled_in_for_each_batch() -> None:
+    node = Node("z", "aten.zeros.default", ([{"size": ["mul", 2, "s0"]}, 3],))
+    assert [run(node, s0=size).shape for size in (1, 5)] == [(2, 3), (10, 3)]
+
+
+def test_a_failing_operator_names_itself_its_module_and_its_tensors() -> None:
+    bad = Node("bad", "aten.mm.default", ({"ref": "zeros"}, {"ref": "zeros"}), module="layers.3")
+    with pytest.raises(
+        TaskFailed,
+        match=r"Stage 0 .*'bad' \(aten.mm.default\) of module 'layers.3' on "
+        r"float32\[2, 3\], float32\[2, 3\]: RuntimeError",
+    ):
+        run(ZEROS, bad)
