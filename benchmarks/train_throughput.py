@@ -64,8 +64,16 @@ def train_dagflow(workload: Workload) -> Timing:
             store=f"{folder}/run",
             progress=False,
             callbacks=[steps],
+            config=_config(),
         )
     return Timing.from_ends(workload, steps.losses, steps.ends)
+
+
+def _config() -> dagflow.Config | None:
+    """Return None, the default, where that is 2 workers of one thread; else ask for them."""
+    if os.cpu_count() == NUM_CORES:
+        return None
+    return dagflow.Config(cluster=dagflow.ClusterSettings(NUM_CORES, num_torch_threads=1))
 
 
 CONTESTANTS: dict[str, Callable[[Workload], Timing]] = {
@@ -165,8 +173,8 @@ def main() -> None:
 
 def _label(workload: Workload) -> str:
     return (
-        f"{workload.device}_{workload.precision}_{workload.num_stages}stages"
-        f"_{workload.num_microbatches}microbatches"
+        f"{workload.device}_{workload.precision}_{workload.num_layers}x{workload.width}"
+        f"_{workload.num_stages}stages_{workload.num_microbatches}microbatches"
     )
 
 

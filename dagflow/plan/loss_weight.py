@@ -1,8 +1,8 @@
 """How much each micro-batch counts in a step's loss, read off the operator DAG.
 
-A mean over tokens that ignores padding isn't the mean of its micro-batches' means. Where the loss is
-such a mean, the part of the DAG that prepares its targets is run on the batch, and micro-batches are
-weighted by how many targets count. Otherwise they are weighted by rows.
+A mean over tokens that ignores padding isn't the mean of its micro-batches' means. Where the loss
+is such a mean, the part of the DAG that prepares its targets is run on the batch, and micro-batches
+are weighted by how many targets count. Otherwise they are weighted by rows.
 """
 
 from __future__ import annotations

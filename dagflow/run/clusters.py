@@ -14,6 +14,7 @@ from typing import Any
 import dask
 import torch
 from distributed import Client, LocalCluster
+from distributed.comm import CommClosedError
 
 from dagflow.errors import SettingsInvalid, WorkerIncompatible, WorkersLost
 from dagflow.run import wire
@@ -177,7 +178,11 @@ def roster(client: Client, num_workers: int, wait_seconds: float) -> list[Worker
             f"machine that should help run: dagflow join {address}"
         ) from error
     answers = client.run(describe, on_error="return")
-    facts = [_checked(worker, answer) for worker, answer in answers.items()]
+    # A worker that left a moment ago may still be listed; whoever can't be reached doesn't count.
+    here = {w: a for w, a in answers.items() if not isinstance(a, CommClosedError)}
+    if not here:
+        raise WorkersLost(f"None of the workers of {address} answers: {', '.join(answers)}.")
+    facts = [_checked(worker, answer) for worker, answer in here.items()]
     _warn_of_versions(facts)
     return sorted(facts, key=lambda f: (len(f.name), f.name, f.address))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from distributed import Client
 
-from dagflow.errors import BatchInvalid
+from dagflow.errors import BatchInvalid, WorkersLost
 from dagflow.graph.batch import flatten_batch
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.signature import match_batch
@@ -87,7 +87,7 @@ class StreamFeed(Feed):
                 names = program.batch_inputs
                 data = [TensorDict({n: part[n] for n in names}) for part in parts]
                 address = self._addresses[program.stage]
-                scattered = self._client.scatter(data, workers=[address], hash=False)
+                scattered = self._scatter(data, address)
                 futures.update({(program.stage, i): f for i, f in enumerate(scattered)})
         amount, unit = measure(parts)
         return StepBatch(
@@ -98,6 +98,13 @@ class StreamFeed(Feed):
             unit,
             list(futures.values()),
         )
+
+    def _scatter(self, data: Sequence[TensorDict], address: str) -> Sequence[Any]:
+        try:
+            futures: Sequence[Any] = self._client.scatter(data, workers=[address], hash=False)
+        except (OSError, KeyError) as error:  # dask's ways of saying that a worker isn't there
+            raise WorkersLost(f"The worker {address} left, and takes no more data.") from error
+        return futures
 
 
 class TokenFeed(Feed):

@@ -163,6 +163,7 @@ def train(
     """
     config = config or Config()
     line = ProgressLine(progress)
+    _check_counts(epochs, steps, snapshot_every)
     stream = _stream(data, epochs, steps, seed, config)
     total = steps if steps is not None else _total_steps(data, stream, epochs)
     mathematics = Mathematics(
@@ -237,7 +238,7 @@ class _Session:
         finally:
             # The workers stay, and have other things to remember.
             with contextlib.suppress(OSError):
-                client.run(_forget, self.run.run_id)
+                client.run(_forget, self.run.run_id, on_error="ignore")
         metrics = self.run.read_metrics()
         assert self.plan is not None
         aliases = {alias: p.name for p in self.dag.parameters for alias in p.aliases}
@@ -273,7 +274,7 @@ class _Session:
         name = uuid.uuid4().hex[:8]
         programs = self.plan.partition.programs
         self.run.write_programs(name, [program.to_json() for program in programs])
-        client.run(_forget, self.run.run_id, name)
+        client.run(_forget, self.run.run_id, name, on_error="ignore")
         driver = self._driver(client, workers, name, start)
         if self.total is None or start < self.total:
             self.line.note(str(self.plan))
@@ -451,13 +452,20 @@ def _forget(run_id: str, but_plan: str | None = None) -> None:
     CACHE.forget(run_id, but_plan=but_plan)
 
 
+def _check_counts(epochs: int, steps: int | None, snapshot_every: int | None) -> None:
+    if epochs < 1 or (steps is not None and steps < 0):
+        raise SettingsInvalid(f"epochs and steps count up from 1; found {epochs} and {steps}.")
+    if snapshot_every is not None and snapshot_every < 1:
+        raise SettingsInvalid(
+            f"snapshot_every is a number of steps, or None for one at the end; found {snapshot_every}."
+        )
+
+
 def _stream(
     data: Any, epochs: int, steps: int | None, seed: int, config: Config
 ) -> BatchStream | None:
     if isinstance(data, TokenDataset):
         return None
-    if epochs < 1 or (steps is not None and steps < 0):
-        raise SettingsInvalid(f"epochs and steps count up from 1; found {epochs} and {steps}.")
     return BatchStream(data, None if steps is not None else epochs, seed, config.batch_size)
 
 

@@ -107,7 +107,7 @@ class WorkerCache:
             return self.graphs.pop((ref.key, step, microbatch), None)
 
     def keep(self, ref: StageRef, what: str, place: tuple[int, int], tensors: Tensors) -> None:
-        """Remember the newest gradient sums or buffers of a stage beside the result that holds them.
+        """Remember a stage's newest gradient sums or buffers beside the result that holds them.
 
         dask may move a result to another worker and back (its memory manager, spilling), and these
         don't travel.
@@ -127,8 +127,8 @@ class WorkerCache:
             known, tensors = self.kept.get((ref.key, what), ((-1, -1), {}))
         if known != place:
             raise StateLost(
-                f"The {what} of stage {ref.stage} after micro-batch {place[1]} of step {place[0]} were "
-                "on a worker that is gone."
+                f"The {what} of stage {ref.stage} after micro-batch {place[1]} of step {place[0]} "
+                "were on a worker that is gone."
             )
         return tensors
 

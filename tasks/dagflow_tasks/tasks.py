@@ -237,7 +237,7 @@ def _buffers_after(ref: StageRef, result: ForwardResult) -> Tensors:
 
 
 def _add(before: Tensors, fresh: dict[str, torch.Tensor | None]) -> Tensors:
-    """Add a micro-batch's gradients to the sums so far, in float32 if they are in half precision."""
+    """Add a micro-batch's gradients to the sums so far, half-precision ones in float32."""
     sums: dict[str, torch.Tensor] = dict(before)
     while fresh:  # drop each gradient as soon as it is added
         name, gradient = fresh.popitem()

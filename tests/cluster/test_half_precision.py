@@ -56,11 +56,11 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(client: Client, tmp_pat
     )  # fmt: skip
     scales = [INITIAL_LOSS_SCALE, *(decision(run, step)["loss_scale"] for step in range(1, 13))]
     skipped = [k for k in range(12) if scales[k + 1] == scales[k] / 2]
-    assert skipped == list(range(len(skipped)))
-    assert 1 <= len(skipped) < 12
+    assert 0 in skipped
+    applied = min(set(range(12)) - set(skipped))
     assert [k for k in range(12) if heard[k].gradient_norm == float("inf")] == skipped
     before = dict(of.model.named_parameters())
-    kept = Snapshot.open(Store(str(run)), len(skipped)).read("parameter", list(before))
+    kept = Snapshot.open(Store(str(run)), applied).read("parameter", list(before))
     assert all((kept[name] == p.detach().numpy()).all() for name, p in before.items())
     assert any(not torch.equal(before[n], result.state_dict()[n]) for n in before)
 

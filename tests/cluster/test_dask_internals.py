@@ -1,0 +1,122 @@
+"""dask's internals, and its unwritten promises, are still what `dagflow.run` takes them for."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import dask
+from distributed import Client, Event, LocalCluster
+from distributed.batched import BatchedSend
+from small import wait_until
+
+from dagflow.run.dask_internals import List, Task, TaskRef
+from dagflow.run.graph import Places
+from dagflow.run.workers import SEND_INTERVAL_SECONDS, StageScheduler, StageWorker
+
+
+def test_batched_send_counts_its_interval_in_seconds() -> None:
+    assert BatchedSend(interval="2ms").interval == 0.002
+
+
+def test_plugins_shorten_both_directions_of_messages(
+    cluster: LocalCluster, client: Client
+) -> None:
+    client.register_plugin(StageScheduler())
+    client.register_plugin(StageWorker())
+    comms = cluster.scheduler.stream_comms
+    assert len(comms) == 2
+    assert all(isinstance(comm, BatchedSend) for comm in comms.values())
+    assert {comm.interval for comm in comms.values()} == {SEND_INTERVAL_SECONDS}
+
+    def interval(dask_worker: Any) -> tuple[str, float]:
+        return type(dask_worker.batched_stream).__name__, dask_worker.batched_stream.interval
+
+    assert set(client.run(interval).values()) == {("BatchedSend", SEND_INTERVAL_SECONDS)}
+
+
+def test_workers_log_what_they_send_with_its_bandwidth(client: Client) -> None:
+    first, second = sorted(client.scheduler_info()["workers"])
+    with dask.annotate(workers=[first]):
+        data = client.submit(bytes, 1 << 20, pure=False)
+    client.submit(len, data, workers=[second], pure=False).result()
+
+    def newest(dask_worker: Any) -> Any:
+        return dask_worker.transfer_outgoing_log[-1]
+
+    entry = client.run(newest, workers=[first])[first]
+    assert entry["total"] >= 1 << 20
+    assert entry["bandwidth"] > 0
+    assert str(entry["who"]).startswith("tcp://127.0.0.1:")
+
+
+def test_tasks_name_what_they_depend_on_and_get_its_value() -> None:
+    first, second = ("x", 0), ("y", 0)
+    task = Task(second, lambda parts, factor: sum(parts) * factor, List(TaskRef(first), 5), 2)
+    assert set(task.dependencies) == {first}
+    assert task({first: 4}) == 18
+    assert Task(first, max, 1, TaskRef(second))({second: 3}) == 3
+    nested = Task(first, lambda rows: rows, List(List(0.5, TaskRef(second), "loss")))
+    assert set(nested.dependencies) == {second}
+    assert [list(row) for row in nested({second: 3})] == [[0.5, 3, "loss"]]
+
+
+def test_callables_place_every_task(client: Client) -> None:
+    addresses = sorted(client.scheduler_info()["workers"])
+
+    def here() -> str:
+        from distributed import get_worker
+
+        address: str = get_worker().address
+        return address
+
+    keys = [("here-placed", 0, stage, index) for stage in (0, 1) for index in range(4)]
+    with dask.annotate(workers=Places(addresses)):
+        futures = client.get({key: Task(key, here) for key in keys}, keys, sync=False)
+    found = client.gather(futures)
+    assert found == [addresses[0]] * 4 + [addresses[1]] * 4
+
+
+def test_callables_order_what_is_ready(client: Client) -> None:
+    address = min(client.scheduler_info()["workers"])
+    gate, started = Event("gate", client=client), Event("started", client=client)
+
+    def block() -> None:
+        Event("started").set()
+        Event("gate").wait(timeout=60)
+
+    blocked = client.submit(block, workers=[address], pure=False)
+    assert started.wait(timeout=60)
+    order = [3, 0, 4, 1, 2]
+    keys = [("clock-ordered", 0, 0, index) for index in range(5)]
+
+    def priority(key: Any) -> float:
+        return -float(order.index(key[3]))
+
+    with dask.annotate(workers=Places([address]), priority=priority):
+        futures = client.get({key: Task(key, time.monotonic_ns) for key in keys}, keys, sync=False)
+
+    def waiting(dask_worker: Any) -> int:
+        return sum(str(key).startswith("('clock-ordered'") for key in dask_worker.state.tasks)
+
+    wait_until(lambda: client.run(waiting, workers=[address])[address] == 5, "all are waiting")
+    gate.set()
+    times = client.gather(futures)
+    assert sorted(range(5), key=lambda index: times[index]) == order
+    blocked.result()
+
+
+def test_a_chain_of_futures_keeps_its_ancestors_on_the_scheduler(
+    cluster: LocalCluster, client: Client
+) -> None:
+    tasks = cluster.scheduler.tasks
+    wait_until(lambda: not tasks, "no task of another test is left")
+    chain = client.submit(int, 0, pure=False)
+    for _ in range(5):
+        chain = client.submit(abs, chain, pure=False)
+    assert chain.result() == 0
+    assert len(tasks) == 6
+    # Their results are gone all the same: only the last one's is held.
+    wait_until(lambda: sum(task.state == "memory" for task in tasks.values()) == 1, "one result")
+    chain.release()
+    wait_until(lambda: not tasks, "the chain is forgotten")

@@ -1,0 +1,92 @@
+"""Ctrl-C in a terminal ends a run cleanly, and a second one at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from distributed import Client
+from processes import TESTS, kill_group, start
+from small import assert_same_run, batches, example, train, wait_until
+
+from dagflow_storage import Store, list_snapshots
+
+STEPS = 60
+
+
+@contextmanager
+def training(folder: Path, hangs_at: int = 0) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, TESTS / "interrupted.py", folder / "run", str(STEPS), str(hangs_at)]
+    process = start(command, folder / "stderr")
+    # A line that never comes must not hang the test.
+    deadline = threading.Timer(120, kill_group, [process])
+    deadline.start()
+    try:
+        yield process
+    finally:
+        deadline.cancel()
+        kill_group(process)
+        process.communicate()
+
+
+def read_until(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdout is not None
+    seen = []
+    for found in process.stdout:
+        seen.append(found.strip())
+        if found.strip() == line:
+            return
+    pytest.fail(f"{line!r} never came: {seen}")
+
+
+def group_is_gone(process: subprocess.Popen[str]) -> bool:
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_ctrl_c_leaves_a_snapshot_no_processes_and_the_way_to_go_on(
+    client: Client, tmp_path: Path
+) -> None:
+    with training(tmp_path) as process:
+        read_until(process, "step 7")
+        kill_group(process, signal.SIGINT)
+        process.communicate(timeout=60)
+        wait_until(lambda: group_is_gone(process), "no process of the run is left", 10)
+    said = (tmp_path / "stderr").read_text()
+    assert process.returncode == 130
+    assert "Stopping" in said
+    assert f"Call train again with store={str(tmp_path / 'run')!r}" in said
+    assert "Traceback" not in said
+    newest = list_snapshots(Store(str(tmp_path / "run")))[-1]
+    assert 7 <= newest < STEPS
+    assert f"Stopped after step {newest}." in said
+    of = example(dropout=True)
+    data = batches(of, STEPS)
+    resumed = train(of, data, tmp_path / "run", client=client)
+    assert_same_run(resumed, train(of, data, tmp_path / "whole", client=client))
+
+
+def test_a_second_ctrl_c_ends_at_once(client: Client, tmp_path: Path) -> None:
+    with training(tmp_path, hangs_at=4) as process:
+        read_until(process, "step 4")
+        kill_group(process, signal.SIGINT)
+        read_until(process, "step 5")  # a step in flight comes back, and its callback hangs
+        kill_group(process, signal.SIGINT)
+        process.communicate(timeout=30)
+        wait_until(lambda: group_is_gone(process), "no process of the run is left", 10)
+    said = (tmp_path / "stderr").read_text()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert list_snapshots(Store(str(tmp_path / "run"))) == [0]
+    of = example(dropout=True)
+    assert train(of, batches(of, STEPS), tmp_path / "run", client=client, steps=6).step == 6

@@ -1,0 +1,181 @@
+"""Machines join from the command line, and leave without a word."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client
+from processes import BIN, kill_group, swarm
+from small import assert_same_run, batches, example, train, train_with_torch
+
+import dagflow
+from dagflow.run.workers import SEND_INTERVAL_SECONDS, describe
+from dagflow_storage import Store, list_snapshots
+
+DASK_WORKER = [BIN / "dask", "worker", "ADDRESS", "--nthreads", "1", "--dashboard-address", ":0"]
+PRELOAD = ["--preload", "dagflow.worker", "--torch-threads", "1"]
+COMMANDS: dict[str, list[str | Path]] = {
+    "preloaded": [*DASK_WORKER, "--name", "preloaded", *PRELOAD],
+    "joined": [BIN / "dagflow", "join", "ADDRESS", "--name", "joined", "--torch-threads", "1"],
+    "plain": [*DASK_WORKER, "--name", "plain"],
+}
+# A tensor of 8 MB has 2048 pages of 4 kB.
+ROUNDS, PAGES = 20, 2048
+
+
+def page_faults() -> int:
+    """Count the page faults of making and dropping tensors of 8 MB."""
+    import resource
+
+    import torch
+
+    torch.ones(2 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@dataclass
+class Swarm:
+    """A client, each worker's address, and its page faults before any training."""
+
+    client: Client
+    addresses: dict[str, str]
+    faults: dict[str, int]
+
+
+def faults_by_name(client: Client, addresses: dict[str, str]) -> dict[str, int]:
+    # By value: the workers know nothing of the tests.
+    import cloudpickle
+
+    payload = cloudpickle.dumps(page_faults.__code__)
+
+    def count() -> int:
+        import marshal  # noqa: F401
+        import pickle
+        import types
+
+        counted: int = types.FunctionType(pickle.loads(payload), {"__builtins__": __builtins__})()
+        return counted
+
+    found = client.run(count)
+    return {name: found[address] for name, address in addresses.items()}
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
+    with swarm(COMMANDS, tmp_path_factory.mktemp("swarm")) as (client, _):
+        workers = client.scheduler_info()["workers"]
+        addresses = {info["name"]: address for address, info in workers.items()}
+        yield Swarm(client, addresses, faults_by_name(client, addresses))
+
+
+def test_preload_join_and_a_plain_worker_train_together(joined: Swarm, tmp_path: Path) -> None:
+    of = example()
+    data = batches(of, 4)
+    wanted, _ = train_with_torch(of, data)
+    result = train(of, data, tmp_path / "run", client=joined.client)
+    assert sorted(result.plan.workers) == ["joined", "plain", "preloaded"]
+    assert set(result.plan.placement) == {0, 1, 2}
+    assert result.losses == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_plugin_makes_a_plain_worker_keep_freed_memory(joined: Swarm, tmp_path: Path) -> None:
+    of = example()
+    train(of, batches(of, 1), tmp_path / "run", client=joined.client)
+    after = faults_by_name(joined.client, joined.addresses)
+    # dask's own setting gives every tensor's pages back; the preload keeps them from the start.
+    assert joined.faults["plain"] > ROUNDS * PAGES / 2
+    assert max(joined.faults["preloaded"], joined.faults["joined"]) < ROUNDS * PAGES / 10
+    assert max(after.values()) < ROUNDS * PAGES / 10
+
+
+def test_workers_have_the_threads_they_were_asked_for(joined: Swarm, tmp_path: Path) -> None:
+    of = example()
+    train(of, batches(of, 1), tmp_path / "run", client=joined.client)
+    facts = {fact["name"]: fact for fact in joined.client.run(describe).values()}
+    assert facts["preloaded"]["num_torch_threads"] == facts["joined"]["num_torch_threads"] == 1
+    assert {fact["num_threads"] for fact in facts.values()} == {1}
+    assert {fact["dagflow"] for fact in facts.values()} == {dagflow.__version__}
+    intervals = joined.client.run(lambda dask_worker: dask_worker.batched_stream.interval)
+    assert set(intervals.values()) == {SEND_INTERVAL_SECONDS}
+
+
+def without_nanny(name: str) -> list[str | Path]:
+    return [*DASK_WORKER, "--no-nanny", "--name", name, *PRELOAD]
+
+
+TWO: dict[str, Any] = {name: without_nanny(name) for name in ("first", "second")}
+
+
+def killer(step: int, *workers: subprocess.Popen[str]) -> Any:
+    def kill(event: dagflow.StepEvent) -> None:
+        if event.step == step:
+            for worker in workers:
+                kill_group(worker)
+
+    return kill
+
+
+def test_a_run_survives_a_killed_worker_with_the_same_bits(
+    client: Client, tmp_path: Path
+) -> None:
+    of = example(dropout=True)
+    data = batches(of, 12)
+    wanted = train(of, data, tmp_path / "undisturbed", client=client)
+    heard: list[int] = []
+    with swarm(TWO, tmp_path) as (volunteers, workers):
+        result = train(
+            of, data, tmp_path / "run", client=volunteers, snapshot_every=3,
+            callbacks=[lambda event: heard.append(event.step), killer(5, workers["second"])],
+        )  # fmt: skip
+    assert result.plan.workers == ("first",)
+    assert_same_run(result, wanted)
+    # Steps after the newest snapshot are run, and heard of, again; none is left out.
+    assert heard[:5] == [1, 2, 3, 4, 5]
+    assert heard[-6:] == [7, 8, 9, 10, 11, 12]
+    assert len(heard) > 12
+
+
+def test_when_all_workers_are_gone_the_run_waits_then_ends_and_can_be_resumed(
+    client: Client, tmp_path: Path
+) -> None:
+    of = example(dropout=True)
+    data = batches(of, 8)
+    wanted = train(of, data, tmp_path / "undisturbed", client=client)
+    run = tmp_path / "run"
+    config = dagflow.Config(cluster=dagflow.ClusterSettings(wait_seconds=1.0))
+    with (
+        swarm(TWO, tmp_path) as (volunteers, workers),
+        pytest.raises(dagflow.WorkersLost, match=r"0 of 1 workers joined .* within 1 s"),
+    ):
+        train(
+            of, data, run, client=volunteers, snapshot_every=2, config=config,
+            callbacks=[killer(4, *workers.values())],
+        )  # fmt: skip
+    assert list_snapshots(Store(str(run)))[-1] in (2, 4)
+    assert_same_run(train(of, data, run, client=client), wanted)
+
+
+def test_an_iterator_that_cannot_be_read_again_is_said_to_be_one(
+    client: Client, tmp_path: Path
+) -> None:
+    of = example()
+    data = batches(of, 8)
+    wanted = train(of, data, tmp_path / "undisturbed", client=client)
+    run = tmp_path / "run"
+    with (
+        swarm(TWO, tmp_path) as (volunteers, workers),
+        pytest.raises(dagflow.BatchInvalid, match="can be read once.*new iterator"),
+    ):
+        train(
+            of, iter(data), run, client=volunteers, snapshot_every=2, steps=8,
+            callbacks=[killer(4, workers["second"])],
+        )  # fmt: skip
+    assert_same_run(train(of, iter(data), run, client=client, steps=8), wanted)
