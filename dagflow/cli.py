@@ -16,6 +16,15 @@ from dagflow.errors import DagflowError
 _PRECISION = click.Choice(["fp32", "bf16", "fp16"])
 
 
+def _number_or_auto(_: click.Context, __: click.Parameter, value: str) -> int | str:
+    if value == "auto":
+        return value
+    try:
+        return int(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto.") from error
+
+
 def _clear_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Show dagflow's own errors as one message, without a traceback; Ctrl-C ends with 130."""
 
@@ -47,7 +56,13 @@ def main() -> None:
 @click.option("--sequence-length", default=128, show_default=True, help="Tokens a row.")
 @click.option("--lr", default=1e-3, show_default=True, help="Learning rate of AdamW.")
 @click.option("--microbatches", default=8, show_default=True)
-@click.option("--stages", default="auto", show_default=True, help="Number of stages, or auto.")
+@click.option(
+    "--stages",
+    default="auto",
+    show_default=True,
+    callback=_number_or_auto,
+    help="Number of stages, or auto.",
+)
 @click.option("--precision", type=_PRECISION, default="fp32", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--store", default="runs/train", show_default=True, help="Folder or fsspec URL.")
@@ -66,8 +81,7 @@ def train(files: tuple[str, ...], **options: Any) -> None:
     """
     from dagflow.demo.language import train_language_model
 
-    stages = options.pop("stages")
-    train_language_model(files, stages=stages if stages == "auto" else int(stages), **options)
+    train_language_model(files, **options)
 
 
 @main.command()

@@ -100,7 +100,7 @@ class InlineRun:
         found: dict[str, torch.Tensor] = {}
         for stage in range(len(self.cut)):
             key = self.graph.key("backward", step, stage, num_microbatches - 1)
-            found.update(self.results[key].sums)
+            found.update(self.results[key].sums.tensors)
         return found
 
 

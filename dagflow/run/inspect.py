@@ -97,8 +97,8 @@ def describe_file(path: Path, dot: str | None) -> str:
     ProgramInvalid
         If the file is neither.
     """
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         body = json.loads(text)
     except ValueError as error:
         raise ProgramInvalid(f"{path} isn't JSON: {error}.") from error

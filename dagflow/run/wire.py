@@ -201,6 +201,6 @@ def _size_of(value: Any) -> int:
     if isinstance(value, ForwardResult):
         parts = [value.values, value.buffers]
     elif isinstance(value, BackwardResult):
-        parts = [value.gradients, value.sums]
+        parts = [value.gradients, value.sums.tensors if value.sums else None]
     tensors = [tensor for part in parts if part for tensor in part.values()]
     return 200 + sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -39,7 +39,7 @@ class WorkerCache:
     programs: dict[StageKey, Executable] = field(default_factory=dict)
     states: dict[StageKey, StageState] = field(default_factory=dict)
     graphs: dict[tuple[StageKey, int, int], SavedGraph] = field(default_factory=dict)
-    kept: dict[tuple[StageKey, str], tuple[tuple[int, int], Tensors]] = field(default_factory=dict)
+    kept: dict[tuple[StageKey, str], tuple[tuple[int, int], Any]] = field(default_factory=dict)
     recomputed: int = 0
     lock: Any = field(default_factory=threading.RLock)
 
@@ -106,16 +106,16 @@ class WorkerCache:
         with self.lock:
             return self.graphs.pop((ref.key, step, microbatch), None)
 
-    def keep(self, ref: StageRef, what: str, place: tuple[int, int], tensors: Tensors) -> None:
+    def keep(self, ref: StageRef, what: str, place: tuple[int, int], kept: Any) -> None:
         """Remember a stage's newest gradient sums or buffers beside the result that holds them.
 
         dask may move a result to another worker and back (its memory manager, spilling), and these
         don't travel.
         """
         with self.lock:
-            self.kept[(ref.key, what)] = (place, tensors)
+            self.kept[(ref.key, what)] = (place, kept)
 
-    def recall(self, ref: StageRef, what: str, place: tuple[int, int]) -> Tensors:
+    def recall(self, ref: StageRef, what: str, place: tuple[int, int]) -> Any:
         """Return what was kept.
 
         Raises
@@ -124,18 +124,23 @@ class WorkerCache:
             If it isn't here.
         """
         with self.lock:
-            known, tensors = self.kept.get((ref.key, what), ((-1, -1), {}))
+            known, kept = self.kept.get((ref.key, what), ((-1, -1), None))
         if known != place:
-            raise StateLost(
-                f"The {what} of stage {ref.stage} after micro-batch {place[1]} of step {place[0]} "
-                "were on a worker that is gone."
-            )
-        return tensors
+            raise state_lost(ref, what, place)
+        return kept
 
     def drop(self, ref: StageRef, what: str) -> None:
         """Forget what was kept: the step is done."""
         with self.lock:
             self.kept.pop((ref.key, what), None)
+
+
+def state_lost(ref: StageRef, what: str, place: tuple[int, int]) -> StateLost:
+    """Return the error for something that was on a worker and nowhere else."""
+    return StateLost(
+        f"The {what} of stage {ref.stage} after micro-batch {place[1]} of step {place[0]} were on a "
+        "worker that is gone."
+    )
 
 
 CACHE = WorkerCache()

@@ -39,6 +39,25 @@ class ForwardResult:
     place: tuple[int, int] = (-1, -1)
 
 
+@dataclass
+class GradientSums:
+    """Gradients of a stage's parameter uses, added up in place over a step's micro-batches.
+
+    All of a stage's backward results of a step share one: it is as large as the weights. `place`
+    says which micro-batch was added last, so that a backward that runs again adds nothing twice.
+
+    Attributes
+    ----------
+    place : (step, micro-batch) or None
+        None while a backward is adding, and for good if it fails on the way.
+    tensors : dict
+        By use.
+    """
+
+    place: tuple[int, int] | None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class BackwardResult:
     """Result of `backward`.
@@ -47,9 +66,9 @@ class BackwardResult:
     ----------
     gradients : mapping
         Gradients of the stage's boundary inputs by value name, later readers' included.
-    sums : mapping or None
-        Gradients of the stage's parameter uses, added up over the micro-batches so far. They stay
-        on the worker: only the stage's own next task reads them.
+    sums : GradientSums or None
+        Gradients of the stage's parameter uses so far. They stay on the worker: only the stage's own
+        next task reads them.
     non_finite : tuple of int
         Micro-batches so far whose forward left the finite numbers in this stage.
     place : (step, micro-batch)
@@ -57,7 +76,7 @@ class BackwardResult:
     """
 
     gradients: Tensors
-    sums: Tensors | None = None
+    sums: GradientSums | None = None
     non_finite: tuple[int, ...] = ()
     place: tuple[int, int] = (-1, -1)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dagflow_storage import ShardRecord
-from dagflow_tasks.cache import CACHE, SavedGraph
+from dagflow_tasks.cache import CACHE, SavedGraph, state_lost
 from dagflow_tasks.interpreter import AUTOCAST_DTYPES, Executable, RandomAddress
 from dagflow_tasks.program import ParameterUse
 from dagflow_tasks.references import Microbatch, StageRef, StateRef
@@ -23,6 +23,7 @@ from dagflow_tasks.results import (
     BackwardResult,
     Decision,
     ForwardResult,
+    GradientSums,
     StepReport,
     TensorDict,
     Tensors,
@@ -108,20 +109,16 @@ def backward(
     executable = CACHE.executable(ref)
     scale = scaling.loss_scale if scaling is not None else 1.0
     roots, seeds = _roots(executable, graph, gradients, microbatch.weight * scale)
-    leaves = {**graph.inputs, **graph.uses}
-    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    found: Sequence[torch.Tensor | None] = ()
-    if roots and leaves:
-        found = torch.autograd.grad(roots, list(leaves.values()), seeds, allow_unused=True)
-    by_name = dict(zip(leaves, found, strict=False))
-    boundary = {n: g for n in graph.inputs if (g := by_name.pop(n, None)) is not None}
-    del graph, roots, seeds, leaves, found
+    place = (microbatch.step, microbatch.index)
+    sums = _sums_before(ref, microbatch, previous)
+    # Sums that hold this micro-batch already (the task runs again) are left alone.
+    _accumulate(graph, roots, seeds, GradientSums(None) if sums.place == place else sums)
+    sums.place = place
+    boundary = {n: leaf.grad for n, leaf in graph.inputs.items() if leaf.grad is not None}
+    CACHE.keep(ref, SUMS, place, sums)
     non_finite = previous.non_finite if previous else ()
     if not this.finite:
         non_finite = (*non_finite, microbatch.index)
-    place = (microbatch.step, microbatch.index)
-    sums = _add(_sums(ref, previous) if previous is not None else {}, by_name)
-    CACHE.keep(ref, SUMS, place, sums)
     return BackwardResult(boundary, sums, non_finite, place)
 
 
@@ -224,9 +221,59 @@ def _roots(
     return roots, seeds
 
 
+def _sums_before(
+    ref: StageRef, microbatch: Microbatch, previous: BackwardResult | None
+) -> GradientSums:
+    """Return the sums of the micro-batches before this one, or with it if it has been added.
+
+    Raises
+    ------
+    StateLost
+        If they were on another worker, or an earlier task failed while it was adding.
+    """
+    if previous is None:
+        return GradientSums(None)
+    sums: GradientSums = previous.sums or CACHE.recall(ref, SUMS, previous.place)
+    if sums.place not in (previous.place, (microbatch.step, microbatch.index)):
+        raise state_lost(ref, SUMS, previous.place)
+    return sums
+
+
+def _accumulate(
+    graph: SavedGraph,
+    roots: list[torch.Tensor],
+    seeds: list[torch.Tensor],
+    sums: GradientSums,
+) -> None:
+    """Run autograd, and add the parameter uses' gradients to the sums as they come.
+
+    Autograd adds in place to a leaf's gradient, so that no second copy of all gradients is alive;
+    half-precision ones are added to sums in float32.
+    """
+    sums.place = None
+    for name, leaf in graph.uses.items():
+        known = sums.tensors.get(name)
+        leaf.grad = known if known is not None and known.dtype == leaf.dtype else None
+    if roots:
+        torch.autograd.backward(roots, seeds)
+    for name, leaf in graph.uses.items():
+        gradient, leaf.grad = leaf.grad, None
+        if gradient is None:
+            continue
+        if gradient.dtype not in AUTOCAST_DTYPES.values():
+            sums.tensors[name] = gradient
+        elif name in sums.tensors:
+            sums.tensors[name].add_(gradient)
+        else:
+            sums.tensors[name] = gradient.float()
+
+
 def _sums(ref: StageRef, result: BackwardResult) -> Tensors:
-    """Return a result's gradient sums, from the cache if this copy of it has been on a journey."""
-    return result.sums if result.sums is not None else CACHE.recall(ref, SUMS, result.place)
+    """Return the finished sums of a step, from the cache if the result has been on a journey."""
+    sums: GradientSums = result.sums or CACHE.recall(ref, SUMS, result.place)
+    if sums.place != result.place:
+        raise state_lost(ref, SUMS, result.place)
+    return sums.tensors
 
 
 def _buffers_after(ref: StageRef, result: ForwardResult) -> Tensors:
@@ -234,22 +281,6 @@ def _buffers_after(ref: StageRef, result: ForwardResult) -> Tensors:
     return (
         result.buffers if result.buffers is not None else CACHE.recall(ref, BUFFERS, result.place)
     )
-
-
-def _add(before: Tensors, fresh: dict[str, torch.Tensor | None]) -> Tensors:
-    """Add a micro-batch's gradients to the sums so far, half-precision ones in float32."""
-    sums: dict[str, torch.Tensor] = dict(before)
-    while fresh:  # drop each gradient as soon as it is added
-        name, gradient = fresh.popitem()
-        if gradient is None:
-            continue
-        if name in sums:
-            # Never in place: the sum so far is another task's result.
-            sums[name] = torch.add(sums[name], gradient)
-        else:
-            half = gradient.dtype in AUTOCAST_DTYPES.values()
-            sums[name] = gradient.float() if half else gradient.contiguous()
-    return sums
 
 
 def total_gradients(

@@ -6,11 +6,13 @@ import time
 from typing import Any
 
 import dask
+from dask.tokenize import tokenize
 from distributed import Client, Event, LocalCluster
 from distributed.batched import BatchedSend
+from distributed.protocol.pickle import dumps, loads
 from small import wait_until
 
-from dagflow.run.dask_internals import List, Task, TaskRef
+from dagflow.run.dask_internals import StepTask, Task, TaskRef
 from dagflow.run.graph import Places
 from dagflow.run.workers import SEND_INTERVAL_SECONDS, StageScheduler, StageWorker
 
@@ -52,13 +54,24 @@ def test_workers_log_what_they_send_with_its_bandwidth(client: Client) -> None:
 
 def test_tasks_name_what_they_depend_on_and_get_its_value() -> None:
     first, second = ("x", 0), ("y", 0)
-    task = Task(second, lambda parts, factor: sum(parts) * factor, List(TaskRef(first), 5), 2)
-    assert set(task.dependencies) == {first}
-    assert task({first: 4}) == 18
-    assert Task(first, max, 1, TaskRef(second))({second: 3}) == 3
-    nested = Task(first, lambda rows: rows, List(List(0.5, TaskRef(second), "loss")))
-    assert set(nested.dependencies) == {second}
-    assert [list(row) for row in nested({second: 3})] == [[0.5, 3, "loss"]]
+    for kind in (Task, StepTask):
+        task = kind(second, lambda *parts: parts, TaskRef(first), 5, {"a": [1]})
+        assert set(task.dependencies) == {first}
+        assert task({first: 4}) == (4, 5, {"a": [1]})
+
+
+class Unpicklable:
+    def __reduce__(self) -> Any:
+        raise AssertionError("a token was made of a task's arguments")
+
+
+def test_a_step_tasks_token_is_its_key() -> None:
+    def token(key: Any) -> str:
+        found: str = tokenize(StepTask(key, max, Unpicklable()))
+        return found
+
+    assert token(("x", 1)) == token(("x", 1)) != token(("x", 2))
+    assert loads(dumps(StepTask(("x", 1), max, 2, 3)))({}) == 3
 
 
 def test_callables_place_every_task(client: Client) -> None:

@@ -150,7 +150,7 @@ def test_compression_is_for_links_slower_than_break_even(
     tensor = torch.arange(1 << 16).to(torch.bfloat16)
     values = TensorDict(big=tensor, small=torch.zeros(64))
     header, frames = serialize(values, serializers=["dask"], context=CONTEXT)
-    assert [h["blosc2"] for h in header["tensors"]] == [packed, False]
+    assert [h["blosc2"] for h in header["sub-header"]["tensors"]] == [packed, False]
     assert (memoryview(frames[0]).nbytes < 2 << 16) == packed
     assert_same(there_and_back(values, CONTEXT)["big"], tensor)
 

@@ -65,7 +65,7 @@ def tensors_of(result: Any) -> dict[str, torch.Tensor]:
     if isinstance(result, ForwardResult):
         return {**result.values, **(result.buffers or {})}
     if isinstance(result, BackwardResult):
-        return {**result.gradients, **(result.sums or {})}
+        return {**result.gradients, **(result.sums.tensors if result.sums else {})}
     return dict(result) if isinstance(result, dict) else {}
 
 
