@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,19 +65,18 @@ def rebuilder(batch: Any) -> Callable[[Sequence[torch.Tensor]], Any]:
     """Return a function that builds a batch like this one from its tensors in flattened order."""
 
     def rebuild(tensors: Sequence[torch.Tensor]) -> Any:
-        iterator = iter(tensors)
-
-        def walk(tree: Any) -> Any:
-            if isinstance(tree, Mapping):
-                return {key: walk(value) for key, value in tree.items()}
-            if isinstance(tree, (tuple, list)):
-                return tuple(walk(value) for value in tree)
-            is_tensor = isinstance(tree, torch.Tensor) or hasattr(tree, "__array__")
-            return next(iterator) if is_tensor else tree
-
-        return walk(batch)
+        return _rebuilt(batch, iter(tensors))
 
     return rebuild
+
+
+def _rebuilt(tree: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _rebuilt(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return tuple(_rebuilt(value, tensors) for value in tree)
+    is_tensor = isinstance(tree, torch.Tensor) or hasattr(tree, "__array__")
+    return next(tensors) if is_tensor else tree
 
 
 def split_target(batch: Any) -> tuple[Any, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 import dask
@@ -115,21 +117,42 @@ def _embedded(settings: ClusterSettings, store: Store) -> Iterator[Client]:
         threads = settings.num_torch_threads or torch.get_num_threads()
         prepare_process(None, "auto")
     config = {**_EMBEDDED_SETTINGS, "distributed.nanny.pre-spawn-environ": environment}
-    with (
-        dask.config.set(config),
-        warnings.catch_warnings(),
-        LocalCluster(
-            n_workers=num_workers,
-            threads_per_worker=1,
-            processes=processes,
-            dashboard_address=f"127.0.0.1:{_free_dashboard_port()}",
-            silence_logs=logging.ERROR,
-        ) as cluster,
-        Client(cluster, set_as_default=False, direct_to_workers=True) as client,
-    ):
-        wire.register()
-        _register_plugins(client, StageWorker(threads, embedded=processes))
+    with ExitStack() as stack:
+        stack.enter_context(dask.config.set(config))
+        stack.enter_context(warnings.catch_warnings())
+        with _interrupts_held():
+            cluster = LocalCluster(
+                n_workers=num_workers,
+                threads_per_worker=1,
+                processes=processes,
+                dashboard_address=f"127.0.0.1:{_free_dashboard_port()}",
+                silence_logs=logging.ERROR,
+            )
+            stack.enter_context(cluster)
+            client = Client(cluster, set_as_default=False, direct_to_workers=True)
+            stack.enter_context(client)
+            wire.register()
+            _register_plugins(client, StageWorker(threads, embedded=processes))
         yield client
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done, and for good in processes that it starts.
+
+    A terminal interrupts the whole group of processes: a worker that is still importing torch
+    would show a traceback, and dask can't close a cluster that is half-way up.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Whoever starts multiprocessing's tracker lets SIGINT through again afterwards.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _free_dashboard_port() -> int:

@@ -22,6 +22,7 @@ from dagflow.errors import NonFiniteLoss, WorkersLost
 from dagflow.run.events import StepEvent
 from dagflow.run.feed import Feed, StepBatch
 from dagflow.run.graph import Key, Places, Priorities, StepGraph, StepInputs
+from dagflow.run.interrupts import Interrupts
 from dagflow_storage import (
     RunDirectory,
     ShardRecord,
@@ -67,6 +68,8 @@ class Driver:
         Writes the parts of a snapshot that no stage writes.
     decision : Decision | None
         The latest, to go on from.
+    interrupts : Interrupts
+        Heeded between steps.
     """
 
     client: Client
@@ -82,6 +85,7 @@ class Driver:
     on_step: Callable[[StepEvent], None]
     write_extra: Callable[[int], Sequence[ShardRecord]]
     decision: Decision | None = None
+    interrupts: Interrupts = field(default_factory=Interrupts)
     _flights: deque[_Flight] = field(default_factory=deque)
     _last: _Flight | None = None
     _saves: dict[int, dict[Key, Future]] = field(default_factory=dict)
@@ -128,7 +132,9 @@ class Driver:
                 self._last = self._flights.popleft()
                 done = self._last.step + 1
                 self._commit_finished(done)
+                self.interrupts.heed()
             self.save_and_commit(done)
+            self.interrupts.heed()
         finally:
             self._flush_metrics()
         return done
@@ -232,6 +238,7 @@ class Driver:
                 if future.status == "error":  # the task's own
                     raise
                 self._check_workers()
+                self.interrupts.heed()
             except (CancelledError, KilledWorker) as error:
                 self._check_workers()
                 raise WorkersLost(f"The cluster gave up on a task: {error}.") from error

@@ -279,7 +279,7 @@ class _Session:
         if self.total is None or start < self.total:
             self.line.note(str(self.plan))
         self.line.begin(start)
-        with driver.cleaning_up():
+        with driver.cleaning_up(), driver.interrupts.noted():
             try:
                 return driver.go(start, self.total)
             except KeyboardInterrupt:

@@ -506,11 +506,14 @@ def call(function: Callable[..., Any], layout: tuple[Any, ...], *results: Any) -
     Results that no slot asks for are those of tasks that only had to be done before.
     """
 
-    def filled(argument: Any) -> Any:
-        if type(argument) is ResultSlot:
-            return results[argument.index]
-        if type(argument) is tuple:
-            return tuple(filled(item) for item in argument)
-        return argument
+    return function(*(_filled(argument, results) for argument in layout))
 
-    return function(*(filled(argument) for argument in layout))
+
+def _filled(argument: Any, results: tuple[Any, ...]) -> Any:
+    # Not a function inside `call`: one that calls itself is a reference cycle, and would keep the
+    # results, gradients as large as the weights among them, until the garbage collector comes by.
+    if type(argument) is ResultSlot:
+        return results[argument.index]
+    if type(argument) is tuple:
+        return tuple(_filled(item, results) for item in argument)
+    return argument

@@ -1,26 +1,30 @@
 """A script that trains until it is interrupted; `test_interrupt.py` runs it.
 
-Arguments: the store, the number of steps, and from which step on its callback hangs (0: never).
+Arguments: the store, the number of steps, and after which step it interrupts itself and its
+callback hangs from then on (0: never).
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import torch
-from small import batches, example, train
+import torch  # noqa: E402
+from small import batches, example, train  # noqa: E402
 
-import dagflow
+import dagflow  # noqa: E402
 
 
-def main(store: str, steps: int, hangs_at: int) -> None:
+def main(store: str, steps: int, interrupted_after: int) -> None:
     def on_step(event: dagflow.StepEvent) -> None:
         print(f"step {event.step}", flush=True)
-        if hangs_at and event.step >= hangs_at:
+        if event.step == interrupted_after:
+            signal.raise_signal(signal.SIGINT)
+        elif interrupted_after and event.step > interrupted_after:
             threading.Event().wait(120)
 
     torch.set_num_threads(1)

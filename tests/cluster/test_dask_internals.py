@@ -21,9 +21,7 @@ def test_batched_send_counts_its_interval_in_seconds() -> None:
     assert BatchedSend(interval="2ms").interval == 0.002
 
 
-def test_plugins_shorten_both_directions_of_messages(
-    cluster: LocalCluster, client: Client
-) -> None:
+def test_plugins_shorten_both_directions_of_messages(cluster: LocalCluster, client: Client) -> None:
     client.register_plugin(StageScheduler())
     client.register_plugin(StageWorker())
     comms = cluster.scheduler.stream_comms

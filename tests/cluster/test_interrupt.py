@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,13 +19,13 @@ from small import assert_same_run, batches, example, train, wait_until
 
 from dagflow_storage import Store, list_snapshots
 
-STEPS = 60
+STEPS = 40
 
 
 @contextmanager
-def training(folder: Path, hangs_at: int = 0) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, TESTS / "interrupted.py", folder / "run", str(STEPS), str(hangs_at)]
-    process = start(command, folder / "stderr")
+def training(folder: Path, interrupted_after: int = 0) -> Iterator[subprocess.Popen[str]]:
+    script = [sys.executable, TESTS / "interrupted.py", folder / "run"]
+    process = start([*script, str(STEPS), str(interrupted_after)], folder / "stderr")
     # A line that never comes must not hang the test.
     deadline = threading.Timer(120, kill_group, [process])
     deadline.start()
@@ -46,12 +47,34 @@ def read_until(process: subprocess.Popen[str], line: str) -> None:
     pytest.fail(f"{line!r} never came: {seen}")
 
 
+def group_size(process: subprocess.Popen[str]) -> int:
+    """Count the processes of a process's group, as Linux lists them."""
+    size = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            size += int(stat.read_text().rpartition(")")[2].split()[2]) == process.pid
+    return size
+
+
 def group_is_gone(process: subprocess.Popen[str]) -> bool:
     try:
         os.killpg(process.pid, 0)
     except ProcessLookupError:
         return True
     return False
+
+
+def test_ctrl_c_while_the_workers_start_is_as_quiet(tmp_path: Path) -> None:
+    with training(tmp_path) as process:
+        # The script, multiprocessing's tracker, and a worker that has just begun to import.
+        wait_until(lambda: group_size(process) >= 3, "a worker is starting")
+        kill_group(process, signal.SIGINT)
+        process.communicate(timeout=60)
+        wait_until(lambda: group_is_gone(process), "no process of the run is left", 10)
+    said = (tmp_path / "stderr").read_text()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert list_snapshots(Store(str(tmp_path / "run"))) == [0]
 
 
 def test_ctrl_c_leaves_a_snapshot_no_processes_and_the_way_to_go_on(
@@ -77,9 +100,7 @@ def test_ctrl_c_leaves_a_snapshot_no_processes_and_the_way_to_go_on(
 
 
 def test_a_second_ctrl_c_ends_at_once(client: Client, tmp_path: Path) -> None:
-    with training(tmp_path, hangs_at=4) as process:
-        read_until(process, "step 4")
-        kill_group(process, signal.SIGINT)
+    with training(tmp_path, interrupted_after=4) as process:
         read_until(process, "step 5")  # a step in flight comes back, and its callback hangs
         kill_group(process, signal.SIGINT)
         process.communicate(timeout=30)

@@ -111,7 +111,7 @@ def test_metrics_in_the_store_hold_every_step_once(client: Client, tmp_path: Pat
     of = example()
     data = batches(of, 8)
     train(of, data, tmp_path / "run", client=client, steps=3)
-    result = train(of, data, tmp_path / "run", client=client, **{"steps": 8})
+    result = train(of, data, tmp_path / "run", client=client, steps=8)
     rows = RunDirectory(Store(str(tmp_path / "run"))).read_metrics()
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert [row["loss"] for row in rows] == result.losses

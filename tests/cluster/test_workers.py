@@ -123,9 +123,7 @@ def killer(step: int, *workers: subprocess.Popen[str]) -> Any:
     return kill
 
 
-def test_a_run_survives_a_killed_worker_with_the_same_bits(
-    client: Client, tmp_path: Path
-) -> None:
+def test_a_run_survives_a_killed_worker_with_the_same_bits(client: Client, tmp_path: Path) -> None:
     of = example(dropout=True)
     data = batches(of, 12)
     wanted = train(of, data, tmp_path / "undisturbed", client=client)
@@ -172,7 +170,7 @@ def test_an_iterator_that_cannot_be_read_again_is_said_to_be_one(
     run = tmp_path / "run"
     with (
         swarm(TWO, tmp_path) as (volunteers, workers),
-        pytest.raises(dagflow.BatchInvalid, match="can be read once.*new iterator"),
+        pytest.raises(dagflow.BatchInvalid, match=r"can be read once.*new iterator"),
     ):
         train(
             of, iter(data), run, client=volunteers, snapshot_every=2, steps=8,

@@ -1,0 +1,47 @@
+"""Ctrl-C while a run is under way: heeded between two steps, not between two lines."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Interrupts:
+    """Notes the first Ctrl-C until the driver asks for it; the second ends everything at once.
+
+    Python raises KeyboardInterrupt between any two lines, also between handing a step to dask and
+    remembering that it is in flight, and loses it in destructors, of which releasing results runs
+    many.
+    """
+
+    _noted: bool = False
+    _heeded: bool = False
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note interrupts inside the block; a program's own handler is left alone."""
+        ours = threading.current_thread() is threading.main_thread()
+        if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def heed(self) -> None:
+        """Raise KeyboardInterrupt if one was noted; once."""
+        if self._noted and not self._heeded:
+            self._heeded = True
+            raise KeyboardInterrupt
+
+    def _note(self, *_: Any) -> None:
+        if self._noted:
+            raise KeyboardInterrupt
+        self._noted = True
