@@ -20,11 +20,12 @@ from typing import Any
 
 import psutil
 import torch
-from distributed import Client, LocalCluster
 from workload import Workload
 
 import dagflow
 from dagflow.plan.schedule import in_flight_limits
+from dagflow.run.clusters import ClusterSettings, open_cluster
+from dagflow_storage import Store
 from dagflow_tasks.interpreter import Executable, RandomAddress
 from dagflow_tasks.program import StageProgram
 
@@ -92,10 +93,7 @@ def measure(workload: Workload, steps: int) -> list[dict[str, Any]]:
     needed = needed_bytes(workload)
     with (
         tempfile.TemporaryDirectory() as folder,
-        LocalCluster(
-            n_workers=workload.num_stages, threads_per_worker=1, dashboard_address=":0"
-        ) as cluster,
-        Client(cluster) as client,
+        open_cluster(None, ClusterSettings(workload.num_stages), Store(folder)) as client,
     ):
         batch = next(iter(workload.batches()))
         options = {"client": client, "progress": False, "num_stages": workload.num_stages}

@@ -109,13 +109,15 @@ def join(
     The same as `dask worker ADDRESS --nthreads 1 --preload dagflow.worker`. Ctrl-C leaves.
     Whoever runs the scheduler can run code here: join swarms of people you trust.
     """
+    from dagflow.run.allocator import with_allocator
+
     command = [sys.executable, "-m", "dask", "worker", scheduler]
     command += ["--nthreads", "1", "--nworkers", "1", "--memory-limit", memory_limit]
     command += ["--name", name] if name else []
     command += ["--lifetime", lifetime] if lifetime else []
     threads = torch_threads or os.cpu_count() or 1
     command += ["--preload", "dagflow.worker", "--torch-threads", str(threads), "--device", device]
-    os.execv(sys.executable, command)
+    os.execve(sys.executable, command, with_allocator(os.environ))
 
 
 @main.command()

@@ -20,6 +20,8 @@ from distributed.comm import CommClosedError
 
 from dagflow.errors import SettingsInvalid, WorkerIncompatible, WorkersLost
 from dagflow.run import wire
+from dagflow.run.allocator import with_allocator
+from dagflow.run.interrupts import Interrupts
 from dagflow.run.workers import StageScheduler, StageWorker, WorkerFacts, describe, prepare_process
 from dagflow_storage import Store
 from dagflow_tasks.references import DAGFLOW_VERSION
@@ -112,6 +114,7 @@ def _embedded(settings: ClusterSettings, store: Store) -> Iterator[Client]:
             "MKL_NUM_THREADS": threads,
         }
         environment.pop("MALLOC_TRIM_THRESHOLD_", None)
+        environment = with_allocator(environment)
     else:
         environment = {}
         threads = settings.num_torch_threads or torch.get_num_threads()
@@ -148,11 +151,14 @@ def _interrupts_held() -> Iterator[None]:
         return
     # Whoever starts multiprocessing's tracker lets SIGINT through again afterwards.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    interrupts = Interrupts()
+    with interrupts.noted():  # another thread, of a library, may take the signal all the same
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    interrupts.heed()
 
 
 def _free_dashboard_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -108,7 +109,7 @@ def split_rows(num_rows: int, num_microbatches: int, minimum: int) -> list[tuple
     bounds = [0]
     for index in range(count):
         bounds.append(bounds[-1] + small + (1 if index < larger else 0))
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def num_rows(tensors: Mapping[str, torch.Tensor], where: str) -> int:

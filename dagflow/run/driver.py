@@ -159,6 +159,14 @@ class Driver:
         try:
             yield
         finally:
+            # By hand: dask keeps a failed task's exception, its traceback our frames, and these
+            # every future of theirs.
+            for flight in (*self._flights, *([self._last] if self._last else [])):
+                for future in (*flight.futures.values(), *flight.batch.held):
+                    future.release()
+            for futures in self._saves.values():
+                for future in futures.values():
+                    future.release()
             self._flights.clear()
             self._saves.clear()
             self._last = None

@@ -58,7 +58,7 @@ Callback = StepObserver | Callable[[StepEvent], None]
 def notify(callbacks: tuple[Callback, ...], event: StepEvent) -> None:
     """Tell every callback, by its `on_step` or by calling it."""
     for callback in callbacks:
-        on_step = getattr(callback, "on_step", callback)
+        on_step: Callable[[StepEvent], None] = getattr(callback, "on_step", callback)  # type: ignore[arg-type]
         on_step(event)
 
 

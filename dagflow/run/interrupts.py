@@ -1,4 +1,4 @@
-"""Ctrl-C while a run is under way: heeded between two steps, not between two lines."""
+"""Ctrl-C while a run is under way: heeded where nothing is half done."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass
 class Interrupts:
-    """Notes the first Ctrl-C until the driver asks for it; the second ends everything at once.
+    """Notes the first Ctrl-C until somebody asks for it; the second ends everything at once.
 
     Python raises KeyboardInterrupt between any two lines, also between handing a step to dask and
     remembering that it is in flight, and loses it in destructors, of which releasing results runs

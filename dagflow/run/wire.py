@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
-import blosc2
+import blosc2  # type: ignore[import-untyped]
 import torch
 from dask.sizeof import sizeof
 from distributed.protocol import dask_deserialize, dask_serialize
@@ -203,4 +203,4 @@ def _size_of(value: Any) -> int:
     elif isinstance(value, BackwardResult):
         parts = [value.gradients, value.sums.tensors if value.sums else None]
     tensors = [tensor for part in parts if part for tensor in part.values()]
-    return 200 + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return 200 + sum(int(tensor.numel() * tensor.element_size()) for tensor in tensors)

@@ -99,7 +99,7 @@ def prepare_worker(worker: Worker) -> None:
     wire.POLICY.bandwidth = wire.bandwidth_from_log(worker.transfer_outgoing_log)
 
 
-class StageWorker(WorkerPlugin):
+class StageWorker(WorkerPlugin):  # type: ignore[misc]
     """Prepares every worker of a cluster, those that join later included.
 
     Parameters
@@ -124,7 +124,7 @@ class StageWorker(WorkerPlugin):
         prepare_worker(worker)
 
 
-class StageScheduler(SchedulerPlugin):
+class StageScheduler(SchedulerPlugin):  # type: ignore[misc]
     """Lets the scheduler send tasks at once instead of collecting them for 5 ms."""
 
     name = "dagflow-stage-scheduler"

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from dagflow_storage.errors import DamagedData, FormatTooNew
 from dagflow_storage.location import Store
 
-JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 
 def encode_document(format_version: int, content: Mapping[str, Any]) -> bytes:

@@ -17,7 +17,6 @@ from dagflow_tasks.errors import StateLost
 from dagflow_tasks.interpreter import Executable
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import StageRef
-from dagflow_tasks.results import Tensors
 from dagflow_tasks.state import StageState, load_state
 
 StageKey = tuple[str, str, int]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from distributed import Client, LocalCluster
+from small import wait_until
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +31,20 @@ def client(cluster: LocalCluster) -> Iterator[Client]:
         # Bit for bit the same whichever process computes.
         connected.run(torch.set_num_threads, 1)
         yield connected
+
+
+@pytest.fixture
+def refused(cluster: LocalCluster, client: Client) -> Callable[..., Any]:
+    """Expect an error that matches, and a scheduler that has heard of no task."""
+
+    @contextmanager
+    def expecting(error: type[Exception], *words: str) -> Iterator[None]:
+        wait_until(lambda: not cluster.scheduler.tasks, "earlier runs' tasks are forgotten")
+        before = cluster.scheduler.transition_counter
+        with pytest.raises(error) as caught:
+            yield
+        for word in words:
+            assert word in str(caught.value)
+        assert cluster.scheduler.transition_counter == before
+
+    return expecting

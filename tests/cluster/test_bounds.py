@@ -13,6 +13,7 @@ from distributed import Client, LocalCluster
 from small import assert_same_run, batches, example, train, wait_until
 
 import dagflow
+import dagflow_storage
 from dagflow.run import driver
 
 
@@ -88,14 +89,17 @@ def test_cutting_the_lineage_changes_no_bit(
     assert_same_run(found, wanted)
 
 
-def cached(client: Client) -> dict[str, int]:
+def cached(client: Client, run: Path) -> int:
+    """Count what the workers remember of a run."""
+    run_id = dagflow_storage.RunDirectory(dagflow_storage.Store(str(run))).run_id
+
     def count() -> int:
         from dagflow_tasks.cache import CACHE
 
-        return sum(map(len, (CACHE.programs, CACHE.states, CACHE.graphs, CACHE.kept)))
+        parts = (CACHE.programs, CACHE.states, CACHE.graphs)
+        return sum(run_id in str(key) for part in parts for key in part)
 
-    counts: dict[str, int] = client.run(count)
-    return counts
+    return sum(client.run(count).values())
 
 
 def test_nothing_of_a_run_stays_on_the_users_cluster(
@@ -105,23 +109,31 @@ def test_nothing_of_a_run_stays_on_the_users_cluster(
     sizes: list[int] = []
 
     def watch(event: dagflow.StepEvent) -> None:
-        sizes.append(sum(cached(client).values()))
+        sizes.append(cached(client, tmp_path / "run"))
 
     train(of, batches(of, 4), tmp_path / "run", client=client, callbacks=[watch])
     assert max(sizes) >= 4
     wait_until(lambda: not cluster.scheduler.tasks, "no task is left on the scheduler")
-    assert set(cached(client).values()) == {0}
+    assert cached(client, tmp_path / "run") == 0
     assert client.futures == {}
 
 
-def test_a_failed_run_leaves_no_task_either(
-    cluster: LocalCluster, client: Client, tmp_path: Path
+def test_failed_runs_leave_no_task_either(
+    cluster: LocalCluster, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = example()
     data = batches(of, 4)
+    good = data[2][0].clone()
     data[2][0][0, 0] = torch.nan
     with pytest.raises(dagflow.NonFiniteLoss):
-        train(of, data, tmp_path / "run", client=client)
+        train(of, data, tmp_path / "nan", client=client)
+    data[2] = (good.double(), data[2][1])
+    with pytest.raises(dagflow.BatchInvalid):
+        train(of, data, tmp_path / "batch", client=client)
+    # A task's own error, which dask remembers for as long as its future lives.
+    monkeypatch.setattr(dagflow_storage.RunDirectory, "write_programs", lambda *_: None)
+    with pytest.raises(dagflow.DagflowError, match="stage-00"):
+        train(of, data, tmp_path / "task", client=client)
     wait_until(lambda: not cluster.scheduler.tasks, "no task is left on the scheduler")
     assert client.futures == {}
 

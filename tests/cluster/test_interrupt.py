@@ -19,7 +19,7 @@ from small import assert_same_run, batches, example, train, wait_until
 
 from dagflow_storage import Store, list_snapshots
 
-STEPS = 40
+STEPS = 30
 
 
 @contextmanager

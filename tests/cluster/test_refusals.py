@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed import Client, LocalCluster
-from small import assert_same_run, batches, example, train
+from distributed import Client
+from small import batches, example, train
 from zoo import Example, TwoBranches
 
 import dagflow
-from dagflow.errors import FormatTooNew, ProgramTooNew
-from dagflow_storage import RunDirectory, Store, list_snapshots
+from dagflow.errors import FormatTooNew
 
 Refused = Callable[..., Any]
-
-
-@pytest.fixture
-def refused(cluster: LocalCluster, client: Client, tmp_path: Path) -> Refused:
-    """Expect an error that matches, and a scheduler that has heard of no task."""
-
-    @contextmanager
-    def expecting(error: type[Exception], *words: str) -> Iterator[None]:
-        before = cluster.scheduler.transition_counter
-        with pytest.raises(error) as caught:
-            yield
-        for word in words:
-            assert word in str(caught.value)
-        assert cluster.scheduler.transition_counter == before
-
-    return expecting
 
 
 class DependsOnData(TwoBranches):
@@ -229,116 +210,3 @@ def test_weights_that_are_nowhere(refused: Refused, client: Client, tmp_path: Pa
         train(empty, batches(of, 1), tmp_path / "run", client=client)
     with refused(dagflow.SettingsInvalid, "found none"):
         train(empty, batches(of, 1), tmp_path / "run", client=client, state_dict=tmp_path / "no")
-
-
-def test_a_scheduler_that_does_not_answer(tmp_path: Path) -> None:
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{reserved.getsockname()[1]}"
-        of = example()
-        config = dagflow.Config(cluster=dagflow.ClusterSettings(wait_seconds=0.5))
-        with pytest.raises(dagflow.WorkersLost) as caught:
-            train(of, batches(of, 1), tmp_path / "run", client=address, config=config)
-    assert address in str(caught.value)
-    assert "dask scheduler" in str(caught.value)
-
-
-def test_a_cluster_without_workers(tmp_path: Path) -> None:
-    of = example()
-    config = dagflow.Config(cluster=dagflow.ClusterSettings(wait_seconds=0.5))
-    with (
-        LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty,
-        Client(empty, set_as_default=False) as client,
-        pytest.raises(dagflow.WorkersLost) as caught,
-    ):
-        train(of, batches(of, 1), tmp_path / "run", client=client, config=config)
-    for words in ("0 of 1 workers", "0.5 s", f"dagflow join {empty.scheduler_address}"):
-        assert words in str(caught.value)
-
-
-def fake_describe(**changes: Any) -> Callable[[Any], dict[str, Any]]:
-    def describe(dask_worker: Any) -> dict[str, Any]:
-        from dagflow.run.workers import describe as real
-
-        return {**real(dask_worker), **changes}
-
-    return describe
-
-
-def test_workers_with_another_dagflow_or_torch(
-    refused: Refused, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    of = example()
-    data = batches(of, 2)
-    changes = {"dagflow": "0.0.9", "name": "attic"}
-    monkeypatch.setattr("dagflow.run.clusters.describe", fake_describe(**changes))
-    with refused(dagflow.WorkerIncompatible, "attic", "0.0.9", dagflow.__version__):
-        train(of, data, tmp_path / "run", client=client)
-    changes = {"torch": "2.0.0", "name": "attic"}
-    monkeypatch.setattr("dagflow.run.clusters.describe", fake_describe(**changes))
-    with pytest.warns(UserWarning, match=r"worker attic .* has torch 2\.0\.0") as caught:
-        result = train(of, data, tmp_path / "run", client=client)
-    assert len(caught) == 2
-    assert result.step == 2
-
-
-def test_a_worker_that_cannot_say_what_it_is(
-    refused: Refused, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def describe() -> None:
-        raise ModuleNotFoundError("No module named 'dagflow'")
-
-    monkeypatch.setattr("dagflow.run.clusters.describe", describe)
-    of = example()
-    with refused(dagflow.WorkerIncompatible, "tcp://", "pip install dagflow"):
-        train(of, batches(of, 1), tmp_path / "run", client=client)
-
-
-TAMPERED: dict[str, tuple[type[Exception], Callable[[str], str], str]] = {
-    "operator": (
-        dagflow.OperatorNotAllowed,
-        lambda text: text.replace("aten.tanh.default", "os.system"),
-        "os.system",
-    ),
-    "version": (
-        ProgramTooNew,
-        lambda text: text.replace('"format_version": 1', '"format_version": 9'),
-        "version 9",
-    ),
-    "half": (dagflow.ProgramInvalid, lambda text: text[: len(text) // 2], "JSON"),
-}
-
-
-@pytest.mark.parametrize("what", sorted(TAMPERED))
-def test_a_program_that_was_tampered_with_is_refused_by_the_worker(
-    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    error, change, words = TAMPERED[what]
-    write = RunDirectory.write_programs
-
-    def tampering(self: RunDirectory, name: str, programs: list[str]) -> None:
-        write(self, name, [change(text) for text in programs])
-
-    monkeypatch.setattr(RunDirectory, "write_programs", tampering)
-    of = example()
-    with pytest.raises(error) as caught:
-        train(of, batches(of, 2), tmp_path / "run", client=client)
-    assert words in str(caught.value)
-
-
-def test_a_nan_names_step_and_stage_and_keeps_the_last_good_snapshot(
-    client: Client, tmp_path: Path
-) -> None:
-    of = example()
-    good = batches(of, 8)
-    whole = train(of, good, tmp_path / "whole", client=client)
-    bad = [*good]
-    bad[5] = (good[5][0].clone(), good[5][1])
-    bad[5][0][3, 0] = torch.nan
-    run = tmp_path / "run"
-    with pytest.raises(dagflow.NonFiniteLoss) as caught:
-        train(of, bad, run, client=client, snapshot_every=2, num_stages=2)
-    for words in ("step 5", "nan", "stage 0", "micro-batch 1", "clip_grad_norm"):
-        assert words in str(caught.value)
-    assert list_snapshots(Store(str(run)))[-1] == 4
-    assert_same_run(train(of, good, run, client=client), whole)

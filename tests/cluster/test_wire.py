@@ -11,7 +11,7 @@ from distributed import Client
 from distributed.protocol import deserialize, serialize
 
 from dagflow.run import wire
-from dagflow_tasks.results import BackwardResult, ForwardResult, TensorDict
+from dagflow_tasks.results import BackwardResult, ForwardResult, GradientSums, TensorDict
 
 wire.register()
 DTYPES = [
@@ -115,7 +115,7 @@ def test_what_stays_on_a_worker_does_not_travel() -> None:
     big = {"w": torch.ones(1 << 16)}
     boundary = {"h": torch.ones(4)}
     forward = ForwardResult(boundary, big, False, (3, 1))
-    backward = BackwardResult(boundary, big, (0, 2), (3, 1))
+    backward = BackwardResult(boundary, GradientSums((3, 1), big), (0, 2), (3, 1))
     for result in (forward, backward):
         _, frames = serialize(result, serializers=["dask"])
         assert sum(memoryview(frame).nbytes for frame in frames) == 16
@@ -131,7 +131,8 @@ def test_dask_accounts_for_every_tensor() -> None:
     tensor = torch.ones(1 << 16)
     assert sizeof(TensorDict(a=tensor, b=tensor.bfloat16())) == pytest.approx(393_216, rel=0.01)
     assert sizeof(ForwardResult({"a": tensor}, {"b": tensor})) == pytest.approx(524_288, rel=0.01)
-    assert sizeof(BackwardResult({}, {"b": tensor})) == pytest.approx(262_144, rel=0.01)
+    sums = GradientSums((3, 1), {"b": tensor})
+    assert sizeof(BackwardResult({}, sums)) == pytest.approx(262_144, rel=0.01)
     assert sizeof(BackwardResult({"a": tensor}, None)) == pytest.approx(262_144, rel=0.01)
 
 

@@ -143,7 +143,7 @@ def test_the_first_commit_of_a_step_wins(store: Store) -> None:
 
 def test_a_commit_over_a_damaged_manifest_is_not_quiet(store: Store) -> None:
     store.write_bytes("snapshots/step-00000004/manifest.json", b"[")
-    with pytest.raises(DamagedData, match="step-00000004/manifest.json"):
+    with pytest.raises(DamagedData, match=r"step-00000004/manifest\.json"):
         take(store, 4)
 
 
