@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -198,19 +199,20 @@ def roster(client: Client, num_workers: int, wait_seconds: float) -> list[Worker
         If one of them runs another dagflow, or none at all.
     """
     address = client.scheduler.address
-    try:
-        client.wait_for_workers(num_workers, timeout=wait_seconds)
-    except TimeoutError as error:
-        found = len(client.scheduler_info()["workers"])
-        raise WorkersLost(
-            f"{found} of {num_workers} workers joined {address} within {wait_seconds:g} s. On each "
-            f"machine that should help run: dagflow join {address}"
-        ) from error
-    answers = client.run(describe, on_error="return")
-    # A worker that left a moment ago may still be listed; whoever can't be reached doesn't count.
-    here = {w: a for w, a in answers.items() if not isinstance(a, CommClosedError)}
-    if not here:
-        raise WorkersLost(f"None of the workers of {address} answers: {', '.join(answers)}.")
+    deadline = time.monotonic() + wait_seconds
+    here: dict[str, Any] = {}
+    while not here:
+        try:
+            client.wait_for_workers(num_workers, timeout=max(0.1, deadline - time.monotonic()))
+        except TimeoutError as error:
+            found = len(client.scheduler_info()["workers"])
+            raise WorkersLost(
+                f"{found} of {num_workers} workers joined {address} within {wait_seconds:g} s. On "
+                f"each machine that should help run: dagflow join {address}"
+            ) from error
+        answers = client.run(describe, on_error="return")
+        # One that left a moment ago may still be listed; who can't be reached doesn't count.
+        here = {w: a for w, a in answers.items() if not isinstance(a, CommClosedError)}
     facts = [_checked(worker, answer) for worker, answer in here.items()]
     _warn_of_versions(facts)
     return sorted(facts, key=lambda f: (len(f.name), f.name, f.address))
