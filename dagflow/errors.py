@@ -16,6 +16,7 @@
         ├── SettingsInvalid            an option of `train` that makes no sense
         ├── WorkerIncompatible         a worker runs another dagflow
         ├── NonFiniteLoss              the loss became NaN or infinite
+        ├── WeightsNotFinite           an update destroyed the weights; no snapshot of those
         ├── ProgramInvalid, OptimizerInvalid, TaskFailed
         └── StoreNotWritable, StoreHoldsAnotherRun, FormatTooNew, NotFound
 """
@@ -40,6 +41,7 @@ from dagflow_tasks.errors import (
     ProgramTooNew,
     StateLost,
     TaskFailed,
+    WeightsNotFinite,
 )
 
 
@@ -97,6 +99,7 @@ __all__ = [
     "StoreUnreachable",
     "TaskFailed",
     "TransientError",
+    "WeightsNotFinite",
     "WorkerIncompatible",
     "WorkersLost",
 ]

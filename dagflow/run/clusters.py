@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -123,6 +123,7 @@ def _embedded(settings: ClusterSettings, store: Store) -> Iterator[Client]:
     config = {**_EMBEDDED_SETTINGS, "distributed.nanny.pre-spawn-environ": environment}
     with ExitStack() as stack:
         stack.enter_context(dask.config.set(config))
+        stack.callback(_restore_environment, {name: os.environ.get(name) for name in environment})
         stack.enter_context(warnings.catch_warnings())
         with _interrupts_held():
             cluster = LocalCluster(
@@ -138,6 +139,15 @@ def _embedded(settings: ClusterSettings, store: Store) -> Iterator[Client]:
             wire.register()
             _register_plugins(client, StageWorker(threads, embedded=processes))
         yield client
+
+
+def _restore_environment(before: Mapping[str, str | None]) -> None:
+    """Put back what dask sets in this process for the workers that it starts from it."""
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextmanager

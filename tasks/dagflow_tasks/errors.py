@@ -10,6 +10,7 @@
         │   ├── OperatorNotAllowed
         │   └── ProgramTooNew
         ├── OptimizerInvalid      no such optimizer, or no such option
+        ├── WeightsNotFinite      an update made weights infinite or NaN: no snapshot of those
         └── TaskFailed            an operator of a stage raised: names stage, operator and module
 """
 
@@ -40,3 +41,7 @@ class OptimizerInvalid(PermanentError):
 
 class TaskFailed(PermanentError):
     """An operator of a stage raised an error."""
+
+
+class WeightsNotFinite(PermanentError):
+    """A stage's weights are no longer finite; they are not put into a snapshot."""

@@ -16,6 +16,7 @@ import torch
 
 from dagflow_storage import ShardRecord
 from dagflow_tasks.cache import CACHE, SavedGraph, state_lost
+from dagflow_tasks.errors import WeightsNotFinite
 from dagflow_tasks.interpreter import AUTOCAST_DTYPES, Executable, RandomAddress
 from dagflow_tasks.program import ParameterUse
 from dagflow_tasks.references import Microbatch, StageRef, StateRef
@@ -459,8 +460,22 @@ def return_gradients(ref: StageRef, gradients: BackwardResult, uses: Sequence[st
 
 
 def save(ref: StageRef, state: StateRef) -> ShardRecord:
-    """Write a stage's state to the run's store, as one shard of a snapshot."""
-    return save_state(ref, CACHE.executable(ref).program, CACHE.state(ref, state.step))
+    """Write a stage's state to the run's store, as one shard of a snapshot.
+
+    Raises
+    ------
+    WeightsNotFinite
+        If a gradient has made a parameter infinite or NaN: a snapshot must be one to go back to.
+    """
+    current = CACHE.state(ref, state.step)
+    for name, parameter in current.parameters.items():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise WeightsNotFinite(
+                f"After step {state.step} the parameter {name!r} of stage {ref.stage} isn't finite. "
+                "The weights of the last snapshot are good. Lower the learning rate or clip gradients "
+                "(clip_grad_norm=1.0); then train again with the same store."
+            )
+    return save_state(ref, CACHE.executable(ref).program, current)
 
 
 def report(
