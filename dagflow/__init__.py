@@ -1,7 +1,7 @@
 """dagflow: train torch models on machines nobody controls, as a dask graph of stages.
 
 >>> import dagflow
->>> sorted(name for name in dagflow.__all__ if name.islower())
+>>> sorted(name for name in dagflow.__all__ if name[0].islower())
 ['capture', 'empty_weights', 'partition', 'train']
 """
 

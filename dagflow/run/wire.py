@@ -121,25 +121,43 @@ def pack_tensors(
     host = urlsplit(recipient).hostname or ""
     headers, frames = [], []
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
+        tensor, order = _in_memory_order(tensor.detach().cpu())
         frame: Any = memory_of(tensor)
         packed = POLICY.pays(tensor, host)
         if packed:
             frame = compress(frame, tensor.element_size())
         dtype = str(tensor.dtype).removeprefix("torch.")
+        shape = list(tensor.shape)
         headers.append(
-            {"name": name, "dtype": dtype, "shape": list(tensor.shape), "blosc2": packed}
+            {"name": name, "dtype": dtype, "shape": shape, "order": order, "blosc2": packed}
         )
         frames.append(frame)
     return headers, frames
 
 
+def _in_memory_order(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """Return a contiguous tensor, and its dimensions' places in the one given.
+
+    A transposed tensor arrives transposed: a sum over it runs in the order of its memory.
+    """
+    strides = tuple(tensor.stride())
+    order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
+    permuted = tensor.permute(order)
+    if permuted.is_contiguous():
+        return permuted, order
+    return tensor.contiguous(), list(range(tensor.dim()))
+
+
 def unpack_tensors(headers: list[Header], frames: list[Any]) -> dict[str, torch.Tensor]:
     """Return the tensors that `pack_tensors` was given, on the CPU."""
     return {
-        header["name"]: _tensor(header, frame)
+        header["name"]: _tensor(header, frame).permute(_inverse(header["order"]))
         for header, frame in zip(headers, frames, strict=True)
     }
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return [order.index(dim) for dim in range(len(order))]
 
 
 def _tensor(header: Header, frame: Any) -> torch.Tensor:

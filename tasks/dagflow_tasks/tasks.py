@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -113,9 +113,9 @@ def backward(
     place = (microbatch.step, microbatch.index)
     sums = _sums_before(ref, microbatch, previous)
     # Sums that hold this micro-batch already (the task runs again) are left alone.
-    _accumulate(graph, roots, seeds, GradientSums(None) if sums.place == place else sums)
+    kept = GradientSums(None) if sums.place == place else sums
+    boundary = _accumulate(graph, roots, seeds, kept)
     sums.place = place
-    boundary = {n: leaf.grad for n, leaf in graph.inputs.items() if leaf.grad is not None}
     CACHE.keep(ref, SUMS, place, sums)
     non_finite = previous.non_finite if previous else ()
     if not this.finite:
@@ -245,8 +245,8 @@ def _accumulate(
     roots: list[torch.Tensor],
     seeds: list[torch.Tensor],
     sums: GradientSums,
-) -> None:
-    """Run autograd, and add the parameter uses' gradients to the sums as they come.
+) -> dict[str, torch.Tensor]:
+    """Run autograd, add the parameter uses' gradients to the sums, return the inputs' gradients.
 
     Autograd adds in place to a leaf's gradient, so that no second copy of all gradients is alive;
     half-precision ones are added to sums in float32.
@@ -255,6 +255,12 @@ def _accumulate(
     for name, leaf in graph.uses.items():
         known = sums.tensors.get(name)
         leaf.grad = known if known is not None and known.dtype == leaf.dtype else None
+    boundary: dict[str, torch.Tensor] = {}
+    for name, leaf in graph.inputs.items():
+        if leaf.requires_grad:
+            # Taken before autograd lays it out like the leaf: a later sum over it would otherwise run
+            # in another order than without the cut.
+            leaf.register_hook(partial(boundary.__setitem__, name))  # type: ignore[no-untyped-call]
     if roots:
         torch.autograd.backward(roots, seeds)
     for name, leaf in graph.uses.items():
@@ -267,6 +273,7 @@ def _accumulate(
             sums.tensors[name].add_(gradient)
         else:
             sums.tensors[name] = gradient.float()
+    return boundary
 
 
 def _sums(ref: StageRef, result: BackwardResult) -> Tensors:
