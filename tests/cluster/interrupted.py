@@ -41,6 +41,8 @@ def main(store: str, steps: int, interrupted_after: int) -> None:
 
 
 if __name__ == "__main__":
+    # A shell starts background jobs with Ctrl-C ignored; a terminal's user has it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     except KeyboardInterrupt:
