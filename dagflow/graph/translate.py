@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -175,9 +176,11 @@ class _Translator:
             _, _, enabled, _, region, *operands = node.args
             self._region(node, region, operands, name, grad, autocast and bool(enabled))
             return
-        if node.target is _GETITEM and isinstance(self.environment.get(node.args[0]), tuple):  # type: ignore[arg-type]
-            self.environment[node] = self.environment[node.args[0]][node.args[1]]  # type: ignore[index]
-            return
+        if node.target is operator.getitem:
+            source, index = cast("tuple[torch.fx.Node, int]", node.args)
+            if isinstance(self.environment.get(source), tuple):  # a region's results
+                self.environment[node] = self.environment[source][index]
+                return
         value = node.meta.get("val")
         if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat, int)) or any(
             word in target for word in _RANGE_CHECKS
@@ -207,7 +210,7 @@ class _Translator:
                 self.environment[node] = tuple(self.environment[result] for result in results)
 
     def _operator(self, node: torch.fx.Node, name: str, grad: bool, autocast: bool) -> None:
-        op = "getitem" if node.target is _GETITEM else str(node.target)
+        op = "getitem" if node.target is operator.getitem else str(node.target)
         origin = _origin(node, op)
         if not is_allowed(op):
             raise CaptureFailed(
@@ -354,14 +357,6 @@ class _Translator:
                 return name
         raise CaptureFailed("The model's loss isn't computed by any operator: is it a constant?")
 
-
-def _getitem() -> Any:
-    import operator
-
-    return operator.getitem
-
-
-_GETITEM = _getitem()
 
 _OPERATIONS: tuple[tuple[Any, str], ...] = (
     (sympy.Add, "add"),

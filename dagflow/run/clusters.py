@@ -92,11 +92,8 @@ def open_cluster(
                 f"No dask scheduler answers at {client} within {settings.wait_seconds:g} s. Start one "
                 "with `dask scheduler`, or leave client= out for a local cluster."
             ) from error
-        with connected:
-            _refuse_process_local(store, connected)
-            wire.register()
-            _register_plugins(connected, StageWorker())
-            yield connected
+        with connected, open_cluster(connected, settings, store) as prepared:
+            yield prepared
         return
     with _embedded(settings, store) as local:
         yield local

@@ -17,6 +17,7 @@ from dagflow.errors import BatchInvalid, SettingsInvalid
 from dagflow.graph.batch import flatten_batch
 from dagflow_storage import TokenArray, write_tokens
 from dagflow_tasks.results import TensorDict
+from dagflow_tasks.tasks import tensors_of
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def read_rows(
     dataset: TokenDataset, step: int, begin: int, end: int, names: tuple[str, ...]
 ) -> TensorDict:
     """Read some rows of a step's batch; runs on a worker."""
-    rows = dataset.rows(step, begin, end)
-    return TensorDict({f"in.{name}": t for name, t in rows.items() if f"in.{name}" in names})
+    rows = tensors_of(dataset.rows(step, begin, end))
+    return TensorDict({name: tensor for name, tensor in rows.items() if name in names})
 
 
 def split_rows(num_rows: int, num_microbatches: int, minimum: int) -> list[tuple[int, int]]:

@@ -128,9 +128,7 @@ class Driver:
                     next_step += 1
                 if not self._flights:
                     break
-                self._finish(self._flights[0])
-                self._last = self._flights.popleft()
-                done = self._last.step + 1
+                done = self._finish_oldest()
                 self._commit_finished(done)
                 self.interrupts.heed()
             self.save_and_commit(done)
@@ -142,8 +140,7 @@ class Driver:
     def drain(self) -> int | None:
         """Let the steps in flight finish, and return how many are done; None if none was."""
         while self._flights:
-            self._finish(self._flights[0])
-            self._last = self._flights.popleft()
+            self._finish_oldest()
         self._flush_metrics()
         return None if self._last is None else self._last.step + 1
 
@@ -178,8 +175,7 @@ class Driver:
         return num_tasks > _LINEAGE_TASKS or num_steps >= _LINEAGE_STEPS
 
     def _submit(self, step: int, batch: StepBatch) -> None:
-        first = self._last is None or self._lineage_full()
-        first = first and not self._flights
+        first = not self._flights and (self._last is None or self._lineage_full())
         factor = self.schedule.factor(step)
         inputs = StepInputs(
             step,
@@ -206,6 +202,12 @@ class Driver:
         with dask.annotate(workers=Places(self.addresses), priority=self.priorities):
             futures: list[Future] = self.client.get(dsk, keys, sync=False)
         return dict(zip(keys, futures, strict=True))
+
+    def _finish_oldest(self) -> int:
+        """Wait for the oldest step in flight, and return how many are done."""
+        self._finish(self._flights[0])
+        self._last = self._flights.popleft()
+        return self._last.step + 1
 
     def _finish(self, flight: _Flight) -> None:
         """Wait for a step and tell everybody about it, once."""

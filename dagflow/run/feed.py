@@ -18,9 +18,10 @@ from dagflow.graph.signature import match_batch
 from dagflow.plan.loss_weight import TargetCount, target_count
 from dagflow.run.dask_internals import Task, TaskRef
 from dagflow.run.data import BatchStream, TokenDataset, num_rows, read_rows, split_rows, take_rows
-from dagflow.run.graph import Key, StepGraph
+from dagflow.run.graph import Key, StepGraph, task
 from dagflow_tasks.references import Microbatch
 from dagflow_tasks.results import TensorDict
+from dagflow_tasks.tasks import tensors_of
 
 
 @dataclass(frozen=True)
@@ -110,21 +111,16 @@ class StreamFeed(Feed):
 class TokenFeed(Feed):
     """Has the workers read their own rows of a token dataset."""
 
-    def __init__(
-        self, dataset: TokenDataset, dag: OperatorDag, num_microbatches: int, num_steps: int | None
-    ) -> None:
+    def __init__(self, dataset: TokenDataset, dag: OperatorDag, num_microbatches: int) -> None:
         self._dataset = dataset
         self._bounds = split_rows(dataset.batch_size, num_microbatches, smallest_rows(dag))
         self._size_of = {
             n: match_batch(dag, dataset.rows(0, 0, n), {}, "the token dataset")
             for n in {end - begin for begin, end in self._bounds}
         }
-        self._num_steps = num_steps
         self._amount = dataset.batch_size * dataset.sequence_length
 
     def prepare(self, step: int, graph: StepGraph) -> StepBatch | None:
-        if self._num_steps is not None and step >= self._num_steps:
-            return None
         microbatches = tuple(
             Microbatch(step, i, (e - b) / self._dataset.batch_size, self._size_of[e - b])
             for i, (b, e) in enumerate(self._bounds)
@@ -134,9 +130,8 @@ class TokenFeed(Feed):
             if program.batch_inputs:
                 for i, (b, e) in enumerate(self._bounds):
                     key = graph.key("batch", step, program.stage, i)
-                    tasks[key] = Task(
-                        key, read_rows, self._dataset, step, b, e, program.batch_inputs
-                    )
+                    names = program.batch_inputs
+                    tasks[key] = task(key, read_rows, self._dataset, step, b, e, names)
         return StepBatch(
             microbatches,
             lambda stage, index: TaskRef(graph.key("batch", step, stage, index)),
@@ -174,7 +169,7 @@ def split_batch(
     bounds = split_rows(num_rows(tensors, where), num_microbatches, smallest_rows(dag))
     parts = [take_rows(tensors, begin, end) for begin, end in bounds]
     sizes = [match_batch(dag, part, constants, where) for part in parts]
-    named = [{f"in.{name}": tensor for name, tensor in part.items()} for part in parts]
+    named = [tensors_of(part) for part in parts]
     weights = [float(end - begin) for begin, end in bounds]
     if count is not None:
         counted = [float(count(p, dict(s))) for p, s in zip(named, sizes, strict=True)]

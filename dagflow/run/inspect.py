@@ -10,7 +10,7 @@ from typing import Any
 
 from dagflow.errors import NotFound, ProgramInvalid
 from dagflow.graph.dag import FORMAT as DAG_FORMAT
-from dagflow.graph.dag import OperatorDag
+from dagflow.graph.dag import OperatorDag, dtype_bytes
 from dagflow.graph.show import amount
 from dagflow_storage import RunDirectory, Snapshot, Store, list_snapshots
 from dagflow_tasks.program import StageProgram
@@ -82,10 +82,7 @@ def chart(values: Sequence[float]) -> str:
 
 
 def _snapshot_line(snapshot: Snapshot) -> str:
-    sizes = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4}
-    total = 0
-    for stored in snapshot.arrays.values():
-        total += stored.num_elements * sizes.get(stored.dtype, 1)
+    total = sum(s.num_elements * dtype_bytes(s.dtype) for s in snapshot.arrays.values())
     roles = ", ".join(f"{len(snapshot.names(role))} {role}" for role in snapshot.roles)
     return f"newest: step {snapshot.step}, {amount(total, 'B')} ({roles})"
 

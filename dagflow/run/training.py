@@ -189,19 +189,19 @@ def train(
         for module, training in modes.items():
             module.training = training
     session = _Session(
-        dag,
-        mathematics,
-        run,
-        data,
-        stream,
-        total,
-        config,
-        num_stages,
-        snapshot_every,
-        line,
-        tuple(callbacks),
-        epochs,
-        tuple(model.state_dict()),
+        dag=dag,
+        mathematics=mathematics,
+        run=run,
+        data=data,
+        stream=stream,
+        total=total,
+        config=config,
+        num_stages=num_stages,
+        snapshot_every=snapshot_every,
+        line=line,
+        callbacks=tuple(callbacks),
+        epochs=epochs,
+        names=tuple(model.state_dict()),
     )
     try:
         with open_cluster(client, config.cluster, where) as connected:
@@ -228,7 +228,6 @@ class _Session:
     epochs: int
     names: tuple[str, ...]
     plan: Plan | None = None
-    position: int = 0
 
     def train(self, client: Client) -> TrainResult:
         self.line.total = self.total
@@ -328,22 +327,20 @@ class _Session:
     def _feed(self, client: Client, addresses: Sequence[str], start: int) -> Feed:
         count = self.mathematics.num_microbatches
         if isinstance(self.data, TokenDataset):
-            return TokenFeed(self.data, self.dag, count, self.total)
-        if self.stream is None or self.position > start:
-            # A second attempt: read the data from its beginning again.
+            return TokenFeed(self.data, self.dag, count)
+        stream, self.stream = self.stream, None
+        if stream is None:  # a second attempt: read the data from its beginning again
             if isinstance(self.data, Iterator):
                 raise BatchInvalid(
                     "The data is an iterator, which can be read once, and the batches since the "
                     f"snapshot of step {start} are gone. Call train again with a new iterator and "
                     f"store={self.run.store.url!r}, or pass a list, a DataLoader or a dataset."
                 )
-            steps = self.total if self.total is not None else None
-            self.stream = _stream(self.data, self.epochs, steps, self.mathematics.seed, self.config)
-            self.position = 0
-        assert self.stream is not None
-        self.stream.skip(start - self.position)
-        self.position = 1 << 62  # whoever comes next must begin anew
-        return StreamFeed(self.stream, self.dag, count, client, addresses)
+            seed = self.mathematics.seed
+            stream = _stream(self.data, self.epochs, self.total, seed, self.config)
+        assert stream is not None
+        stream.skip(start)
+        return StreamFeed(stream, self.dag, count, client, addresses)
 
     def _on_step(self, event: StepEvent) -> None:
         self.line.update(event)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from dagflow.errors import SettingsInvalid
 from dagflow.graph.dag import OperatorDag
 from dagflow_storage import ShardRecord, Snapshot, Store
+from dagflow_tasks.operators import dtype_of
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors, stream_tensors, write_tensors
 
@@ -98,7 +99,7 @@ def initial_shard(
     """
     read = _reader(dag, model, state_dict)
     items: list[tuple[str, str, torch.dtype, tuple[int, ...]]] = [
-        (PARAMETER, p.name, getattr(torch, p.dtype), p.shape) for p in dag.parameters
+        (PARAMETER, p.name, dtype_of(p.dtype), p.shape) for p in dag.parameters
     ]
     items += [(BUFFER, name, b.dtype, tuple(b.shape)) for name, b in model.named_buffers()]
     return stream_tensors(store, 0, "initial", items, read)

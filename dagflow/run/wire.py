@@ -20,6 +20,7 @@ import torch
 from dask.sizeof import sizeof
 from distributed.protocol import dask_deserialize, dask_serialize
 
+from dagflow_tasks.operators import dtype_of
 from dagflow_tasks.results import BackwardResult, ForwardResult, TensorDict
 
 # Tensors smaller than this are not worth a look.
@@ -161,7 +162,7 @@ def _inverse(order: list[int]) -> list[int]:
 
 
 def _tensor(header: Header, frame: Any) -> torch.Tensor:
-    dtype: torch.dtype = getattr(torch, header["dtype"])
+    dtype = dtype_of(header["dtype"])
     if header["blosc2"]:
         frame = bytearray(blosc2.decompress2(bytes(frame)))
     view = memoryview(frame)
