@@ -24,7 +24,6 @@ from torch import nn
 
 import dagflow
 from dagflow.plan.plan import Plan
-from dagflow.plan.schedule import in_flight_limits
 from dagflow.run.graph import Places, Priorities, StepGraph, StepInputs
 from dagflow_storage import Store
 from dagflow_tasks.optimizer import Optimizer
@@ -46,10 +45,8 @@ def step_graph(num_stages: int, num_microbatches: int) -> tuple[StepGraph, Plan]
     cut = dagflow.partition(dag, num_stages)
     settings = TaskSettings(0, "fp32", Optimizer("AdamW", lr=1e-3))
     refs = [StageRef(Store("runs/none"), "run", "plan", s, settings) for s in range(num_stages)]
-    limits = in_flight_limits(num_stages)
-    graph = StepGraph("0123abcd", cut.programs, refs, limits)
-    names = tuple(f"worker-{s}" for s in range(num_stages))
-    plan = Plan(cut, tuple(range(num_stages)), names, limits, num_microbatches)
+    plan = Plan.in_turn(cut, [f"worker-{s}" for s in range(num_stages)], num_microbatches)
+    graph = StepGraph("0123abcd", cut.programs, refs, plan.limits, plan.halved_from)
     return graph, plan
 
 

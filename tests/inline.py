@@ -13,13 +13,14 @@ from zoo import Example, capture_example
 from dagflow.graph.batch import flatten_batch
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
-from dagflow.plan.schedule import in_flight_limits
+from dagflow.plan.plan import Plan
 from dagflow.run.graph import StepGraph, StepInputs
 from dagflow_storage import Snapshot, Store, commit_snapshot
 from dagflow_tasks import tasks
 from dagflow_tasks.cache import CACHE
 from dagflow_tasks.optimizer import Optimizer
 from dagflow_tasks.references import Microbatch, StageRef, StateRef, TaskSettings
+from dagflow_tasks.results import ForwardResult
 from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors, write_tensors
 
 
@@ -32,6 +33,7 @@ class InlineRun:
         dag: OperatorDag,
         cut: Partition,
         *,
+        num_microbatches: int = 2,
         optimizer: Optimizer | None = None,
         precision: str = "fp32",
         clip_norm: float | None = None,
@@ -45,12 +47,14 @@ class InlineRun:
             text = program.to_json().encode()
             self.store.write_bytes(f"programs/p/stage-{program.stage:03d}.json", text)
         run_id = uuid.uuid4().hex
+        plan = Plan.in_turn(cut, [f"worker-{s}" for s in range(len(cut))], num_microbatches)
         self.refs = [StageRef(self.store, run_id, "p", s, self.settings) for s in range(len(cut))]
         self.graph = StepGraph(
             uuid.uuid4().hex[:8],
             cut.programs,
             self.refs,
-            in_flight_limits(len(cut)),
+            plan.limits,
+            plan.halved_from,
             clip_norm=clip_norm,
             parameter_order=tuple(p.name for p in dag.parameters if p.trainable),
         )
@@ -99,9 +103,20 @@ class InlineRun:
         """Gradients by use after a step's last micro-batch."""
         found: dict[str, torch.Tensor] = {}
         for stage in range(len(self.cut)):
-            key = self.graph.key("backward", step, stage, num_microbatches - 1)
-            found.update(self.results[key].sums.tensors)
+            found.update(self.sums(step, stage, num_microbatches - 1).sums.tensors)
         return found
+
+    def sums(self, step: int, stage: int, microbatch: int) -> Any:
+        """Return the result that holds a stage's gradient sums up to a micro-batch."""
+        weights = self.graph.key("weights", step, stage, microbatch)
+        backward = self.graph.key("backward", step, stage, microbatch)
+        return self.results.get(weights) or self.results[backward]
+
+    def there(self, step: int, stage: int, microbatch: int) -> ForwardResult:
+        """Return a forward's result, wherever it is."""
+        forward = self.graph.key("forward", step, stage, microbatch)
+        backward = self.graph.key("backward", step, stage, microbatch)
+        return tasks.forward_part(self.results.get(forward) or self.results[backward])
 
 
 def assert_same_bits(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
@@ -145,7 +160,7 @@ def run_inline(
     example = Example(copy.deepcopy(example.model), example.batch, example.loss)
     dag = options.pop("dag", None) or capture_example(example)
     cut = partition_by_operator(dag) if num_stages is None else partition(dag, num_stages)
-    run = InlineRun(example, dag, cut, **options)
+    run = InlineRun(example, dag, cut, num_microbatches=num_microbatches, **options)
     torch.manual_seed(2)
     for step in range(steps):
         run.step(step, [example.batch(3) for _ in range(num_microbatches)])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dagflow.graph.show import amount
 from dagflow.plan.partition import Partition
-from dagflow.plan.schedule import Schedule, one_forward_one_backward
+from dagflow.plan.schedule import (
+    Schedule,
+    first_halved,
+    in_flight_limits,
+    one_forward_one_backward,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,8 @@ class Plan:
     limits : tuple of int
         Micro-batches in flight by stage.
     num_microbatches : int
+    halved_from : tuple of int
+        Micro-batch from which on backwards come in two halves, by stage.
     """
 
     partition: Partition
@@ -31,6 +39,28 @@ class Plan:
     workers: tuple[str, ...]
     limits: tuple[int, ...]
     num_microbatches: int
+    halved_from: tuple[int, ...]
+
+    @classmethod
+    def in_turn(
+        cls, partition: Partition, workers: Sequence[str], num_microbatches: int, slack: int = 0
+    ) -> Plan:
+        """Deal the stages out to the workers one after the other.
+
+        Parameters
+        ----------
+        slack : int
+            Micro-batches in flight beyond 1F1B's, see `in_flight_limits`.
+        """
+        placement = place_in_turn(len(partition), len(workers))
+        limits = in_flight_limits(len(partition), slack)
+        halved_from = tuple(
+            first if program.multiplies_weights else num_microbatches
+            for program, first in zip(
+                partition.programs, first_halved(placement, num_microbatches, limits), strict=True
+            )
+        )
+        return cls(partition, placement, tuple(workers), limits, num_microbatches, halved_from)
 
     @property
     def num_stages(self) -> int:
@@ -41,7 +71,9 @@ class Plan:
         seconds = [estimate.seconds for estimate in self.partition.estimates]
         mean = sum(seconds) / len(seconds) or 1.0
         costs = [(max(s / mean, 1e-3), max(2 * s / mean, 1e-3)) for s in seconds]
-        return one_forward_one_backward(self.placement, self.num_microbatches, self.limits, costs)
+        return one_forward_one_backward(
+            self.placement, self.num_microbatches, self.limits, self.halved_from, costs
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -51,6 +83,7 @@ class Plan:
             "workers": list(self.workers),
             "limits": list(self.limits),
             "num_microbatches": self.num_microbatches,
+            "halved_from": list(self.halved_from),
             "estimates": [asdict(estimate) for estimate in self.partition.estimates],
         }
 

@@ -4,6 +4,11 @@ The order is found by simulating the workers: each takes the backward that is re
 forward that is ready, as long as its stage hasn't too many micro-batches in flight. With one stage
 a worker this is the schedule of PipeDream-Flush (arXiv 2006.09503, section 3.2); with several it
 interleaves them.
+
+The last stage runs a micro-batch's forward and backward as one action. At the end of a step, when
+there is no forward left, the stages behind the first run backwards in two halves: the inputs'
+gradients, which the stage before waits for, at once, and the weights' gradients when there is
+nothing better to do (zero bubble pipeline parallelism, arXiv 2401.10241).
 """
 
 from __future__ import annotations
@@ -12,12 +17,18 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FORWARD, BACKWARD = "F", "B"
+FORWARD, BACKWARD, WEIGHTS = "F", "B", "W"
+
+_URGENCY = {BACKWARD: 0, FORWARD: 1, WEIGHTS: 2}
 
 
 @dataclass(frozen=True, order=True)
 class Action:
-    """A stage's forward or backward of one micro-batch; prints as ``2F0``."""
+    """What a stage does with one micro-batch; prints as ``2F0``.
+
+    The last stage's backward includes its forward. Where there is an action for the weights'
+    gradients, the backward is that of the inputs.
+    """
 
     stage: int
     kind: str
@@ -59,10 +70,25 @@ def in_flight_limits(num_stages: int, slack: int = 0) -> tuple[int, ...]:
     )
 
 
+def first_halved(
+    placement: Sequence[int], num_microbatches: int, limits: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the micro-batch from which on backwards come in two halves, by stage.
+
+    These are as many as the stage has in flight when its last forward is done: they must be kept
+    anyway, so it costs no memory. None in the first stage, which nobody waits for, nor where one
+    worker has all stages.
+    """
+    if len(set(placement)) == 1:
+        return (num_microbatches,) * len(placement)
+    return (num_microbatches, *(max(num_microbatches - limit, 0) for limit in limits[1:]))
+
+
 def one_forward_one_backward(
     placement: Sequence[int],
     num_microbatches: int,
     limits: Sequence[int],
+    halved_from: Sequence[int] | None = None,
     costs: Sequence[tuple[float, float]] | None = None,
 ) -> Schedule:
     """Simulate a step and return when everything starts.
@@ -74,49 +100,85 @@ def one_forward_one_backward(
     num_microbatches : int
     limits : sequence of int
         Largest number of micro-batches in flight for each stage.
+    halved_from : sequence of int, optional
+        Micro-batch from which on each stage's backwards come in two halves; none by default.
     costs : sequence of (forward, backward), optional
         Durations by stage; 1 and 2 by default.
     """
-    num_stages = len(placement)
-    durations = costs or [(1.0, 2.0)] * num_stages
-    done: set[Action] = set()
-    starts: dict[Action, float] = {}
-    next_forward, next_backward = [0] * num_stages, [0] * num_stages
-    by_worker: dict[int, list[int]] = {}
-    for stage, worker in enumerate(placement):
-        by_worker.setdefault(worker, []).append(stage)
-    idle = set(by_worker)
-    running: list[tuple[float, Action]] = []
-    now = 0.0
+    costs = costs or [(1.0, 2.0)] * len(placement)
+    return _Simulation(placement, num_microbatches, limits, halved_from, costs).run()
 
-    def ready(stage: int) -> Action | None:
-        backward = next_backward[stage]
-        if backward < next_forward[stage] and Action(stage, FORWARD, backward) in done:
-            last = stage == num_stages - 1
-            if last or Action(stage + 1, BACKWARD, backward) in done:
+
+class _Simulation:
+    def __init__(
+        self,
+        placement: Sequence[int],
+        num_microbatches: int,
+        limits: Sequence[int],
+        halved_from: Sequence[int] | None,
+        costs: Sequence[tuple[float, float]],
+    ) -> None:
+        self.placement, self.limits, self.costs = placement, limits, costs
+        self.num_stages, self.num_microbatches = len(placement), num_microbatches
+        self.halved_from = list(halved_from or [num_microbatches] * self.num_stages)
+        self.done: set[Action] = set()
+        # The next micro-batch of each kind of action, by stage.
+        self.next = {kind: [0] * self.num_stages for kind in _URGENCY}
+        self.next[WEIGHTS] = list(self.halved_from)
+
+    def run(self) -> Schedule:
+        stages: dict[int, list[int]] = {}
+        for stage, worker in enumerate(self.placement):
+            stages.setdefault(worker, []).append(stage)
+        idle = set(stages)
+        running: list[tuple[float, Action]] = []
+        starts: dict[Action, float] = {}
+        now = 0.0
+        while True:
+            for worker in sorted(idle):
+                candidates = [a for stage in stages[worker] if (a := self._ready(stage))]
+                if not candidates:
+                    continue
+                # Among equals the later stage, whose results more others wait for.
+                chosen = min(candidates, key=lambda a: (_URGENCY[a.kind], a.microbatch, -a.stage))
+                starts[chosen] = now
+                self.next[chosen.kind][chosen.stage] += 1
+                heapq.heappush(running, (now + self._duration(chosen), chosen))
+                idle.discard(worker)
+            if not running:
+                return Schedule(starts, now)
+            now, action = heapq.heappop(running)
+            finished = [action]
+            while running and running[0][0] == now:
+                finished.append(heapq.heappop(running)[1])
+            self.done.update(finished)
+            idle.update(self.placement[action.stage] for action in finished)
+
+    def _ready(self, stage: int) -> Action | None:
+        """Return the most urgent of a stage's actions that could start."""
+        backward = self.next[BACKWARD][stage]
+        last = stage == self.num_stages - 1
+        if backward < self.num_microbatches:
+            there = Action(stage - 1 if last else stage, FORWARD, backward) in self.done
+            back = last or Action(stage + 1, BACKWARD, backward) in self.done
+            if back and (there or self.num_stages == 1):
                 return Action(stage, BACKWARD, backward)
-        forward = next_forward[stage]
-        may_start = forward < num_microbatches and forward - backward < limits[stage]
-        if may_start and (stage == 0 or Action(stage - 1, FORWARD, forward) in done):
+        forward = self.next[FORWARD][stage]
+        there = stage == 0 or Action(stage - 1, FORWARD, forward) in self.done
+        may_start = forward < self.num_microbatches and forward - backward < self.limits[stage]
+        if not last and there and may_start:
             return Action(stage, FORWARD, forward)
+        weights = self.next[WEIGHTS][stage]
+        if Action(stage, BACKWARD, weights) in self.done:
+            return Action(stage, WEIGHTS, weights)
         return None
 
-    while len(done) < 2 * num_stages * num_microbatches:
-        for worker in sorted(idle):
-            candidates = [a for stage in by_worker[worker] if (a := ready(stage)) is not None]
-            if not candidates:
-                continue
-            # Backward first; among equals the later stage, whose results more others wait for.
-            chosen = min(candidates, key=lambda a: (a.kind != BACKWARD, a.microbatch, -a.stage))
-            starts[chosen] = now
-            forward = chosen.kind == FORWARD
-            (next_forward if forward else next_backward)[chosen.stage] += 1
-            heapq.heappush(running, (now + durations[chosen.stage][0 if forward else 1], chosen))
-            idle.discard(worker)
-        now, action = heapq.heappop(running)
-        finished = [action]
-        while running and running[0][0] == now:
-            finished.append(heapq.heappop(running)[1])
-        done.update(finished)
-        idle.update(placement[action.stage] for action in finished)
-    return Schedule(starts, now)
+    def _duration(self, action: Action) -> float:
+        forward, backward = self.costs[action.stage]
+        if action.kind == FORWARD:
+            return forward
+        if action.microbatch >= self.halved_from[action.stage]:
+            backward = backward / 2
+        if action.kind == BACKWARD and action.stage == self.num_stages - 1:
+            return forward + backward
+        return backward

@@ -1,8 +1,10 @@
 """The dask graph of one training step.
 
 For step k, stage s, micro-batch m: ``forward(s,k,m)``, ``backward(s,k,m)``, ``update(s,k)``, and a
-``report(k)`` that ends the step. The only links between steps are a stage's own updates, so there
-is no barrier: a stage goes on with the next step as soon as its weights are updated.
+``report(k)`` that ends the step. The last stage has ``backward(s,k,m)`` only, which includes the
+forward; a backward that comes in two halves is followed by ``weights(s,k,m)``. The only links
+between steps are a stage's own updates, so there is no barrier: a stage goes on with the next step
+as soon as its weights are updated.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from dagflow.plan.schedule import BACKWARD, FORWARD, Schedule
+from dagflow.plan.schedule import BACKWARD, FORWARD, WEIGHTS, Schedule
 from dagflow.run.dask_internals import StepTask, Task, TaskRef
 from dagflow_tasks import tasks
 from dagflow_tasks.program import StageProgram
@@ -20,6 +22,8 @@ from dagflow_tasks.references import Microbatch, StageRef, StateRef
 from dagflow_tasks.results import Decision
 
 Key = tuple[str | int, ...]
+
+_ACTIONS = {"forward": FORWARD, "backward": BACKWARD, "weights": WEIGHTS}
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ class StepGraph:
         Eight hexadecimal digits that tell this attempt at the run from any other.
     programs, refs
         The stages.
-    limits : tuple of int
-        Micro-batches in flight by stage.
+    limits, halved_from : tuple of int
+        Micro-batches in flight, and the first whose backward comes in two halves, by stage.
     clip_norm : float | None
     scaled : bool
         Whether the loss is scaled (fp16).
@@ -76,6 +80,7 @@ class StepGraph:
     programs: Sequence[StageProgram]
     refs: Sequence[StageRef]
     limits: Sequence[int]
+    halved_from: Sequence[int]
     clip_norm: float | None = None
     scaled: bool = False
     parameter_order: tuple[str, ...] = field(default=())
@@ -149,7 +154,7 @@ class _StepBuilder:
                     call=(tasks.lend_parameters, self._ref(owner), self._state, names),
                     after=self._weights_ready(owner),
                 )
-        for program in self.graph.programs:
+        for program in self.graph.programs[:-1]:
             for microbatch in self.inputs.microbatches:
                 self._forward(program, microbatch)
         for program in reversed(self.graph.programs):
@@ -231,7 +236,15 @@ class _StepBuilder:
     def _before(self, program: StageProgram, index: int) -> TaskRef | None:
         if not program.mutated_buffers or index == 0:
             return None
-        return self._at("forward", program.stage, index - 1)
+        return self._there(program.stage, index - 1)
+
+    def _there(self, stage: int, index: int) -> TaskRef:
+        """Refer to the result that holds a forward's."""
+        last = stage == len(self.graph.programs) - 1
+        return self._at("backward" if last else "forward", stage, index)
+
+    def _is_halved(self, stage: int, index: int) -> bool:
+        return index >= self.graph.halved_from[stage]
 
     def _tied(self, program: StageProgram) -> list[Any]:
         owners = sorted(set(program.borrowed_parameters.values()))
@@ -254,26 +267,34 @@ class _StepBuilder:
             self._values(program, index),
             self._before(program, index),
             self._tied(program),
+            self._is_halved(stage, index),
         )
         self._add("forward", stage, index, call=call, after=after)
 
     def _backward(self, program: StageProgram, microbatch: Microbatch) -> None:
         stage, index = program.stage, microbatch.index
+        halved = self._is_halved(stage, index)
+        where = (self._ref(stage), self._state, microbatch, self._values(program, index))
         gradients = [self._gradient(source, stage, index) for source in program.gradient_sources]
-        call = (
-            tasks.backward,
-            self._ref(stage),
-            self._state,
-            microbatch,
-            self._values(program, index),
-            [*gradients],
-            self._at("forward", stage, index),
-            self._at("backward", stage, index - 1) if index else None,
-            self._before(program, index),
-            self._tied(program),
-            self._scaling(stage),
-        )
-        self._add("backward", stage, index, call=call)
+        previous = self._sums(stage, index - 1) if index else None
+        recompute = (self._before(program, index), self._tied(program), self._scaling(stage))
+        last = stage == len(self.graph.programs) - 1
+        call: tuple[Any, ...]
+        if last:
+            before = None if halved else previous
+            call = (tasks.forward_backward, *where, before, *recompute, halved)
+        elif halved:
+            call = (tasks.backward, *where, [*gradients], None, None, *recompute, True)
+        else:
+            this = self._there(stage, index)
+            call = (tasks.backward, *where, [*gradients], this, previous, *recompute)
+        after = self._weights_ready(stage) if last else []
+        self._add("backward", stage, index, call=call, after=after)
+        if halved:
+            this = self._there(stage, index)
+            call = (tasks.backward_weights, *where, [*gradients], this, previous, *recompute)
+            first_half = self.graph.key("backward", self.k, stage, index)
+            self._add("weights", stage, index, call=call, after=[first_half])
 
     def _scaling(self, stage: int) -> Any:
         if not self.graph.scaled or stage != self.graph.loss_stage:
@@ -287,8 +308,10 @@ class _StepBuilder:
             )
         return TaskRef(self.graph.decision_key(self.k - 1))
 
-    def _sums(self, stage: int) -> TaskRef:
-        return self._at("backward", stage, len(self.inputs.microbatches) - 1)
+    def _sums(self, stage: int, index: int = -1) -> TaskRef:
+        """Refer to the gradient sums up to a micro-batch, the step's last by default."""
+        index %= len(self.inputs.microbatches)
+        return self._at("weights" if self._is_halved(stage, index) else "backward", stage, index)
 
     def _return_loans(self) -> None:
         for owner, borrowers in self.graph.loans.items():
@@ -337,7 +360,7 @@ class _StepBuilder:
             self._sums(stage),
             self.inputs.learning_rate_factor,
             self._borrowed(stage),
-            self._at("forward", stage, last) if program.mutated_buffers else None,
+            self._there(stage, last) if program.mutated_buffers else None,
             self._decision(),
         )
         saved = [self.graph.key("save", self.k, stage)] if self.inputs.saved else []
@@ -348,7 +371,7 @@ class _StepBuilder:
         losses = [
             [
                 microbatch.weight,
-                self._at("forward", program.stage, microbatch.index),
+                self._there(program.stage, microbatch.index),
                 program.loss,
             ]
             for microbatch in self.inputs.microbatches
@@ -395,8 +418,8 @@ class Priorities:
     def __call__(self, key: Key) -> float:
         kind, step, stage, *more = key
         name = str(kind).partition("-")[0]
-        if name in ("forward", "backward"):
-            start = self._starts[(FORWARD if name == "forward" else BACKWARD, stage, more[0])]
+        if name in _ACTIONS:
+            start = self._starts[(_ACTIONS[name], stage, more[0])]
         elif name == "select":
             start = -1.0  # a message, hardly any work: at once
         else:

@@ -19,8 +19,7 @@ from dagflow.graph.batch import flatten_batch, rebuilder
 from dagflow.graph.capture import LossFunction, capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
-from dagflow.plan.plan import Plan, place_in_turn
-from dagflow.plan.schedule import in_flight_limits
+from dagflow.plan.plan import Plan
 from dagflow.run.clusters import open_cluster, roster
 from dagflow.run.data import BatchStream, TokenDataset, fingerprint, num_rows, split_rows, take_rows
 from dagflow.run.driver import Driver
@@ -301,6 +300,7 @@ class _Session:
             programs=self.plan.partition.programs,
             refs=refs,
             limits=self.plan.limits,
+            halved_from=self.plan.halved_from,
             clip_norm=m.clip_grad_norm,
             scaled=m.precision == "fp16",
             parameter_order=tuple(p.name for p in self.dag.parameters if p.trainable),
@@ -373,14 +373,8 @@ def make_plan(
     PlanInvalid, StageTooLarge
     """
     cut = _partition(dag, workers, num_stages, config)
-    limits = in_flight_limits(len(cut), config.in_flight_slack)
-    return Plan(
-        cut,
-        place_in_turn(len(cut), len(workers)),
-        tuple(worker.name for worker in workers),
-        limits,
-        mathematics.num_microbatches,
-    )
+    names = [worker.name for worker in workers]
+    return Plan.in_turn(cut, names, mathematics.num_microbatches, config.in_flight_slack)
 
 
 def _partition(

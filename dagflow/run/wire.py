@@ -205,13 +205,20 @@ def _load_forward(header: Header, frames: list[Any]) -> ForwardResult:
 def _dump_backward(result: BackwardResult, context: Any = None) -> tuple[Header, list[Any]]:
     # Gradient sums stay, too: they are as large as the weights.
     headers, frames = pack_tensors(result.gradients, context)
-    header = {"non_finite": list(result.non_finite), "place": list(result.place)}
-    return {"tensors": headers, **header}, frames
+    header: Header = {"non_finite": list(result.non_finite), "place": list(result.place)}
+    header |= {"tensors": headers, "forward": None}
+    if result.forward is not None:
+        header["forward"], more = _dump_forward(result.forward, context)
+        frames = [*frames, *more]
+    return header, frames
 
 
 def _load_backward(header: Header, frames: list[Any]) -> BackwardResult:
-    gradients = unpack_tensors(header["tensors"], frames)
-    return BackwardResult(gradients, None, tuple(header["non_finite"]), tuple(header["place"]))
+    count = len(header["tensors"])
+    gradients = unpack_tensors(header["tensors"], frames[:count])
+    there = _load_forward(header["forward"], frames[count:]) if header["forward"] else None
+    non_finite, place = tuple(header["non_finite"]), tuple(header["place"])
+    return BackwardResult(gradients, None, non_finite, place, there)
 
 
 def _size_of(value: Any) -> int:
@@ -221,5 +228,7 @@ def _size_of(value: Any) -> int:
         parts = [value.values, value.buffers]
     elif isinstance(value, BackwardResult):
         parts = [value.gradients, value.sums.tensors if value.sums else None]
+        there = value.forward
+        parts += [there.values, there.buffers] if there else []
     tensors = [tensor for part in parts if part for tensor in part.values()]
     return 200 + sum(int(tensor.numel() * tensor.element_size()) for tensor in tensors)

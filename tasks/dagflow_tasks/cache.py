@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dagflow_tasks.deferred import DeferredWeights
 from dagflow_tasks.device import current_device
 from dagflow_tasks.errors import StateLost
 from dagflow_tasks.interpreter import Executable
@@ -24,11 +25,24 @@ StageKey = tuple[str, str, int]
 
 @dataclass
 class SavedGraph:
-    """What a forward leaves for its backward: autograd's graph and the tensors at its ends."""
+    """What a forward leaves for its backward, or the first half of a backward for the second.
+
+    Attributes
+    ----------
+    inputs, uses, outputs : dict
+        The tensors at the ends of autograd's graph, by name. In the first half `uses` have got the
+        gradients that weren't deferred.
+    deferred : DeferredWeights or None
+        If the backward comes in two halves.
+    halved : bool
+        Whether the first is done.
+    """
 
     inputs: dict[str, torch.Tensor]
     uses: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
+    deferred: DeferredWeights | None = None
+    halved: bool = False
 
 
 @dataclass

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
+from dagflow_tasks.deferred import DeferredWeights
 from dagflow_tasks.errors import TaskFailed
 from dagflow_tasks.operators import (
     ASSERTIONS,
     Argument,
     Node,
-    autocasts,
     decode_literal,
     device_parameters,
     draws_random_numbers,
+    multiplies,
     mutated_arguments,
     resolve,
 )
@@ -68,6 +69,7 @@ class _Instruction:
     free: tuple[int, ...]
     node: Node
     random: bool
+    weights: frozenset[int]
 
 
 def _fill(template: Any, slots: Sequence[Any]) -> Any:
@@ -107,8 +109,12 @@ class Executable:
         parameters = {use.value for use in program.parameters}
         # Parameters that autocast would cast in every micro-batch; each use has one reader.
         self.cast_uses = {
-            name for node in self._nodes if autocasts(node) for name in node.references()
+            name
+            for node in self._nodes
+            if node.autocast and multiplies(node)
+            for name in node.references()
         } & parameters
+        self._trainable = {use.value for use in program.parameters if use.trainable}
         self._compiled: dict[tuple[int, ...], list[_Instruction]] = {}
 
     def _last_reads(self) -> dict[str, list[int]]:
@@ -125,7 +131,11 @@ class Executable:
         return free
 
     def run(
-        self, values: Mapping[str, Any], sizes: Mapping[str, int], random: RandomAddress
+        self,
+        values: Mapping[str, Any],
+        sizes: Mapping[str, int],
+        random: RandomAddress,
+        deferred: DeferredWeights | None = None,
     ) -> dict[str, Any]:
         """Execute the program and return its outputs, and its loss, by name.
 
@@ -135,6 +145,8 @@ class Executable:
             Inputs, parameter uses and buffers by value name. Mutated buffers are written in place.
         sizes
             The micro-batch's value for each of the program's symbols.
+        deferred
+            If given, collects in backward what is left to do for the gradients of large weights.
 
         Raises
         ------
@@ -150,7 +162,7 @@ class Executable:
         with self._autocast(), _restored_generator(self.device):
             for instruction in instructions:
                 try:
-                    slots[instruction.output] = self._execute(instruction, slots, random)
+                    slots[instruction.output] = self._execute(instruction, slots, random, deferred)
                 except Exception as error:
                     raise TaskFailed(self._describe(instruction, slots, error)) from error
                 for index in instruction.free:
@@ -159,11 +171,19 @@ class Executable:
         names += [self.program.loss] if self.program.loss else []
         return {name: slots[self._slots[name]] for name in names}
 
-    def _execute(self, instruction: _Instruction, slots: list[Any], random: RandomAddress) -> Any:
+    def _execute(
+        self,
+        instruction: _Instruction,
+        slots: list[Any],
+        random: RandomAddress,
+        deferred: DeferredWeights | None,
+    ) -> Any:
         arguments = [_fill(template, slots) for template in instruction.arguments]
         keywords = {k: _fill(template, slots) for k, template in instruction.keywords.items()}
         node = instruction.node
         if node.grad and node.autocast and not instruction.random:
+            if deferred is not None and instruction.weights:
+                return deferred.run(instruction.function, arguments, keywords, instruction.weights)
             return instruction.function(*arguments, **keywords)
         grad = nullcontext() if node.grad else torch.no_grad()
         cast = nullcontext() if node.autocast else torch.autocast(self.device.type, enabled=False)
@@ -208,6 +228,17 @@ class Executable:
             free=tuple(self._free.get(node.name, ())),
             node=node,
             random=draws_random_numbers(node.op),
+            weights=self._weights(node),
+        )
+
+    def _weights(self, node: Node) -> frozenset[int]:
+        """Return the positions of the trainable weights that an operator's gradients may wait for."""
+        if not multiplies(node):
+            return frozenset()
+        return frozenset(
+            position
+            for position, argument in enumerate(node.args)
+            if isinstance(argument, Mapping) and argument.get("ref") in self._trainable
         )
 
     def _describe(self, instruction: _Instruction, slots: list[Any], error: Exception) -> str:

@@ -332,15 +332,18 @@ def is_allowed(op: str) -> bool:
     return True
 
 
-# Operators whose arguments autocast turns to half precision, on CPUs and GPUs alike.
-_AUTOCAST = frozenset(
+_PRODUCTS = frozenset(
     ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d")
 )
 
 
-def autocasts(node: Node) -> bool:
-    """Tell whether autocast turns all of the operator's tensors to half precision."""
-    return node.autocast and node.op.startswith("aten.") and node.op.split(".")[1] in _AUTOCAST
+def multiplies(node: Node) -> bool:
+    """Tell whether the operator is a product of matrices or a convolution.
+
+    These are what autocast runs in half precision, on CPUs and GPUs alike, and where a backward
+    spends its time.
+    """
+    return node.op.startswith("aten.") and node.op.split(".")[1] in _PRODUCTS
 
 
 def schema_of(op: str) -> torch.FunctionSchema | None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid, ProgramTooNew
-from dagflow_tasks.operators import ASSERTIONS, Node, dtype_of, is_allowed
+from dagflow_tasks.operators import ASSERTIONS, Node, dtype_of, is_allowed, multiplies
 
 FORMAT = "dagflow-stage-program"
 FORMAT_VERSION = 1
@@ -177,6 +177,12 @@ class StageProgram:
             if use.owner == self.stage:
                 owned.setdefault(use.parameter, use)
         return tuple(owned.values())
+
+    @cached_property
+    def multiplies_weights(self) -> bool:
+        """Whether an operator is a product with a trainable parameter."""
+        trainable = {use.value for use in self.parameters if use.trainable}
+        return any(multiplies(node) and trainable & set(node.references()) for node in self.nodes)
 
     @cached_property
     def borrowed_parameters(self) -> dict[str, int]:

@@ -60,7 +60,7 @@ class GradientSums:
 
 @dataclass(frozen=True)
 class BackwardResult:
-    """Result of `backward`.
+    """Result of `backward`, of either half of it, and of `forward_backward`.
 
     Attributes
     ----------
@@ -73,12 +73,19 @@ class BackwardResult:
         Micro-batches so far whose forward left the finite numbers in this stage.
     place : (step, micro-batch)
         What the worker's cache knows `sums` by, if this copy has lost them on a journey.
+    forward : ForwardResult or None
+        The forward's result, where one task did both.
     """
 
     gradients: Tensors
     sums: GradientSums | None = None
     non_finite: tuple[int, ...] = ()
     place: tuple[int, int] = (-1, -1)
+    forward: ForwardResult | None = None
+
+
+StageResult = ForwardResult | BackwardResult
+"""What holds a forward's result: itself, or the result of `forward_backward`."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ the cached state on in place, but recognises its own work when it is run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from dagflow_storage import ShardRecord
 from dagflow_tasks.cache import CACHE, SavedGraph, state_lost
+from dagflow_tasks.deferred import DeferredWeights
 from dagflow_tasks.errors import WeightsNotFinite
 from dagflow_tasks.interpreter import AUTOCAST_DTYPES, Executable, RandomAddress
 from dagflow_tasks.program import ParameterUse
@@ -25,6 +26,7 @@ from dagflow_tasks.results import (
     Decision,
     ForwardResult,
     GradientSums,
+    StageResult,
     StepReport,
     TensorDict,
     Tensors,
@@ -44,8 +46,9 @@ def forward(
     state: StateRef,
     microbatch: Microbatch,
     values: Sequence[Tensors | ForwardResult],
-    before: ForwardResult | None = None,
+    before: StageResult | None = None,
     tied: Sequence[Tensors] = (),
+    halves: bool = False,
 ) -> ForwardResult:
     """Run a stage on one micro-batch and leave its autograd graph in the worker's cache.
 
@@ -59,19 +62,12 @@ def forward(
         Result of the previous micro-batch's forward, in a stage with mutated buffers.
     tied
         Parameters that other stages own.
+    halves : bool
+        Whether the backward will come in two halves.
     """
-    graph, buffers = _run(ref, state, microbatch, values, before, tied)
+    graph, buffers = _run(ref, state, microbatch, values, before, tied, halves)
     CACHE.save_graph(ref, microbatch.step, microbatch.index, graph)
-    boundary = _apart_from_weights(graph.outputs, CACHE.state(ref, state.step))
-    finite = all(
-        bool(torch.isfinite(tensor).all())
-        for tensor in boundary.values()
-        if tensor.is_floating_point()
-    )
-    place = (microbatch.step, microbatch.index)
-    if buffers is not None:
-        CACHE.keep(ref, BUFFERS, place, buffers)
-    return ForwardResult(boundary, buffers, finite, place)
+    return _forward_result(ref, state, microbatch, graph, buffers)
 
 
 def backward(
@@ -80,11 +76,12 @@ def backward(
     microbatch: Microbatch,
     values: Sequence[Tensors | ForwardResult],
     gradients: Sequence[BackwardResult],
-    this: ForwardResult,
+    this: StageResult | None,
     previous: BackwardResult | None = None,
-    before: ForwardResult | None = None,
+    before: StageResult | None = None,
     tied: Sequence[Tensors] = (),
     scaling: Decision | None = None,
+    halves: bool = False,
 ) -> BackwardResult:
     """Run a stage's backward on one micro-batch and add its parameters' gradients to those before.
 
@@ -102,25 +99,73 @@ def backward(
         The stage's backward result of the previous micro-batch.
     scaling
         The previous step's decision, which holds the loss scale, in a run with loss scaling.
+    halves : bool
+        True leaves the parameters' gradients to `backward_weights`; `this` and `previous` are then
+        not needed.
     """
     graph = CACHE.take_graph(ref, microbatch.step, microbatch.index)
-    if graph is None:
+    if graph is None or (graph.halved and halves):
         CACHE.recomputed += 1
-        graph, _ = _run(ref, state, microbatch, values, before, tied)
-    executable = CACHE.executable(ref)
-    scale = scaling.loss_scale if scaling is not None else 1.0
-    roots, seeds = _roots(executable, graph, gradients, microbatch.weight * scale)
-    place = (microbatch.step, microbatch.index)
-    sums = _sums_before(ref, microbatch, previous)
-    # Sums that hold this micro-batch already (the task runs again) are left alone.
-    kept = GradientSums(None) if sums.place == place else sums
-    boundary = _accumulate(graph, roots, seeds, kept)
-    sums.place = place
-    CACHE.keep(ref, SUMS, place, sums)
-    non_finite = previous.non_finite if previous else ()
-    if not this.finite:
-        non_finite = (*non_finite, microbatch.index)
-    return BackwardResult(boundary, sums, non_finite, place)
+        graph, _ = _run(ref, state, microbatch, values, before, tied, halves)
+    if halves:
+        return _first_half(ref, microbatch, graph, gradients, scaling)
+    finite = this is None or forward_part(this).finite
+    return _backward(ref, microbatch, graph, gradients, finite, previous, scaling)
+
+
+def backward_weights(
+    ref: StageRef,
+    state: StateRef,
+    microbatch: Microbatch,
+    values: Sequence[Tensors | ForwardResult],
+    gradients: Sequence[BackwardResult],
+    this: StageResult,
+    previous: BackwardResult | None = None,
+    before: StageResult | None = None,
+    tied: Sequence[Tensors] = (),
+    scaling: Decision | None = None,
+) -> BackwardResult:
+    """Run the second half of a backward: add the parameters' gradients to those before.
+
+    Takes what the first half left in the cache; if that is gone, the whole backward runs again.
+    Parameters are those of `backward`.
+    """
+    whole = backward(
+        ref, state, microbatch, values, gradients, this, previous, before, tied, scaling
+    )
+    return replace(whole, gradients={})
+
+
+def forward_backward(
+    ref: StageRef,
+    state: StateRef,
+    microbatch: Microbatch,
+    values: Sequence[Tensors | ForwardResult],
+    previous: BackwardResult | None = None,
+    before: StageResult | None = None,
+    tied: Sequence[Tensors] = (),
+    scaling: Decision | None = None,
+    halves: bool = False,
+) -> BackwardResult:
+    """Run the last stage on one micro-batch, there and back: nobody else is waited for between.
+
+    Parameters are those of `forward` and `backward`.
+    """
+    graph, buffers = _run(ref, state, microbatch, values, before, tied, halves)
+    there = _forward_result(ref, state, microbatch, graph, buffers)
+    if halves:
+        back = _first_half(ref, microbatch, graph, (), scaling)
+    else:
+        back = _backward(ref, microbatch, graph, (), there.finite, previous, scaling)
+    return replace(back, forward=there)
+
+
+def forward_part(result: StageResult) -> ForwardResult:
+    """Return the forward's result, whether or not the backward came with it."""
+    if isinstance(result, ForwardResult):
+        return result
+    assert result.forward is not None
+    return result.forward
 
 
 def _run(
@@ -128,8 +173,9 @@ def _run(
     state_ref: StateRef,
     microbatch: Microbatch,
     values: Sequence[Tensors | ForwardResult],
-    before: ForwardResult | None,
+    before: StageResult | None,
     tied: Sequence[Tensors],
+    halves: bool,
 ) -> tuple[SavedGraph, Tensors | None]:
     """Run the program on leaves of its own, and return its autograd graph and mutated buffers."""
     executable = CACHE.executable(ref)
@@ -148,8 +194,110 @@ def _run(
     latest = _buffers_after(ref, before) if before is not None else state.buffers
     buffers, written = _buffers(executable, state, latest)
     random = RandomAddress(ref.settings.seed, microbatch.step, microbatch.index)
-    outputs = executable.run({**inputs, **uses, **buffers}, dict(microbatch.sizes), random)
-    return SavedGraph(inputs, uses, outputs), written
+    deferred = DeferredWeights() if halves else None
+    outputs = executable.run(
+        {**inputs, **uses, **buffers}, dict(microbatch.sizes), random, deferred
+    )
+    return SavedGraph(inputs, uses, outputs, deferred), written
+
+
+def _forward_result(
+    ref: StageRef,
+    state: StateRef,
+    microbatch: Microbatch,
+    graph: SavedGraph,
+    buffers: Tensors | None,
+) -> ForwardResult:
+    boundary = _apart_from_weights(graph.outputs, CACHE.state(ref, state.step))
+    finite = all(
+        bool(torch.isfinite(tensor).all())
+        for tensor in boundary.values()
+        if tensor.is_floating_point()
+    )
+    place = (microbatch.step, microbatch.index)
+    if buffers is not None:
+        CACHE.keep(ref, BUFFERS, place, buffers)
+    return ForwardResult(boundary, buffers, finite, place)
+
+
+def _first_half(
+    ref: StageRef,
+    microbatch: Microbatch,
+    graph: SavedGraph,
+    gradients: Sequence[BackwardResult],
+    scaling: Decision | None,
+) -> BackwardResult:
+    place = (microbatch.step, microbatch.index)
+    boundary = _input_gradients(ref, microbatch, graph, gradients, scaling)
+    CACHE.save_graph(ref, *place, SavedGraph({}, graph.uses, {}, graph.deferred, halved=True))
+    return BackwardResult(boundary, place=place)
+
+
+def _backward(
+    ref: StageRef,
+    microbatch: Microbatch,
+    graph: SavedGraph,
+    gradients: Sequence[BackwardResult],
+    finite: bool,
+    previous: BackwardResult | None,
+    scaling: Decision | None,
+) -> BackwardResult:
+    """Run what is left of a backward, with all gradients of parameters added to the sums.
+
+    Autograd adds in place to a leaf's gradient, so that no second copy of all gradients is alive;
+    half-precision ones are added to sums in float32.
+    """
+    place = (microbatch.step, microbatch.index)
+    sums = _sums_before(ref, microbatch, previous)
+    # Sums that hold this micro-batch already (the task runs again) are left alone.
+    target = GradientSums(None) if sums.place == place else sums
+    target.place = None
+    for name, leaf in graph.uses.items():
+        known = target.tensors.get(name)
+        if known is not None and known.dtype == leaf.dtype:
+            leaf.grad = known if leaf.grad is None else known.add_(leaf.grad)
+    boundary: Tensors = {}
+    if not graph.halved:
+        boundary = _input_gradients(ref, microbatch, graph, gradients, scaling)
+    if graph.deferred is not None:
+        graph.deferred.finish()
+    for name, leaf in graph.uses.items():
+        gradient, leaf.grad = leaf.grad, None
+        if gradient is None:
+            continue
+        if gradient.dtype not in AUTOCAST_DTYPES.values():
+            target.tensors[name] = gradient
+        elif name in target.tensors:
+            target.tensors[name].add_(gradient)
+        else:
+            target.tensors[name] = gradient.float()
+    sums.place = place
+    CACHE.keep(ref, SUMS, place, sums)
+    non_finite = previous.non_finite if previous else ()
+    if not finite:
+        non_finite = (*non_finite, microbatch.index)
+    return BackwardResult(boundary, sums, non_finite, place)
+
+
+def _input_gradients(
+    ref: StageRef,
+    microbatch: Microbatch,
+    graph: SavedGraph,
+    gradients: Sequence[BackwardResult],
+    scaling: Decision | None,
+) -> dict[str, torch.Tensor]:
+    """Run autograd, and return the gradients of the boundary inputs."""
+    scale = scaling.loss_scale if scaling is not None else 1.0
+    roots, seeds = _roots(CACHE.executable(ref), graph, gradients, microbatch.weight * scale)
+    boundary: dict[str, torch.Tensor] = {}
+    for name, leaf in graph.inputs.items():
+        if leaf.requires_grad:
+            # Taken before autograd lays it out like the leaf: a later sum over it would otherwise run
+            # in another order than without the cut.
+            leaf.register_hook(partial(boundary.__setitem__, name))  # type: ignore[no-untyped-call]
+    if roots:
+        torch.autograd.backward(roots, seeds)
+    return boundary
 
 
 def _apart_from_weights(outputs: Tensors, state: StageState) -> dict[str, torch.Tensor]:
@@ -240,42 +388,6 @@ def _sums_before(
     return sums
 
 
-def _accumulate(
-    graph: SavedGraph,
-    roots: list[torch.Tensor],
-    seeds: list[torch.Tensor],
-    sums: GradientSums,
-) -> dict[str, torch.Tensor]:
-    """Run autograd, add the parameter uses' gradients to the sums, return the inputs' gradients.
-
-    Autograd adds in place to a leaf's gradient, so that no second copy of all gradients is alive;
-    half-precision ones are added to sums in float32.
-    """
-    sums.place = None
-    for name, leaf in graph.uses.items():
-        known = sums.tensors.get(name)
-        leaf.grad = known if known is not None and known.dtype == leaf.dtype else None
-    boundary: dict[str, torch.Tensor] = {}
-    for name, leaf in graph.inputs.items():
-        if leaf.requires_grad:
-            # Taken before autograd lays it out like the leaf: a later sum over it would otherwise run
-            # in another order than without the cut.
-            leaf.register_hook(partial(boundary.__setitem__, name))  # type: ignore[no-untyped-call]
-    if roots:
-        torch.autograd.backward(roots, seeds)
-    for name, leaf in graph.uses.items():
-        gradient, leaf.grad = leaf.grad, None
-        if gradient is None:
-            continue
-        if gradient.dtype not in AUTOCAST_DTYPES.values():
-            sums.tensors[name] = gradient
-        elif name in sums.tensors:
-            sums.tensors[name].add_(gradient)
-        else:
-            sums.tensors[name] = gradient.float()
-    return boundary
-
-
 def _sums(ref: StageRef, result: BackwardResult) -> Tensors:
     """Return the finished sums of a step, from the cache if the result has been on a journey."""
     sums: GradientSums = result.sums or CACHE.recall(ref, SUMS, result.place)
@@ -284,11 +396,10 @@ def _sums(ref: StageRef, result: BackwardResult) -> Tensors:
     return sums.tensors
 
 
-def _buffers_after(ref: StageRef, result: ForwardResult) -> Tensors:
+def _buffers_after(ref: StageRef, result: StageResult) -> Tensors:
     """Return a result's buffers, from the cache if this copy of it has been on a journey."""
-    return (
-        result.buffers if result.buffers is not None else CACHE.recall(ref, BUFFERS, result.place)
-    )
+    there = forward_part(result)
+    return there.buffers if there.buffers is not None else CACHE.recall(ref, BUFFERS, there.place)
 
 
 def total_gradients(
@@ -338,7 +449,7 @@ def update(
     gradients: BackwardResult,
     learning_rate_factor: float,
     borrowed: Sequence[Tensors] = (),
-    last: ForwardResult | None = None,
+    last: StageResult | None = None,
     decision: Decision | None = None,
 ) -> UpdateResult:
     """Take one optimizer step on a stage's parameters.
@@ -487,7 +598,7 @@ def save(ref: StageRef, state: StateRef) -> ShardRecord:
 
 def report(
     step: int,
-    losses: Sequence[tuple[float, ForwardResult, str]],
+    losses: Sequence[tuple[float, StageResult, str]],
     updates: Sequence[UpdateResult],
     decision: Decision | None,
 ) -> StepReport:
@@ -496,9 +607,9 @@ def report(
     Parameters
     ----------
     losses
-        For each micro-batch its weight, the forward result with its loss, and the loss's name.
+        For each micro-batch its weight, the result with its loss, and the loss's name.
     """
-    values = [float(result.values[name]) for _, result, name in losses]
+    values = [float(forward_part(result).values[name]) for _, result, name in losses]
     loss = sum(weight * value for (weight, _, _), value in zip(losses, values, strict=True))
     non_finite = {u.stage: u.non_finite for u in updates if u.non_finite}
     return StepReport(step, loss, tuple(values), decision, non_finite)

@@ -55,7 +55,12 @@ def train_with_dagflow(
     CACHE.clear()
     dag = capture_example(example)
     run = InlineRun(
-        example, dag, partition(dag, num_stages), optimizer=OPTIMIZER, clip_norm=clip_norm
+        example,
+        dag,
+        partition(dag, num_stages),
+        num_microbatches=len(data[0]),
+        optimizer=OPTIMIZER,
+        clip_norm=clip_norm,
     )
     for step, step_batches in enumerate(data):
         run.step(step, step_batches)

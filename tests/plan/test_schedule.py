@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from dagflow.plan.schedule import (
     BACKWARD,
     FORWARD,
+    WEIGHTS,
     Action,
     Schedule,
+    first_halved,
     in_flight_limits,
     one_forward_one_backward,
 )
@@ -21,15 +23,30 @@ Costs = list[tuple[float, float]]
 
 
 def end(schedule: Schedule, action: Action, costs: Costs) -> float:
-    return schedule.starts[action] + costs[action.stage][0 if action.kind == FORWARD else 1]
+    forward, backward = costs[action.stage]
+    if action.kind == FORWARD:
+        seconds = forward
+    elif Action(action.stage, WEIGHTS, action.microbatch) in schedule.starts:
+        seconds = backward / 2
+    else:
+        seconds = backward
+    if action.kind == BACKWARD and action.stage == max(a.stage for a in schedule.starts):
+        seconds += forward
+    return schedule.starts[action] + seconds
 
 
 def most_in_flight(schedule: Schedule, stage: int) -> int:
-    """Largest number of micro-batches between a stage's forward and its backward."""
-    most = now = 0
+    """Largest number of micro-batches that a stage remembers something of."""
+    most = 0
+    begun, ended = set(), set()
     for action in schedule.order([stage]):
-        now += 1 if action.kind == FORWARD else -1
-        most = max(most, now)
+        begun.add(action.microbatch)
+        most = max(most, len(begun - ended))
+        if action.kind == WEIGHTS or (
+            action.kind == BACKWARD
+            and Action(stage, WEIGHTS, action.microbatch) not in schedule.starts
+        ):
+            ended.add(action.microbatch)
     return most
 
 
@@ -38,26 +55,34 @@ def assert_valid(
     placement: list[int],
     num_microbatches: int,
     limits: list[int],
+    halved_from: list[int],
     costs: Costs,
 ) -> None:
     num_stages = len(placement)
     stages, microbatches = range(num_stages), range(num_microbatches)
-    every = {Action(s, kind, m) for s in stages for kind in "FB" for m in microbatches}
+    last = num_stages - 1
+    every = {Action(s, FORWARD, m) for s in stages if s != last for m in microbatches}
+    every |= {Action(s, BACKWARD, m) for s in stages for m in microbatches}
+    every |= {Action(s, WEIGHTS, m) for s in stages for m in microbatches if m >= halved_from[s]}
     assert set(schedule.starts) == every
     starts = schedule.starts
     for stage in stages:
         for m in microbatches:
             forward, backward = Action(stage, FORWARD, m), Action(stage, BACKWARD, m)
-            assert starts[backward] >= end(schedule, forward, costs)
+            weights = Action(stage, WEIGHTS, m)
             if stage > 0:
-                assert starts[forward] >= end(schedule, Action(stage - 1, FORWARD, m), costs)
-            if stage < num_stages - 1:
+                first = backward if stage == last else forward
+                assert starts[first] >= end(schedule, Action(stage - 1, FORWARD, m), costs)
+            if stage < last:
+                assert starts[backward] >= end(schedule, forward, costs)
                 after = end(schedule, Action(stage + 1, BACKWARD, m), costs)
                 assert starts[backward] >= after
+            if weights in starts:
+                assert starts[weights] >= end(schedule, backward, costs)
         assert most_in_flight(schedule, stage) <= limits[stage]
-        for kind in (FORWARD, BACKWARD):
+        for kind in (FORWARD, BACKWARD, WEIGHTS):
             inside = [a.microbatch for a in schedule.order([stage]) if a.kind == kind]
-            assert inside == list(microbatches)
+            assert inside == sorted(inside)
     for worker in set(placement):
         own = schedule.order([s for s in stages if placement[s] == worker])
         for first, second in pairwise(own):
@@ -71,7 +96,20 @@ def test_four_stages_and_eight_microbatches_have_the_known_timetable() -> None:
         "worker 0: 0F0 0F1 0F2 0F3 0B0 0F4 0B1 0F5 0B2 0F6 0B3 0F7 0B4 0B5 0B6 0B7",
         "worker 1: 1F0 1F1 1F2 1B0 1F3 1B1 1F4 1B2 1F5 1B3 1F6 1B4 1F7 1B5 1B6 1B7",
         "worker 2: 2F0 2F1 2B0 2F2 2B1 2F3 2B2 2F4 2B3 2F5 2B4 2F6 2B5 2F7 2B6 2B7",
-        "worker 3: 3F0 3B0 3F1 3B1 3F2 3B2 3F3 3B3 3F4 3B4 3F5 3B5 3F6 3B6 3F7 3B7",
+        "worker 3: 3B0 3B1 3B2 3B3 3B4 3B5 3B6 3B7",
+    ]
+
+
+def test_backwards_in_two_halves_fill_the_end_of_the_step() -> None:
+    placement, limits = [0, 1, 2, 3], in_flight_limits(4)
+    halved_from = first_halved(placement, 8, limits)
+    assert halved_from == (8, 5, 6, 7)
+    schedule = one_forward_one_backward(placement, 8, limits, halved_from)
+    assert schedule.grid(placement).splitlines() == [
+        "worker 0: 0F0 0F1 0F2 0F3 0B0 0F4 0B1 0F5 0B2 0F6 0B3 0F7 0B4 0B5 0B6 0B7",
+        "worker 1: 1F0 1F1 1F2 1B0 1F3 1B1 1F4 1B2 1F5 1B3 1F6 1B4 1F7 1B5 1W5 1B6 1W6 1B7 1W7",
+        "worker 2: 2F0 2F1 2B0 2F2 2B1 2F3 2B2 2F4 2B3 2F5 2B4 2F6 2B5 2F7 2B6 2W6 2B7 2W7",
+        "worker 3: 3B0 3B1 3B2 3B3 3B4 3B5 3B6 3B7 3W7",
     ]
 
 
@@ -83,6 +121,20 @@ def test_the_bubble_is_that_of_pipedream_flush(num_stages: int, num_microbatches
     busy = 3.0 * num_microbatches
     bubble = (num_stages - 1) / (num_microbatches + num_stages - 1)
     assert 1 - busy / schedule.length == pytest.approx(bubble)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("num_microbatches", [8, 16])
+def test_halves_take_a_third_off_the_bubble(num_stages: int, num_microbatches: int) -> None:
+    placement, limits = list(range(num_stages)), in_flight_limits(num_stages)
+    halved_from = first_halved(placement, num_microbatches, limits)
+    halved = one_forward_one_backward(placement, num_microbatches, limits, halved_from)
+    busy = 3.0 * num_microbatches
+    assert halved.length - busy == pytest.approx(2.0 * (num_stages - 1))
+
+
+def test_nothing_is_halved_where_one_worker_has_all_stages() -> None:
+    assert first_halved([0, 0, 0], 8, in_flight_limits(3)) == (8, 8, 8)
 
 
 def test_the_limits_are_reached_and_not_passed() -> None:
@@ -102,7 +154,7 @@ def test_two_stages_a_worker_interleave() -> None:
     placement = [0, 1, 0, 1]
     limits = in_flight_limits(4)
     schedule = one_forward_one_backward(placement, 4, limits)
-    assert_valid(schedule, placement, 4, list(limits), [(1.0, 2.0)] * 4)
+    assert_valid(schedule, placement, 4, list(limits), [4] * 4, [(1.0, 2.0)] * 4)
     first, second = schedule.grid(placement).splitlines()
     assert first.startswith("worker 0: 0F0 0F1 2F0 ")
     assert {action[0] for action in first.split()[2:]} == {"0", "2"}
@@ -118,33 +170,32 @@ def test_one_worker_for_everything_has_no_bubble() -> None:
 def test_actions_print_and_sort_as_people_read_them() -> None:
     assert str(Action(2, FORWARD, 0)) == "2F0"
     schedule = one_forward_one_backward([0, 1], 2, in_flight_limits(2))
-    assert [str(a) for a in schedule.order([1])] == ["1F0", "1B0", "1F1", "1B1"]
-    assert [str(a) for a in schedule.order([0, 1])][:3] == ["0F0", "0F1", "1F0"]
+    assert [str(a) for a in schedule.order([1])] == ["1B0", "1B1"]
+    assert [str(a) for a in schedule.order([0, 1])][:3] == ["0F0", "0F1", "1B0"]
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[list[int], int, list[int], Costs]:
+def problems(draw: st.DrawFn) -> tuple[list[int], int, list[int], list[int], Costs]:
     num_stages = draw(st.integers(1, 7))
     placement = [draw(st.integers(0, 3)) for _ in range(num_stages)]
     num_microbatches = draw(st.integers(1, 9))
     limits = [draw(st.integers(1, 9)) for _ in range(num_stages)]
+    halved_from = list(first_halved(placement, num_microbatches, limits))
     cost = st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 4.0])
     costs = [(draw(cost), draw(cost)) for _ in range(num_stages)]
-    return placement, num_microbatches, limits, costs
+    return placement, num_microbatches, limits, halved_from, costs
 
 
 @given(problems())
 def test_any_placement_limits_and_costs_give_a_valid_schedule(
-    problem: tuple[list[int], int, list[int], Costs],
+    problem: tuple[list[int], int, list[int], list[int], Costs],
 ) -> None:
-    placement, num_microbatches, limits, costs = problem
-    schedule = one_forward_one_backward(placement, num_microbatches, limits, costs)
-    assert_valid(schedule, placement, num_microbatches, limits, costs)
+    assert_valid(one_forward_one_backward(*problem), *problem)
 
 
 @given(problems())
 def test_the_same_problem_has_the_same_schedule(
-    problem: tuple[list[int], int, list[int], Costs],
+    problem: tuple[list[int], int, list[int], list[int], Costs],
 ) -> None:
     first, second = (one_forward_one_backward(*problem) for _ in range(2))
     assert first == second
