@@ -16,8 +16,9 @@ from typing import Any
 
 _PACKAGE, _LIBRARY = "cmeel-mimalloc", "libmimalloc.so"
 _PRELOAD = "LD_PRELOAD"
-# Keep freed pages: the next micro-batch needs them again. Saves 3 % of the time, costs 5 % of memory.
-_OPTIONS = {"MIMALLOC_PURGE_DELAY": "-1"}
+# Keep freed pages for five seconds: the next micro-batch needs them again. Giving them back sooner
+# costs 8 % of the time and saves 5 % of the memory; not at all, and an idle machine stays full.
+_OPTIONS = {"MIMALLOC_PURGE_DELAY": "5000"}
 
 
 def allocator_path() -> str | None:

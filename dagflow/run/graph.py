@@ -367,18 +367,11 @@ class _StepBuilder:
         self._add("update", stage, call=call, after=saved)
 
     def _report(self) -> None:
-        program = self.graph.programs[self.graph.loss_stage]
-        losses = [
-            [
-                microbatch.weight,
-                self._there(program.stage, microbatch.index),
-                program.loss,
-            ]
-            for microbatch in self.inputs.microbatches
-        ]
+        stage = self.graph.loss_stage
+        weights = [microbatch.weight for microbatch in self.inputs.microbatches]
         updates = [self._at("update", p.stage) for p in self.graph.programs]
-        call = (tasks.report, self.k, [*losses], [*updates], self._decision())
-        self._add("report", program.stage, call=call)
+        call = (tasks.report, self.k, weights, self._sums(stage), [*updates], self._decision())
+        self._add("report", stage, call=call)
 
 
 def task(key: Key, function: Callable[..., Any], *args: Any, after: Sequence[Key] = ()) -> Task:

@@ -202,10 +202,14 @@ def _load_forward(header: Header, frames: list[Any]) -> ForwardResult:
     return ForwardResult(values, None, header["finite"], tuple(header["place"]))
 
 
+# What a backward's result says of the micro-batches so far.
+_CHAINED = ("non_finite", "losses", "place")
+
+
 def _dump_backward(result: BackwardResult, context: Any = None) -> tuple[Header, list[Any]]:
     # Gradient sums stay, too: they are as large as the weights.
     headers, frames = pack_tensors(result.gradients, context)
-    header: Header = {"non_finite": list(result.non_finite), "place": list(result.place)}
+    header: Header = {name: list(getattr(result, name)) for name in _CHAINED}
     header |= {"tensors": headers, "forward": None}
     if result.forward is not None:
         header["forward"], more = _dump_forward(result.forward, context)
@@ -217,8 +221,8 @@ def _load_backward(header: Header, frames: list[Any]) -> BackwardResult:
     count = len(header["tensors"])
     gradients = unpack_tensors(header["tensors"], frames[:count])
     there = _load_forward(header["forward"], frames[count:]) if header["forward"] else None
-    non_finite, place = tuple(header["non_finite"]), tuple(header["place"])
-    return BackwardResult(gradients, None, non_finite, place, there)
+    chained = {name: tuple(header[name]) for name in _CHAINED}
+    return BackwardResult(gradients, None, **chained, forward=there)
 
 
 def _size_of(value: Any) -> int:

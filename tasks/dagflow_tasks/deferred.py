@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class DeferredWeights:
-    """What is left of a backward: a product's output, the gradient that reached it, its weights."""
+    """What is left of a backward: for each product the gradient that reached it, and its weights."""
 
     def __init__(self) -> None:
-        self._left: list[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]] = []
+        self._left: list[tuple[GradientEdge, torch.Tensor, list[torch.Tensor]]] = []
 
     def run(
         self,
@@ -51,8 +52,8 @@ class DeferredWeights:
                 filled[position] = tensor
             return function(*filled, **keywords)
 
-        def later(output: torch.Tensor, gradient: torch.Tensor) -> None:
-            self._left.append((output, gradient, leaves))
+        def later(product: GradientEdge, gradient: torch.Tensor) -> None:
+            self._left.append((product, gradient, leaves))
 
         output: torch.Tensor = _Halved.apply(  # type: ignore[no-untyped-call]
             on, later, *(arguments[i] for i in inputs)
@@ -62,8 +63,8 @@ class DeferredWeights:
     def finish(self) -> None:
         """Add the weights' gradients to their `grad`, and let go of what was kept for them."""
         while self._left:
-            output, gradient, leaves = self._left.pop()
-            torch.autograd.backward(output, gradient, inputs=leaves)
+            product, gradient, leaves = self._left.pop()
+            torch.autograd.backward(product, gradient, inputs=leaves)
 
 
 class _Halved(torch.autograd.Function):
@@ -71,15 +72,15 @@ class _Halved(torch.autograd.Function):
     def forward(ctx: Any, on: Any, later: Any, *inputs: torch.Tensor) -> torch.Tensor:
         ctx.inputs = [tensor.detach().requires_grad_() for tensor in inputs]
         with torch.enable_grad():
-            ctx.output = on(*ctx.inputs)
+            output: torch.Tensor = on(*ctx.inputs)
+        # Its place in the graph, not the tensor itself: whoever needs its memory keeps it.
+        ctx.product = get_gradient_edge(output)
         ctx.later = later
-        output: torch.Tensor = ctx.output.detach()
-        return output
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = gradients
-        output, ctx.output = ctx.output, None
-        found = torch.autograd.grad(output, ctx.inputs, gradient, retain_graph=True)
-        ctx.later(output, gradient)
+        found = torch.autograd.grad(ctx.product, ctx.inputs, gradient, retain_graph=True)
+        ctx.later(ctx.product, gradient)
         return (None, None, *found)

@@ -71,6 +71,8 @@ class BackwardResult:
         next task reads them.
     non_finite : tuple of int
         Micro-batches so far whose forward left the finite numbers in this stage.
+    losses : tuple of float
+        Of the micro-batches so far, in the stage that computes the loss.
     place : (step, micro-batch)
         What the worker's cache knows `sums` by, if this copy has lost them on a journey.
     forward : ForwardResult or None
@@ -80,6 +82,7 @@ class BackwardResult:
     gradients: Tensors
     sums: GradientSums | None = None
     non_finite: tuple[int, ...] = ()
+    losses: tuple[float, ...] = ()
     place: tuple[int, int] = (-1, -1)
     forward: ForwardResult | None = None
 

@@ -109,8 +109,8 @@ def backward(
         graph, _ = _run(ref, state, microbatch, values, before, tied, halves)
     if halves:
         return _first_half(ref, microbatch, graph, gradients, scaling)
-    finite = this is None or forward_part(this).finite
-    return _backward(ref, microbatch, graph, gradients, finite, previous, scaling)
+    assert this is not None
+    return _backward(ref, microbatch, graph, gradients, forward_part(this), previous, scaling)
 
 
 def backward_weights(
@@ -156,7 +156,7 @@ def forward_backward(
     if halves:
         back = _first_half(ref, microbatch, graph, (), scaling)
     else:
-        back = _backward(ref, microbatch, graph, (), there.finite, previous, scaling)
+        back = _backward(ref, microbatch, graph, (), there, previous, scaling)
     return replace(back, forward=there)
 
 
@@ -238,7 +238,7 @@ def _backward(
     microbatch: Microbatch,
     graph: SavedGraph,
     gradients: Sequence[BackwardResult],
-    finite: bool,
+    there: ForwardResult,
     previous: BackwardResult | None,
     scaling: Decision | None,
 ) -> BackwardResult:
@@ -273,10 +273,13 @@ def _backward(
             target.tensors[name] = gradient.float()
     sums.place = place
     CACHE.keep(ref, SUMS, place, sums)
-    non_finite = previous.non_finite if previous else ()
-    if not finite:
+    non_finite, losses = (previous.non_finite, previous.losses) if previous else ((), ())
+    if not there.finite:
         non_finite = (*non_finite, microbatch.index)
-    return BackwardResult(boundary, sums, non_finite, place)
+    loss = CACHE.executable(ref).program.loss
+    if loss is not None:
+        losses = (*losses, float(there.values[loss]))
+    return BackwardResult(boundary, sums, non_finite, losses, place)
 
 
 def _input_gradients(
@@ -598,7 +601,8 @@ def save(ref: StageRef, state: StateRef) -> ShardRecord:
 
 def report(
     step: int,
-    losses: Sequence[tuple[float, StageResult, str]],
+    weights: Sequence[float],
+    last: BackwardResult,
     updates: Sequence[UpdateResult],
     decision: Decision | None,
 ) -> StepReport:
@@ -606,13 +610,14 @@ def report(
 
     Parameters
     ----------
-    losses
-        For each micro-batch its weight, the result with its loss, and the loss's name.
+    weights
+        The micro-batches' weights.
+    last
+        Result of the last micro-batch's backward in the stage that computes the loss.
     """
-    values = [float(forward_part(result).values[name]) for _, result, name in losses]
-    loss = sum(weight * value for (weight, _, _), value in zip(losses, values, strict=True))
+    loss = sum(weight * value for weight, value in zip(weights, last.losses, strict=True))
     non_finite = {u.stage: u.non_finite for u in updates if u.non_finite}
-    return StepReport(step, loss, tuple(values), decision, non_finite)
+    return StepReport(step, loss, last.losses, decision, non_finite)
 
 
 def tensors_of(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:

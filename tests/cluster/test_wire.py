@@ -116,7 +116,7 @@ def test_what_stays_on_a_worker_does_not_travel() -> None:
     big = {"w": torch.ones(1 << 16)}
     boundary = {"h": torch.ones(4)}
     forward = ForwardResult(boundary, big, False, (3, 1))
-    backward = BackwardResult(boundary, GradientSums((3, 1), big), (0, 2), (3, 1))
+    backward = BackwardResult(boundary, GradientSums((3, 1), big), (0, 2), (0.5, 2.0), (3, 1))
     for result in (forward, backward):
         _, frames = serialize(result, serializers=["dask"])
         assert sum(memoryview(frame).nbytes for frame in frames) == 16
@@ -125,6 +125,7 @@ def test_what_stays_on_a_worker_does_not_travel() -> None:
     assert_same(found.values["h"], boundary["h"])
     returned = there_and_back(backward)
     assert (returned.sums, returned.non_finite, returned.place) == (None, (0, 2), (3, 1))
+    assert returned.losses == (0.5, 2.0)
     assert_same(returned.gradients["h"], boundary["h"])
     both = there_and_back(replace(backward, forward=forward))
     assert (both.forward.buffers, both.forward.finite, both.forward.place) == (None, False, (3, 1))

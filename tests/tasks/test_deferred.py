@@ -25,7 +25,9 @@ PRODUCTS: list[tuple[str, Callable[..., torch.Tensor], tuple[int, ...], list[tup
 
 
 @pytest.mark.parametrize(
-    ("function", "shape", "weights"), [row[1:] for row in PRODUCTS], ids=[row[0] for row in PRODUCTS]
+    ("function", "shape", "weights"),
+    [row[1:] for row in PRODUCTS],
+    ids=[row[0] for row in PRODUCTS],
 )
 def test_both_halves_make_the_gradients_of_one_backward(
     function: Any, shape: tuple[int, ...], weights: list[tuple[int, ...]]
