@@ -18,7 +18,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from workload import Workload
@@ -93,8 +93,9 @@ def ideal_seconds(spans: list[Span], plan: Plan) -> float:
         by_kind[span.kind, span.stage].append(span.seconds)
     costs = []
     for stage in range(plan.num_stages):
-        backward = median(by_kind["backward", stage])
-        forward = median(by_kind.get(("forward", stage), [backward / 3]))
+        first_halves_too = by_kind["backward", stage]
+        backward = (sum(first_halves_too) + sum(by_kind["weights", stage])) / len(first_halves_too)
+        forward = mean(by_kind.get(("forward", stage), [backward / 3]))
         last = stage == plan.num_stages - 1
         costs.append((forward, backward - forward if last else backward))
     return one_forward_one_backward(
@@ -107,7 +108,7 @@ def account(workload: Workload, spans: list[Span], ends: list[float], plan: Plan
     first, last = workload.num_warmup_steps, workload.num_steps
     num_steps = last - first
     timed = [span for span in spans if first <= span.step < last and span.kind != "save"]
-    period = median(end - begin for begin, end in itertools.pairwise(ends[first - 1 :]))
+    period = (ends[-1] - ends[first - 1]) / num_steps
     ideal = ideal_seconds(timed, plan)
     rows = []
     for worker in sorted({span.worker for span in timed if span.kind in PIPELINE}):
@@ -122,8 +123,8 @@ def account(workload: Workload, spans: list[Span], ends: list[float], plan: Plan
                 "stages": sorted({s.stage for s in own if s.kind in PIPELINE}),
                 "step_s": round(period, 3),
                 **{kind: round(busy[kind], 3) for kind in (*PIPELINE, "other")},
-                "bubble_s": round(max(0.0, ideal - sum(busy.values())), 3),
-                "beyond_s": round(period - max(ideal, sum(busy.values())), 3),
+                "bubble_s": round(ideal - sum(busy.values()), 3),
+                "beyond_s": round(period - ideal, 3),
                 "tasks": round(tasks, 1),
                 "beyond_ms_a_task": round(1e3 * (period - ideal) / tasks, 2),
                 "median_wait_ms": round(1e3 * median(waits), 2),
