@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,11 @@ def measure(workload: Workload, steps: int) -> list[dict[str, Any]]:
     ):
         batch = next(iter(workload.batches()))
         options = {"client": client, "progress": False, "num_stages": workload.num_stages}
-        # A first, tiny run loads everything that any run loads.
-        tiny = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
-        data = [(torch.randn(8, 4), torch.randn(8, 4))]
-        loss = torch.nn.functional.mse_loss
-        dagflow.train(tiny, data, loss=loss, store=f"{folder}/tiny", **options)
+        # A first run of a small model of the same kind loads the code, torch's kernels included, that
+        # any such run loads.
+        small = replace(workload, num_layers=2, width=64, num_heads=2, num_microbatches=2)
+        data = [next(iter(small.batches()))]
+        dagflow.train(small.model(), data, num_microbatches=2, store=f"{folder}/small", **options)
         before = client.run(_resident)
         result = dagflow.train(
             workload.model(),
