@@ -19,6 +19,7 @@ from dagflow_tasks.cache import CACHE, SavedGraph, state_lost
 from dagflow_tasks.deferred import DeferredWeights
 from dagflow_tasks.errors import WeightsNotFinite
 from dagflow_tasks.interpreter import AUTOCAST_DTYPES, Executable, RandomAddress
+from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
 from dagflow_tasks.program import ParameterUse
 from dagflow_tasks.references import Microbatch, StageRef, StateRef
 from dagflow_tasks.results import (
@@ -67,7 +68,9 @@ def forward(
     """
     graph, buffers = _run(ref, state, microbatch, values, before, tied, halves)
     CACHE.save_graph(ref, microbatch.step, microbatch.index, graph)
-    return _forward_result(ref, state, microbatch, graph, buffers)
+    result = _forward_result(ref, state, microbatch, graph, buffers)
+    send(ref, "forward", result.place, result.values, {"finite": result.finite})
+    return result
 
 
 def backward(
@@ -108,9 +111,13 @@ def backward(
         CACHE.recomputed += 1
         graph, _ = _run(ref, state, microbatch, values, before, tied, halves)
     if halves:
-        return _first_half(ref, microbatch, graph, gradients, scaling)
-    assert this is not None
-    return _backward(ref, microbatch, graph, gradients, forward_part(this), previous, scaling)
+        result = _first_half(ref, microbatch, graph, gradients, scaling)
+    else:
+        assert this is not None
+        there = forward_part(this)
+        result = _backward(ref, microbatch, graph, gradients, there, previous, scaling)
+    _send_backward(ref, result)
+    return result
 
 
 def backward_weights(
@@ -130,10 +137,16 @@ def backward_weights(
     Takes what the first half left in the cache; if that is gone, the whole backward runs again.
     Parameters are those of `backward`.
     """
-    whole = backward(
-        ref, state, microbatch, values, gradients, this, previous, before, tied, scaling
-    )
-    return replace(whole, gradients={})
+    graph = CACHE.take_graph(ref, microbatch.step, microbatch.index)
+    if graph is None:
+        CACHE.recomputed += 1
+        graph, _ = _run(ref, state, microbatch, values, before, tied, False)
+    there = forward_part(this)
+    whole = _backward(ref, microbatch, graph, gradients, there, previous, scaling)
+    result = replace(whole, gradients={})
+    facts = {"non_finite": result.non_finite, "losses": result.losses}
+    send(ref, "weights", result.place, {}, facts)
+    return result
 
 
 def forward_backward(
@@ -157,7 +170,30 @@ def forward_backward(
         back = _first_half(ref, microbatch, graph, (), scaling)
     else:
         back = _backward(ref, microbatch, graph, (), there, previous, scaling)
-    return replace(back, forward=there)
+    result = replace(back, forward=there)
+    _send_backward(ref, result)
+    return result
+
+
+def send(
+    ref: StageRef,
+    kind: str,
+    place: tuple[int, int],
+    tensors: Tensors,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Have the journal keep what a task sends to other stages."""
+    step, index = place
+    JOURNAL.put(ref, step, EntryKey(kind, ref.stage, index), Sent(dict(tensors), facts or {}))
+
+
+def _send_backward(ref: StageRef, result: BackwardResult) -> None:
+    facts: dict[str, Any] = {"non_finite": result.non_finite, "losses": result.losses}
+    if result.forward is not None:
+        loss = CACHE.executable(ref).program.loss
+        assert loss is not None
+        facts |= {"finite": result.forward.finite, "loss": float(result.forward.values[loss])}
+    send(ref, "backward", result.place, result.gradients, facts)
 
 
 def forward_part(result: StageResult) -> ForwardResult:
@@ -184,6 +220,9 @@ def _run(
     given: dict[str, torch.Tensor] = {}
     for part in values:
         given.update(part.values if isinstance(part, ForwardResult) else part)
+    if program.batch_inputs:
+        batch = {name: given[name] for name in program.batch_inputs}
+        send(ref, "batch", (microbatch.step, microbatch.index), batch)
     inputs = {}
     for item in program.inputs:
         tensor = given[item.value.name].to(executable.device)
@@ -475,11 +514,14 @@ def update(
     UpdateResult
         Refers to the state after the step; run again, the same.
     """
-    done = UpdateResult(StateRef(state.step + 1), ref.stage, gradients.non_finite)
+    facts = {
+        "non_finite": gradients.non_finite,
+        "decision": decision.to_json() if decision is not None else None,
+    }
     with CACHE.lock:
         cached = CACHE.states.get(ref.key)
         if cached is not None and cached.step == state.step + 1:
-            return done
+            return _updated(ref, state, gradients)
     current = CACHE.state(ref, state.step)
     try:
         if decision is None or decision.apply:
@@ -494,7 +536,14 @@ def update(
     CACHE.drop(ref, BUFFERS)
     current.casts.clear()
     current.step += 1
-    return done
+    send(ref, "update", (state.step, 0), {}, facts)
+    JOURNAL.end_step(ref, state.step)
+    return _updated(ref, state, gradients)
+
+
+def _updated(ref: StageRef, state: StateRef, gradients: BackwardResult) -> UpdateResult:
+    stats = JOURNAL.stats() if ref.journal else None
+    return UpdateResult(StateRef(state.step + 1), ref.stage, gradients.non_finite, stats)
 
 
 def _step(
@@ -567,17 +616,25 @@ def select_gradients(result: BackwardResult, names: Sequence[str]) -> BackwardRe
     return BackwardResult(present)
 
 
-def lend_parameters(ref: StageRef, state: StateRef, names: Sequence[str]) -> Tensors:
+def lend_parameters(
+    ref: StageRef, state: StateRef, names: Sequence[str], borrower: int = -1
+) -> Tensors:
     """Return copies of parameters that another stage uses, too (tied weights)."""
     # Copies: `update` moves the cached weights on in place, and a result must not move with them.
     parameters = CACHE.state(ref, state.step).parameters
-    return TensorDict({name: parameters[name].detach().clone() for name in names})
+    lent = TensorDict({name: parameters[name].detach().clone() for name in names})
+    send(ref, "lend", (state.step, borrower), lent)
+    return lent
 
 
-def return_gradients(ref: StageRef, gradients: BackwardResult, uses: Sequence[str]) -> Tensors:
+def return_gradients(
+    ref: StageRef, gradients: BackwardResult, uses: Sequence[str], owner: int = -1
+) -> Tensors:
     """Return the gradients of borrowed parameters to their owner, by use."""
     sums = _sums(ref, gradients)
-    return TensorDict({use: sums[use] for use in uses if use in sums})
+    returned = TensorDict({use: sums[use] for use in uses if use in sums})
+    send(ref, "return", (gradients.place[0], owner), returned)
+    return returned
 
 
 def save(ref: StageRef, state: StateRef) -> ShardRecord:
@@ -617,7 +674,8 @@ def report(
     """
     loss = sum(weight * value for weight, value in zip(weights, last.losses, strict=True))
     non_finite = {u.stage: u.non_finite for u in updates if u.non_finite}
-    return StepReport(step, loss, last.losses, decision, non_finite)
+    journal = {u.stage: u.journal for u in updates if u.journal is not None}
+    return StepReport(step, loss, last.losses, decision, non_finite, journal)
 
 
 def tensors_of(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -644,7 +702,11 @@ def call(function: Callable[..., Any], layout: tuple[Any, ...], *results: Any) -
     Results that no slot asks for are those of tasks that only had to be done before.
     """
 
-    return function(*(_filled(argument, results) for argument in layout))
+    filled = [_filled(argument, results) for argument in layout]
+    if not filled or type(filled[0]) is not StageRef:
+        return function(*filled)
+    with CACHE.stage_lock(filled[0]):
+        return function(*filled)
 
 
 def _filled(argument: Any, results: tuple[Any, ...]) -> Any:
