@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from dagflow.plan.schedule import BACKWARD, FORWARD, WEIGHTS, Schedule
+from dagflow.run.behind import save_behind
 from dagflow.run.dask_internals import StepTask, Task, TaskRef
 from dagflow_tasks import tasks
 from dagflow_tasks.program import StageProgram
@@ -32,7 +33,7 @@ from dagflow_tasks.results import Decision
 
 Key = tuple[str | int, ...]
 
-_AT_ONCE = frozenset({"lend", "batch", "save", "recall", "restore", "progress"})
+_AT_ONCE = frozenset({"lend", "batch", "copy", "save", "recall", "restore", "progress"})
 _ACTIONS = {"forward": FORWARD, "backward": BACKWARD, "weights": WEIGHTS}
 
 
@@ -198,16 +199,38 @@ class StepGraph:
         """Return the tasks of one step by key."""
         return _StepBuilder(self, inputs).build()
 
-    def save(self, step: int, *, after_update: bool) -> dict[Key, Task]:
+    def save(
+        self,
+        step: int,
+        *,
+        after_update: bool,
+        before: Sequence[Key] = (),
+        ready: Mapping[int, Key] | None = None,
+    ) -> dict[Key, Task]:
         """Return the tasks that write every stage's state after `step` steps to the store.
 
-        `after_update` tells whether the last step is still in flight, so that they wait for it.
+        A copy is taken first; the step's update waits for that only.
+
+        Parameters
+        ----------
+        after_update : bool
+            Whether the last step is still in flight, so that they wait for it.
+        before
+            Earlier snapshots' tasks: memory holds one copy at a time.
+        ready
+            As in `StepInputs`.
         """
         dsk = {}
         for ref in self.refs:
-            key = self.key("save", step, ref.stage)
-            after = [self.key("update", step - 1, ref.stage)] if after_update else []
-            dsk[key] = task(key, tasks.save, ref, StateRef(step), after=after)
+            after = [key for key in before if key[2] == ref.stage]
+            if after_update:
+                after.append(self.key("update", step - 1, ref.stage))
+            elif ready and ref.stage in ready:
+                after.append(ready[ref.stage])
+            copy, save = self.key("copy", step, ref.stage), self.key("save", step, ref.stage)
+            dsk[copy] = task(copy, tasks.copy_state, ref, StateRef(step), after=after)
+            # The stage's name comes last: the task isn't part of the stage's work, see `tasks.call`.
+            dsk[save] = task(save, save_behind, StateRef(step), ref, after=[copy])
         return dsk
 
 
@@ -485,7 +508,7 @@ class _StepBuilder:
             self._there(stage, last) if program.mutated_buffers else None,
             self._decision(),
         )
-        saved = [self.graph.key("save", self.k, stage)] if self.inputs.saved else []
+        saved = [self.graph.key("copy", self.k, stage)] if self.inputs.saved else []
         self._add("update", stage, call=call, after=saved)
 
     def _report(self) -> None:

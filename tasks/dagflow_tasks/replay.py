@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dagflow_storage import DamagedData, NotFound, list_snapshots
+from dagflow_storage.journal import read_segments
 from dagflow_tasks.cache import CACHE, state_lost
 from dagflow_tasks.errors import StateLost
 from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
@@ -136,6 +137,35 @@ def needed_entries(
         keys += [EntryKey("forward", source, index) for source in program.sources]
         keys += [EntryKey("backward", source, index) for source in program.gradient_sources]
     return keys
+
+
+def reach(
+    ref: StageRef,
+    programs: Sequence[StageProgram],
+    neighbours: Sequence[Neighbours],
+    snapshot: int,
+    records: Mapping[int, StepRecord],
+) -> int:
+    """Return the latest step that every stage can be brought to from the store alone.
+
+    Parameters
+    ----------
+    ref
+        Any stage's: says which store and plan.
+    snapshot : int
+        Step of the newest snapshot.
+    records
+        The ledger.
+    """
+    step = snapshot
+    while ref.journal and step in records:
+        there = {key for s in read_segments(ref.store, ref.plan, step) for key in s.facts}
+        microbatches = records[step].microbatches
+        for program, known in zip(programs, neighbours, strict=True):
+            if not there.issuperset(needed_entries(program, known, microbatches)):
+                return step
+        step += 1
+    return step
 
 
 def progress(ref: StageRef) -> StageProgress:

@@ -73,8 +73,8 @@ def _optimizer(
     return optimizer
 
 
-def save_state(ref: StageRef, program: StageProgram, state: StageState) -> ShardRecord:
-    """Write a stage's state as one shard; it counts once the manifest is committed."""
+def state_tensors(program: StageProgram, state: StageState) -> dict[tuple[str, str], torch.Tensor]:
+    """Return what a snapshot holds of a stage, by (role, name)."""
     owned_buffers = [use.buffer for use in program.buffers if use.owner == program.stage]
     tensors: dict[tuple[str, str], torch.Tensor] = {
         (PARAMETER, name): tensor for name, tensor in state.parameters.items()
@@ -83,7 +83,7 @@ def save_state(ref: StageRef, program: StageProgram, state: StageState) -> Shard
     if state.optimizer is not None:
         names = {id(tensor): name for name, tensor in state.parameters.items()}
         tensors |= {(OPTIMIZER, n): t for n, t in slots(state.optimizer, names).items()}
-    return write_tensors(ref.store, state.step, f"stage-{ref.stage}", tensors)
+    return tensors
 
 
 def write_tensors(

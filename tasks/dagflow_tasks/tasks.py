@@ -17,7 +17,7 @@ import torch
 from dagflow_storage import ShardRecord
 from dagflow_tasks.cache import CACHE, SavedGraph, state_lost
 from dagflow_tasks.deferred import DeferredWeights
-from dagflow_tasks.errors import WeightsNotFinite
+from dagflow_tasks.errors import StateLost, WeightsNotFinite
 from dagflow_tasks.interpreter import AUTOCAST_DTYPES, Executable, RandomAddress
 from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
 from dagflow_tasks.program import ParameterUse
@@ -33,7 +33,7 @@ from dagflow_tasks.results import (
     Tensors,
     UpdateResult,
 )
-from dagflow_tasks.state import StageState, save_state
+from dagflow_tasks.state import StageState, state_tensors, write_tensors
 
 SUMS, BUFFERS = "gradient sums", "buffers"
 
@@ -637,8 +637,11 @@ def return_gradients(
     return returned
 
 
-def save(ref: StageRef, state: StateRef) -> ShardRecord:
-    """Write a stage's state to the run's store, as one shard of a snapshot.
+COPY = "copy for a snapshot"
+
+
+def copy_state(ref: StageRef, state: StateRef) -> None:
+    """Copy a stage's state, to be written by `save_copy` while `update` moves the state on.
 
     Raises
     ------
@@ -653,7 +656,27 @@ def save(ref: StageRef, state: StateRef) -> ShardRecord:
                 "The weights of the last snapshot are good. Lower the learning rate or clip gradients "
                 "(clip_grad_norm=1.0); then train again with the same store."
             )
-    return save_state(ref, CACHE.executable(ref).program, current)
+    tensors = state_tensors(CACHE.executable(ref).program, current)
+    copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    CACHE.keep(ref, COPY, (state.step, 0), copies)
+
+
+def save_copy(ref: StageRef, state: StateRef) -> ShardRecord:
+    """Write what `copy_state` has copied to the run's store, as one shard of a snapshot.
+
+    Raises
+    ------
+    StateLost
+        If the copy was on another worker.
+    """
+    try:
+        copies = CACHE.recall(ref, COPY, (state.step, 0))
+    except StateLost:
+        copy_state(ref, state)
+        copies = CACHE.recall(ref, COPY, (state.step, 0))
+    record = write_tensors(ref.store, state.step, f"stage-{ref.stage}", copies)
+    CACHE.drop(ref, COPY)
+    return record
 
 
 def report(

@@ -127,6 +127,14 @@ def test_a_rollback_supersedes_what_did_not_happen(store: Store) -> None:
     assert [row["by"] for row in found] == ["before"] * 15 + ["after"] * 2
 
 
+def test_small_additions_share_a_part_until_it_is_long_enough(store: Store) -> None:
+    run = RunDirectory(store)
+    for step in range(100):
+        run.append_metrics(rows(step))
+    assert run.read_metrics() == rows(*range(100))
+    assert store.list("metrics") == ["part-00000000.jsonl", "part-00000064.jsonl"]
+
+
 def test_the_same_first_step_replaces(store: Store) -> None:
     run = RunDirectory(store)
     run.append_metrics(rows(5, 6, by="first"))
@@ -137,9 +145,9 @@ def test_the_same_first_step_replaces(store: Store) -> None:
 def test_a_crash_in_a_rollback_leaves_no_row_that_never_came_true(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for start in (0, 10, 20):  # a writer each, so that each has a part
+        RunDirectory(store).append_metrics(rows(*range(start, start + 10)))
     run = RunDirectory(store)
-    for start in (0, 10, 20):
-        run.append_metrics(rows(*range(start, start + 10)))
 
     def crash(*_: object) -> None:
         raise KeyboardInterrupt
