@@ -28,6 +28,7 @@ from dagflow.run.interrupts import Interrupts
 from dagflow.run.ledger import Ledger
 from dagflow.run.membership import Membership, place_again
 from dagflow_storage import RunDirectory, ShardRecord, commit_snapshot
+from dagflow_tasks.journal import JOURNAL
 from dagflow_tasks.optimizer import Schedule
 from dagflow_tasks.replay import StageProgress, StepRecord
 from dagflow_tasks.results import Decision, StepReport
@@ -269,6 +270,8 @@ class Driver:
         self._ready.clear()
         self._reports = {flight.step + 1: report, **self._recent_reports()}
         batch = flight.batch
+        for ref in self.graph.refs:
+            JOURNAL.end_step(ref, flight.step)  # of what the driver itself has put there
         self.ledger.add(
             StepRecord(
                 flight.step, batch.microbatches, flight.factor, report.decision, batch.samples
@@ -376,17 +379,16 @@ class Driver:
     def _rebuild(self, lost: set[int]) -> None:
         """Place lost stages on other workers, and submit what is left of the steps in flight."""
         self._await_somebody()
+        if not JOURNAL.flush(self.wait_seconds):
+            raise WorkersLost(f"The journal can't be written: {JOURNAL.stats().trouble}")
         self.graph = self.graph.again(uuid.uuid4().hex[:8])
-        known = self._progress(set(range(len(self.addresses))) - lost)
-        lost = lost | {stage for stage, progress in known.items() if progress.step < self._done}
-        missing = self._stages_of_the_missing()
-        usable = self.membership.usable()
-        if missing - lost or not usable:
-            raise Disturbed("Another worker left.")
-        self.addresses[:] = place_again(self.addresses, missing, usable, {})
-        if missing:
-            places = ", ".join(f"stage {s} on {self.addresses[s]}" for s in sorted(missing))
+        self.addresses[:] = place_again(self.addresses, lost, self.membership.usable(), {})
+        if lost:
+            places = ", ".join(f"stage {s} on {self.addresses[s]}" for s in sorted(lost))
             self.note(f"Rebuilding {places}.")
+        known = self._progress(set(range(len(self.addresses))) - lost)
+        missing = lost
+        lost = lost | {stage for stage, progress in known.items() if progress.step < self._done}
         for stage in lost:
             known[stage] = StageProgress(stage, self._done)
         self._standing = Standing(known, self.graph.halved_from)

@@ -19,6 +19,7 @@ from dagflow.plan.loss_weight import TargetCount, target_count
 from dagflow.run.dask_internals import Task, TaskRef
 from dagflow.run.data import BatchStream, TokenDataset, num_rows, read_rows, split_rows, take_rows
 from dagflow.run.graph import Key, StepGraph, task
+from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import Microbatch
 from dagflow_tasks.results import TensorDict
@@ -105,7 +106,7 @@ class StreamFeed(Feed):
         )
         held: dict[tuple[int, int], Any] = {}
         for program in graph.programs:
-            held |= self._sent(program, parts)
+            held |= self._sent(program, parts, step, graph)
         amount, unit = measure(parts)
         self._taken = None
         return StepBatch(microbatches, _of(held), {}, amount, unit, samples, held, parts)
@@ -116,16 +117,24 @@ class StreamFeed(Feed):
         held = {place: future for place, future in batch.held.items() if place[0] not in lost}
         for program in graph.programs:
             if program.stage in lost:
-                held |= self._sent(program, batch.parts)
+                held |= self._sent(program, batch.parts, step, graph)
         return replace(batch, argument=_of(held), held=held)
 
     def _sent(
-        self, program: StageProgram, parts: Sequence[Mapping[str, torch.Tensor]]
+        self,
+        program: StageProgram,
+        parts: Sequence[Mapping[str, torch.Tensor]],
+        step: int,
+        graph: StepGraph,
     ) -> dict[tuple[int, int], Any]:
         names = program.batch_inputs
         if not names:
             return {}
         data = [TensorDict({n: part[n] for n in names}) for part in parts]
+        # Nobody else can say again what only the driver has read.
+        for index, part in enumerate(data):
+            key = EntryKey("batch", program.stage, index)
+            JOURNAL.put(graph.refs[program.stage], step, key, Sent(part, {}))
         futures = self._scatter(data, self._addresses[program.stage])
         return {(program.stage, index): future for index, future in enumerate(futures)}
 
@@ -135,6 +144,18 @@ class StreamFeed(Feed):
         except (OSError, KeyError) as error:  # dask's ways of saying that a worker isn't there
             raise WorkersLost(f"The worker {address} left, and takes no more data.") from error
         return futures
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Reads the micro-batches of a token dataset; what a worker is given to read them itself."""
+
+    dataset: TokenDataset
+    bounds: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
+
+    def __call__(self, step: int, index: int) -> TensorDict:
+        return read_rows(self.dataset, step, *self.bounds[index], self.names)
 
 
 class TokenFeed(Feed):
@@ -178,11 +199,15 @@ class TokenFeed(Feed):
         tasks: dict[Key, Task] = {}
         for program in graph.programs:
             if program.batch_inputs:
-                for i, (b, e) in enumerate(self._bounds):
-                    key = graph.key("batch", step, program.stage, i)
-                    names = program.batch_inputs
-                    tasks[key] = task(key, read_rows, self._dataset, step, b, e, names)
+                read = self.rows(program)
+                for index in range(len(self._bounds)):
+                    key = graph.key("batch", step, program.stage, index)
+                    tasks[key] = task(key, read, step, index)
         return tasks
+
+    def rows(self, program: StageProgram) -> TokenRows:
+        """Return what reads a stage's part of the data on its worker."""
+        return TokenRows(self._dataset, tuple(self._bounds), program.batch_inputs)
 
 
 def _of(held: Mapping[tuple[int, int], Any]) -> Callable[[int, int], Any]:

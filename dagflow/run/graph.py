@@ -29,7 +29,7 @@ from dagflow_tasks.replay import (
     recall_decision,
     restore,
 )
-from dagflow_tasks.results import Decision
+from dagflow_tasks.results import Decision, TensorDict
 
 Key = tuple[str | int, ...]
 
@@ -123,6 +123,8 @@ class StepGraph:
         Whether the loss is scaled (fp16).
     parameter_order : tuple of str
         Names of the trainable parameters in the model's order.
+    read_batch : callable or None
+        ``read_batch(stage)`` gives a stage's `Neighbours.read_batch`, where workers read the data.
     """
 
     prefix: str
@@ -133,6 +135,7 @@ class StepGraph:
     clip_norm: float | None = None
     scaled: bool = False
     parameter_order: tuple[str, ...] = field(default=())
+    read_batch: Callable[[int], Callable[[int, int], TensorDict]] | None = None
 
     def key(self, kind: str, step: int, stage: int, *more: str | int) -> Key:
         return (f"{kind}-{self.prefix}", step, stage, *more)
@@ -176,6 +179,7 @@ class StepGraph:
             Neighbours(
                 tuple(self.loans.get(program.stage, {})),
                 self.scaled and program.stage == self.loss_stage,
+                self.read_batch(program.stage) if self.read_batch is not None else None,
             )
             for program in self.programs
         )

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from dagflow.run.clusters import open_cluster, roster
 from dagflow.run.data import BatchStream, TokenDataset, fingerprint, num_rows, split_rows, take_rows
 from dagflow.run.driver import Disturbed, Driver
 from dagflow.run.events import Callback, ProgressLine, StepEvent, notify
-from dagflow.run.feed import Feed, StreamFeed, TokenFeed
+from dagflow.run.feed import Feed, StreamFeed, TokenFeed, TokenRows
 from dagflow.run.graph import Priorities, StepGraph
 from dagflow.run.ledger import Ledger
 from dagflow.run.membership import Membership
@@ -353,7 +353,14 @@ class _Session:
             clip_norm=m.clip_grad_norm,
             scaled=m.precision == "fp16",
             parameter_order=tuple(p.name for p in self.dag.parameters if p.trainable),
+            read_batch=self._read_batch(plan),
         )
+
+    def _read_batch(self, plan: Plan) -> Callable[[int], TokenRows] | None:
+        if not isinstance(self.data, TokenDataset):
+            return None
+        feed = TokenFeed(self.data, self.dag, self.mathematics.num_microbatches)
+        return lambda stage: feed.rows(plan.partition.programs[stage])
 
     def _driver(
         self,

@@ -94,10 +94,14 @@ class Neighbours:
         Stages that use parameters of this one.
     scaled : bool
         Whether this stage computes a loss that is scaled.
+    read_batch : callable or None
+        ``read_batch(step, index)`` reads a micro-batch's tensors, where workers read the data
+        themselves; the journal has them otherwise.
     """
 
     borrowers: tuple[int, ...] = ()
     scaled: bool = False
+    read_batch: Callable[[int, int], TensorDict] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def needed_entries(
     keys += [EntryKey("return", borrower, stage) for borrower in neighbours.borrowers]
     for microbatch in microbatches:
         index = microbatch.index
-        if program.batch_inputs:
+        if program.batch_inputs and neighbours.read_batch is None:
             keys.append(EntryKey("batch", stage, index))
         keys += [EntryKey("forward", source, index) for source in program.sources]
         keys += [EntryKey("backward", source, index) for source in program.gradient_sources]
@@ -272,7 +276,7 @@ def replay_step(
     program = CACHE.executable(ref).program
     state = StateRef(record.step)
     JOURNAL.look(ref, record.step)
-    read = _Reader(ref, program, record.step)
+    read = _Reader(ref, program, neighbours, record.step)
     tied = [read.tensors("lend", o, program.stage) for o in read.lenders]
     scaling = before or Decision() if neighbours.scaled else None
     there: ForwardResult | None = None
@@ -296,9 +300,12 @@ def replay_step(
 class _Reader:
     """Reads what came in over one stage's boundary in one step."""
 
-    def __init__(self, ref: StageRef, program: StageProgram, step: int) -> None:
+    def __init__(
+        self, ref: StageRef, program: StageProgram, neighbours: Neighbours, step: int
+    ) -> None:
         self.ref = ref
         self.program = program
+        self.neighbours = neighbours
         self.step = step
         self.lenders = sorted(set(program.borrowed_parameters.values()))
 
@@ -308,12 +315,16 @@ class _Reader:
         return TensorDict(_found(self.ref, self.step, EntryKey(kind, stage, index), names).tensors)
 
     def values(self, index: int) -> list[Tensors]:
-        stage = self.program.stage
-        parts = [self.tensors("batch", stage, index)] if self.program.batch_inputs else []
+        parts: list[Tensors] = [self._batch(index)] if self.program.batch_inputs else []
         for source in self.program.sources:
             names = [i.value.name for i in self.program.inputs if i.source == source]
             parts.append(self.tensors("forward", source, index, names))
-        return [*parts]
+        return parts
+
+    def _batch(self, index: int) -> TensorDict:
+        if self.neighbours.read_batch is not None:
+            return self.neighbours.read_batch(self.step, index)
+        return self.tensors("batch", self.program.stage, index)
 
     def gradients(self, index: int) -> list[BackwardResult]:
         return [

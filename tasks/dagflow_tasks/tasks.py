@@ -220,9 +220,6 @@ def _run(
     given: dict[str, torch.Tensor] = {}
     for part in values:
         given.update(part.values if isinstance(part, ForwardResult) else part)
-    if program.batch_inputs:
-        batch = {name: given[name] for name in program.batch_inputs}
-        send(ref, "batch", (microbatch.step, microbatch.index), batch)
     inputs = {}
     for item in program.inputs:
         tensor = given[item.value.name].to(executable.device)

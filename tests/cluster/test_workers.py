@@ -133,12 +133,9 @@ def test_a_run_survives_a_killed_worker_with_the_same_bits(client: Client, tmp_p
             of, data, tmp_path / "run", client=volunteers, snapshot_every=3,
             callbacks=[lambda event: heard.append(event.step), killer(5, workers["second"])],
         )  # fmt: skip
-    assert result.plan.workers == ("first",)
     assert_same_run(result, wanted)
-    # Steps after the newest snapshot are run, and heard of, again; none is left out.
-    assert heard[:5] == [1, 2, 3, 4, 5]
-    assert heard[-6:] == [7, 8, 9, 10, 11, 12]
-    assert len(heard) > 12
+    # The journal leads to where the stage was: no step is done, or heard of, twice.
+    assert heard == list(range(1, 13))
 
 
 def test_when_all_workers_are_gone_the_run_waits_then_ends_and_can_be_resumed(
