@@ -5,12 +5,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from dask._task_spec import Task, TaskRef
 from distributed import Worker
 
-__all__ = ["StepTask", "Task", "TaskRef", "set_scheduler_send_interval", "set_worker_send_interval"]
+__all__ = [
+    "StepTask",
+    "Task",
+    "TaskRef",
+    "executing_seconds",
+    "set_scheduler_send_interval",
+    "set_worker_send_interval",
+]
 
 
 class StepTask(Task):  # type: ignore[misc]
@@ -37,3 +45,10 @@ def set_worker_send_interval(worker: Worker, seconds: float) -> None:
 def set_scheduler_send_interval(scheduler: Any, address: str, seconds: float) -> None:
     """Let the scheduler send tasks to one worker after `seconds` instead of dask's 2 ms."""
     scheduler.stream_comms[address].interval = seconds
+
+
+def executing_seconds(scheduler: Any, address: str, is_ours: Callable[[Any], bool]) -> float:
+    """Return how long a worker had been running one of our tasks at its last heartbeat."""
+    worker = scheduler.workers.get(address)
+    running = worker.executing.items() if worker is not None else ()
+    return max((seconds for task, seconds in running if is_ours(task.key)), default=0.0)

@@ -22,7 +22,7 @@ from dagflow.graph.capture import LossFunction, capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
-from dagflow.run.clusters import open_cluster, roster
+from dagflow.run.clusters import ask_workers, open_cluster, roster
 from dagflow.run.data import BatchStream, TokenDataset, fingerprint, num_rows, split_rows, take_rows
 from dagflow.run.driver import Disturbed, Driver
 from dagflow.run.events import Callback, ProgressLine, StepEvent, notify
@@ -254,7 +254,7 @@ class _Session:
         finally:
             # The workers stay, and have other things to remember.
             with contextlib.suppress(OSError):
-                client.run(_forget, self.run.run_id, on_error="ignore")
+                ask_workers(client, _forget, self.run.run_id)
         metrics = self.run.read_metrics()
         assert self.plan is not None
         aliases = {alias: p.name for p in self.dag.parameters for alias in p.aliases}
@@ -293,7 +293,7 @@ class _Session:
         self.plan = make_plan(self.dag, workers, self.num_stages, self.mathematics, self.config)
         name = self._write_programs(self.plan)
         graph = self._graph(self.plan, name)
-        client.run(_settle, self.run.run_id, name, on_error="ignore")
+        ask_workers(client, _settle, self.run.run_id, name, seconds=2 * _FLUSH_SECONDS)
         start, ledger = self._start(graph)
         addresses = [workers[index].address for index in self.plan.placement]
         if self.total is None or start < self.total:
