@@ -36,8 +36,8 @@ def cut(path: Path) -> None:
 
 
 def replace_with_another_steps(path: Path) -> None:
-    take(Store(str(path.parents[5])), 2)  # a chunk as long as that of step 8
-    (other,) = path.parents[4].glob("step-00000002/stage-0-*/float32/c/0")
+    take(Store(str(path.parents[5])), 9)  # a chunk as long as that of step 8
+    (other,) = path.parents[4].glob("step-00000009/stage-0-*/float32/c/0")
     path.write_bytes(other.read_bytes())
 
 
