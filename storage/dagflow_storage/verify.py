@@ -57,14 +57,14 @@ def verify_snapshot(
     except DamagedData as error:
         return [Damage(manifest_path(step), str(error))]
 
-    def look(item: tuple[str, StoredObject]) -> Damage | None:
-        found = _look(store, *item)
-        on_object(item[0])
-        return found
-
+    objects = snapshot.objects
+    damages = []
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        damages = list(pool.map(look, snapshot.objects.items()))
-    return [*(d for d in damages if d is not None), *_verify_unlisted(store, snapshot)]
+        looks = pool.map(lambda path: _look(store, path, objects[path]), objects)
+        for path, damage in zip(objects, looks, strict=True):
+            on_object(path)
+            damages += [damage] if damage is not None else []
+    return [*damages, *_verify_unlisted(store, snapshot)]
 
 
 def glance_at_snapshot(store: Store, step: int) -> list[Damage]:
