@@ -71,6 +71,7 @@ def apply_retention(
     store: Store,
     retention: Retention,
     facts: MutableMapping[int, SnapshotFacts] | None = None,
+    in_flight: Collection[int] = (),
 ) -> list[int]:
     """Delete the snapshots that needn't be kept, and unfinished ones older than the newest kept.
 
@@ -82,6 +83,8 @@ def apply_retention(
     facts
         What earlier calls found out, to be passed again so that each manifest is read once; to be
         forgotten when the run goes back to an older snapshot.
+    in_flight
+        Steps whose snapshots are being written, and are left alone though newer ones are done.
 
     Returns
     -------
@@ -99,6 +102,7 @@ def apply_retention(
         step
         for step in list_step_folders(store)
         if step not in kept
+        and step not in in_flight
         # Of one that lent something there is always a rest, and it isn't looked through each time.
         and (step in facts or (step < floor and not _lends(step, spare)))
     ]

@@ -131,12 +131,12 @@ def commit_snapshot(
     ValueError
         If two shards hold an array of the same role and name.
     NotFound
-        If a shard refers to an earlier snapshot's arrays and these are gone: write it again
-        without `earlier`.
+        If something that the manifest would name was deleted meanwhile: the snapshot must be
+        written again, or left out.
     """
     records = tuple(part for record in shards for part in record.flattened())
     _locate(records)
-    _check_references(store, step, records)
+    _check_presence(store, step, records)
     manifest = Manifest(step, dict(meta), records, nonce=uuid.uuid4().hex)
     # Manifest last: a snapshot without one does not exist, so a worker that dies above this
     # line leaves garbage, never a lie.
@@ -297,14 +297,19 @@ def _locate(shards: Sequence[ShardRecord]) -> dict[tuple[str, str], tuple[str, S
     return located
 
 
-def _check_references(store: Store, step: int, records: Sequence[ShardRecord]) -> None:
-    for record in borrowed(records, step_folder(step)):
-        gone = [f for f in sorted(record.array_folders) if not store.exists(f"{f}/zarr.json")]
-        if gone:
-            raise NotFound(
-                f"shard {record.shard!r} of step {step} refers to {gone[0]} in {store!r}, which was "
-                "deleted: write the shard again without earlier="
-            )
+def _check_presence(store: Store, step: int, records: Sequence[ShardRecord]) -> None:
+    """Notice shards that retention or a garbage collector took for abandoned."""
+    there = {f"{step_folder(step)}/{name}" for name in store.list(step_folder(step))}
+    lent = borrowed(records, step_folder(step))
+    gone = [record.path for record in records if record not in lent and record.path not in there]
+    for record in lent:
+        folders = sorted(record.array_folders)
+        gone += [folder for folder in folders if not store.exists(f"{folder}/zarr.json")]
+    if gone:
+        raise NotFound(
+            f"the snapshot of step {step} in {store!r} can't be committed: {gone[0]} was deleted "
+            "after it was written; write the shard again, and without earlier="
+        )
 
 
 def _delete_but(store: Store, path: str, spare: Collection[str]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from made import Tied, invoke, make_run, take, tensors
 
-from dagflow_storage import RunDirectory, Store, walk
+from dagflow.run.runs import verify_run
+from dagflow_storage import RunDirectory, Store, delete_snapshot, walk
 from dagflow_tasks.state import write_tensors
 
 
@@ -155,6 +156,21 @@ def test_damaged_metrics_are_named(run: Store) -> None:
     result = invoke("runs", "verify", run.url)
     assert result.exit_code == 1
     assert "part-00000001.jsonl" in result.output
+
+
+def test_a_snapshot_that_the_run_deletes_meanwhile_is_no_damage(run: Store) -> None:
+    seen: list[str] = []
+
+    def delete_others(path: str) -> None:
+        if not seen:
+            delete_snapshot(run, 0)
+            delete_snapshot(run, 4)
+        seen.append(path)
+
+    report = verify_run(run.url, delete_others)
+    assert report.is_whole
+    assert 8 in report.whole
+    assert 4 not in report.snapshots
 
 
 def test_verifying_nothing_is_an_error(tmp_path: Path) -> None:

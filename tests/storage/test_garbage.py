@@ -1,5 +1,7 @@
+import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,11 +17,14 @@ from dagflow_storage import (
     Store,
     collect_garbage,
     commit_snapshot,
+    delete_old_snapshots,
     delete_snapshot,
     first_journal_step,
+    list_snapshots,
     set_aside_newer,
 )
 from dagflow_storage.garbage import Garbage, Needs, Settled, find_garbage
+from dagflow_storage.recording import RecordingStore
 
 HOURS = 3600.0
 
@@ -158,6 +163,41 @@ def test_a_dry_run_tells_and_deletes_nothing(store: Store) -> None:
     assert paths(store) == before
     assert len(report.garbage) == 1
     assert idle(store) == report
+
+
+class Died(Exception):
+    """A writer is gone between two puts."""
+
+
+def test_wherever_a_writer_dies_no_orphan_is_left(
+    memory: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = RecordingStore._note_buffer
+    puts_left = 0
+
+    def die(self: RecordingStore, path: str, value: Any) -> None:
+        nonlocal puts_left
+        if puts_left == 0:
+            raise Died
+        puts_left -= 1
+        note(self, path, value)
+
+    take(memory, 0, frozen=FROZEN)
+    for last in range(100):
+        puts_left = last
+        with monkeypatch.context() as patch, contextlib.suppress(Died):
+            patch.setattr(RecordingStore, "_note_buffer", die)
+            take(memory, last + 1, frozen=FROZEN)
+        delete_old_snapshots(memory, keep=2)
+        idle(memory)
+        kept = list_snapshots(memory)
+        wanted = {f"snapshots/step-{step:08d}/manifest.json" for step in kept}
+        for step in kept:
+            wanted |= Snapshot.open(memory, step).objects.keys()
+        assert set(paths(memory)) == wanted
+        if last + 1 in kept:
+            break
+    assert 5 < last < 99
 
 
 # What can't be known

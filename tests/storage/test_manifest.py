@@ -211,6 +211,14 @@ def test_a_reference_to_something_deleted_is_not_committed(store: Store) -> None
     assert list_snapshots(store) == []
 
 
+def test_a_shard_that_was_deleted_is_not_committed(store: Store) -> None:
+    records = [write(store, 4, shard) for shard in snapshots.SPECS]
+    store.delete(records[1].path)
+    with pytest.raises(NotFound, match=r"stage-1-[0-9a-f]+ was deleted after it was written"):
+        commit_snapshot(store, 4, records, {})
+    assert list_snapshots(store) == []
+
+
 def test_a_shard_of_frozen_arrays_alone_can_be_committed(store: Store) -> None:
     spec = ArraySpec("w", "parameter", "float32", (3,))
     for step, earlier in ((4, None), (8, 4), (12, 8)):

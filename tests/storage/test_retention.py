@@ -12,6 +12,7 @@ from dagflow_storage import (
     SnapshotFacts,
     Store,
     apply_retention,
+    commit_snapshot,
     list_snapshots,
 )
 
@@ -139,3 +140,12 @@ def test_without_a_good_snapshot_nothing_is_deleted(store: Store) -> None:
     with pytest.raises(DamagedData):
         Snapshot.open(store, 4)
     assert store.list("snapshots") == ["step-00000002", "step-00000004"]
+
+
+def test_a_snapshot_that_is_overtaken_while_it_is_written_is_left_alone(store: Store) -> None:
+    slow = write(store, 4, "stage-0")
+    take(store, 8)
+    assert apply_retention(store, Retention(newest=1), in_flight=[4]) == []
+    assert commit_snapshot(store, 4, [slow], {})
+    assert Snapshot.open(store, 4).read("parameter", ["a"])["a"][0] == 4
+    assert apply_retention(store, Retention(newest=1)) == [4]
