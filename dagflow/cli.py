@@ -1,13 +1,14 @@
-"""The command line: ``dagflow train | join | demo | inspect``, also as ``dask dagflow ...``."""
+"""The command line: ``dagflow train | join | demo | inspect | runs``, also as ``dask dagflow ...``."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -154,6 +155,129 @@ def inspect(path: str, dot: str | None) -> None:
     file = Path(path)
     text = describe_file(file, dot) if file.is_file() else describe_run(path)
     click.echo(text)
+
+
+@main.group()
+def runs() -> None:
+    """List, check, clean up and export runs.
+
+    \b
+    dagflow runs ls runs
+    dagflow runs verify s3://bucket/run
+    dagflow runs export runs/demo --format safetensors --to model.safetensors
+    """
+
+
+@runs.command("ls")
+@click.argument("root", default="runs")
+@_clear_errors
+def list_runs(root: str) -> None:
+    """List the runs below a folder or URL: steps, loss, snapshots, size.
+
+    \b
+    dagflow runs ls
+    dagflow runs ls s3://bucket
+    """
+    from rich.console import Console
+
+    from dagflow.run.runs import runs_table, summarise_runs
+
+    with Console(stderr=True).status("") as status:
+        found = summarise_runs(root, status.update)
+    click.echo(runs_table(found) if found else f"There are no runs below {root}.")
+
+
+@runs.command()
+@click.argument("store")
+@_clear_errors
+def show(store: str) -> None:
+    """Show a run: settings, progress, snapshots.
+
+    \b
+    dagflow runs show runs/demo
+    """
+    from dagflow.run.inspect import describe_run
+
+    click.echo(describe_run(store))
+
+
+@runs.command()
+@click.argument("store")
+@_clear_errors
+def verify(store: str) -> None:
+    """Read every object of every snapshot, and say what is damaged. Status 1 if anything is.
+
+    \b
+    dagflow runs verify runs/demo
+    """
+    from dagflow.run.runs import num_objects, verify_run
+
+    with _progress("objects", num_objects(store)) as advance:
+        report = verify_run(store, advance)
+    click.echo(str(report))
+    sys.exit(0 if report.is_whole else 1)
+
+
+@runs.command()
+@click.argument("store")
+@click.option("--dry-run", is_flag=True, help="Delete nothing, and only tell.")
+@click.option("--idle", is_flag=True, help="Nobody trains here: delete what is young, too.")
+@_clear_errors
+def gc(store: str, dry_run: bool, idle: bool) -> None:
+    """Delete what crashes left behind and nobody needs. Safe while the run goes on.
+
+    \b
+    dagflow runs gc runs/demo --dry-run
+    """
+    from dagflow.run.runs import collect, describe_garbage
+
+    report = collect(
+        store,
+        nobody_writes=lambda: idle,
+        dry_run=dry_run,
+        on_delete=lambda garbage: click.echo(f"deleted {garbage.path}"),
+    )
+    click.echo(describe_garbage(report, dry_run=dry_run))
+
+
+@runs.command()
+@click.argument("store")
+@click.option("--step", type=int, help="Whose weights; the newest snapshot's by default.")
+@click.option("--format", type=click.Choice(["safetensors", "hf", "torch"]), required=True)
+@click.option("--to", required=True, type=click.Path(), help="New file, or folder for hf.")
+@click.option("--config", type=click.Path(), help="For hf: folder with the model's config.json.")
+@_clear_errors
+def export(
+    store: str,
+    step: int | None,
+    format: Literal["safetensors", "hf", "torch"],
+    to: str,
+    config: str | None,
+) -> None:
+    """Write a run's weights as safetensors, as a Hugging Face folder, or for torch.load.
+
+    \b
+    dagflow runs export runs/demo --format safetensors --to model.safetensors
+    dagflow runs export runs/tune --step 400 --format hf --config ./gpt2 --to ./tuned
+    """
+    from dagflow.run.export import export as export_weights
+    from dagflow.run.export import num_tensors
+
+    with _progress("tensors", num_tensors(store, step)) as advance:
+        done = export_weights(store, to, format=format, step=step, config=config, on_tensor=advance)
+    click.echo(f"{done.path}: {done.num_tensors} tensors of step {done.step}")
+    if done.note:
+        click.echo(done.note, err=True)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar on stderr if somebody looks; yield what to call for each thing done."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=total, label=what, file=sys.stderr) as bar:
+        yield lambda _: bar.update(1)
 
 
 if __name__ == "__main__":

@@ -14,44 +14,81 @@ from dagflow_storage.errors import (
     StoreUnreachable,
     TransientError,
 )
+from dagflow_storage.garbage import (
+    Garbage,
+    GarbageReport,
+    collect_garbage,
+    first_journal_step,
+)
+from dagflow_storage.listing import FoundObject, size_bytes, walk
 from dagflow_storage.location import Store
+from dagflow_storage.manifest import ShardRecord, StoredObject
+from dagflow_storage.retention import (
+    Retention,
+    SnapshotFacts,
+    apply_retention,
+    delete_old_snapshots,
+)
 from dagflow_storage.runs import RunDirectory, settings_diff
 from dagflow_storage.snapshots import (
-    ShardRecord,
     Snapshot,
     commit_snapshot,
-    delete_old_snapshots,
     delete_snapshot,
     list_snapshots,
     write_shard,
 )
 from dagflow_storage.tokens import TokenArray, write_tokens
+from dagflow_storage.verify import (
+    Damage,
+    differences,
+    glance_at_snapshot,
+    newest_whole_snapshot,
+    set_aside_newer,
+    verify_snapshot,
+)
 
 __all__ = [
     "JSON",
     "ArraySpec",
     "Blosc2Codec",
     "DagflowError",
+    "Damage",
     "DamagedData",
     "FormatTooNew",
+    "FoundObject",
+    "Garbage",
+    "GarbageReport",
     "NotFound",
     "PermanentError",
+    "Retention",
     "RunDirectory",
     "ShardRecord",
     "Snapshot",
+    "SnapshotFacts",
     "Store",
     "StoreHoldsAnotherRun",
     "StoreNotWritable",
     "StoreUnreachable",
     "StoredArray",
+    "StoredObject",
     "TokenArray",
     "TransientError",
+    "apply_retention",
+    "collect_garbage",
     "commit_snapshot",
     "delete_old_snapshots",
     "delete_snapshot",
+    "differences",
+    "first_journal_step",
+    "glance_at_snapshot",
     "list_snapshots",
+    "newest_whole_snapshot",
     "read_arrays",
+    "set_aside_newer",
     "settings_diff",
+    "size_bytes",
+    "verify_snapshot",
+    "walk",
     "write_arrays",
     "write_shard",
     "write_tokens",
