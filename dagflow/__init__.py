@@ -33,6 +33,7 @@ from dagflow.run.events import StepEvent
 from dagflow.run.settings import Config
 from dagflow.run.training import TrainResult, train
 from dagflow.run.weights import empty_weights
+from dagflow_storage import Retention
 from dagflow_tasks.optimizer import Optimizer, Schedule
 from dagflow_tasks.references import DAGFLOW_VERSION as __version__
 
@@ -52,6 +53,7 @@ __all__ = [
     "Plan",
     "PlanInvalid",
     "ProgramInvalid",
+    "Retention",
     "Schedule",
     "SettingsInvalid",
     "StageTooLarge",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -238,6 +239,22 @@ def gc(store: str, dry_run: bool, idle: bool) -> None:
         on_delete=lambda garbage: click.echo(f"deleted {garbage.path}"),
     )
     click.echo(describe_garbage(report, dry_run=dry_run))
+
+
+@runs.command()
+@click.argument("store")
+@click.option("--step", type=int, help="Only this step, counted from 0.")
+@_clear_errors
+def samples(store: str, step: int | None) -> None:
+    """Say which samples went into which step: one JSON object a line, from the run's ledger.
+
+    \b
+    dagflow runs samples runs/demo --step 17
+    """
+    from dagflow.run.runs import samples_of
+
+    for row in samples_of(store, step):
+        click.echo(json.dumps(row))
 
 
 @runs.command()

@@ -27,7 +27,7 @@ from dagflow.run.graph import Key, Places, Priorities, Standing, StepGraph, Step
 from dagflow.run.interrupts import Interrupts
 from dagflow.run.ledger import Ledger
 from dagflow.run.membership import STALLED, Membership, place_again
-from dagflow_storage import RunDirectory, ShardRecord, commit_snapshot
+from dagflow_storage import NotFound, RunDirectory, ShardRecord, commit_snapshot
 from dagflow_tasks.journal import JOURNAL
 from dagflow_tasks.optimizer import Schedule
 from dagflow_tasks.replay import StageProgress, StepRecord
@@ -110,7 +110,7 @@ class Driver:
     write_extra : callable
         Writes the parts of a snapshot that no stage writes.
     after_commit : callable
-        Called with the step of a snapshot that was just committed.
+        Called with the step of a snapshot that was just committed, and of those under way.
     wait_seconds : float
         How long to wait for a worker when all are gone.
     decision : Decision | None
@@ -133,7 +133,7 @@ class Driver:
     on_step: Callable[[StepEvent], None]
     note: Callable[[str], None]
     write_extra: Callable[[int], Sequence[ShardRecord]]
-    after_commit: Callable[[int], None]
+    after_commit: Callable[[int, Collection[int]], None]
     wait_seconds: float
     decision: Decision | None = None
     interrupts: Interrupts = field(default_factory=Interrupts)
@@ -635,13 +635,18 @@ class Driver:
             meta = {
                 "decision": _decision_json(decision),
                 "loss": None if report is None else report.loss,
+                "run_id": self.graph.refs[0].run_id,
+                "plan": self.graph.refs[0].plan,
             }
-            commit_snapshot(self.run.store, step, records, meta)
+            try:
+                commit_snapshot(self.run.store, step, records, meta)
+            except NotFound as error:  # somebody has tidied up too well: another one will do
+                self.note(str(error))
             self._committed.add(step)
             # The step after it may still be about to be submitted; its update waits for the save.
             for future in self._saves.pop(step).values():
                 future.release()
-            self.after_commit(step)
+            self.after_commit(step, self._saves.keys())
 
 
 def _is_save(key: Key) -> bool:

@@ -202,6 +202,29 @@ def describe_garbage(report: GarbageReport, *, dry_run: bool) -> str:
     return "\n".join([*lines, *report.notes])
 
 
+def samples_of(url: str, step: int | None = None) -> list[dict[str, Any]]:
+    """Return which samples of the data were in the batch of every step, or of one.
+
+    A step that was taken up again is there once: what counts is what its weights were made of.
+
+    Raises
+    ------
+    NotFound
+        If the ledger doesn't know the step.
+    """
+    rows = [
+        {"step": row["step"], **row["samples"]}
+        for row in RunDirectory(open_store(url)).ledger.read()
+    ]
+    if step is None:
+        return rows
+    found = [row for row in rows if row["step"] == step]
+    if not found:
+        known = f"steps {rows[0]['step']} to {rows[-1]['step']}" if rows else "no step"
+        raise NotFound(f"the ledger of {url} knows nothing of step {step}: it has {known}")
+    return found
+
+
 def open_store(url: str) -> Store:
     """Return the store at a folder or URL.
 

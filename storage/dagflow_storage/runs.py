@@ -117,10 +117,7 @@ class RunDirectory:
 
     def read_last_metrics(self) -> dict[str, Any] | None:
         """The row of the latest step, without reading those before; None if there is none."""
-        for start in reversed(self._parts()):
-            if rows := list(self._rows(start)):
-                return max(rows, key=lambda row: int(row["step"]))
-        return None
+        return self._metrics.last()
 
     def _run_file(self) -> dict[str, Any]:
         document = read_document(self.store, _RUN_FILE, RUN_FORMAT)

@@ -34,7 +34,7 @@ from dagflow_tasks.results import (
     Tensors,
     UpdateResult,
 )
-from dagflow_tasks.state import StageState, state_tensors, write_tensors
+from dagflow_tasks.state import StageState, frozen_parameters, state_tensors, write_tensors
 
 SUMS, BUFFERS = "gradient sums", "buffers"
 
@@ -721,8 +721,12 @@ def copy_state(ref: StageRef, state: StateRef) -> None:
                 "The weights of the last snapshot are good. Lower the learning rate or clip gradients "
                 "(clip_grad_norm=1.0); then train again with the same store."
             )
-    tensors = state_tensors(CACHE.executable(ref).program, current)
-    copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    program = CACHE.executable(ref).program
+    frozen = frozen_parameters(program)
+    copies = {
+        (role, name): tensor.detach() if name in frozen else tensor.detach().clone()
+        for (role, name), tensor in state_tensors(program, current).items()
+    }
     CACHE.keep(ref, COPY, (state.step, 0), copies)
 
 
@@ -739,7 +743,8 @@ def save_copy(ref: StageRef, state: StateRef) -> ShardRecord:
     except StateLost:
         copy_state(ref, state)
         copies = CACHE.recall(ref, COPY, (state.step, 0))
-    record = write_tensors(ref.store, state.step, f"stage-{ref.stage}", copies)
+    frozen = frozen_parameters(CACHE.executable(ref).program)
+    record = write_tensors(ref.store, state.step, f"stage-{ref.stage}", copies, frozen)
     CACHE.drop(ref, COPY)
     return record
 
