@@ -7,13 +7,17 @@ from dagflow_storage.errors import (
     DagflowError,
     DamagedData,
     FormatTooNew,
+    LeaseLost,
+    LeaseUnconfirmed,
     NotFound,
     PermanentError,
     StoreHoldsAnotherRun,
+    StoreInUse,
     StoreNotWritable,
     StoreUnreachable,
     TransientError,
 )
+from dagflow_storage.lease import Lease, hold_lease
 from dagflow_storage.location import Store
 from dagflow_storage.runs import RunDirectory, settings_diff
 from dagflow_storage.snapshots import (
@@ -34,6 +38,9 @@ __all__ = [
     "DagflowError",
     "DamagedData",
     "FormatTooNew",
+    "Lease",
+    "LeaseLost",
+    "LeaseUnconfirmed",
     "NotFound",
     "PermanentError",
     "RunDirectory",
@@ -41,6 +48,7 @@ __all__ = [
     "Snapshot",
     "Store",
     "StoreHoldsAnotherRun",
+    "StoreInUse",
     "StoreNotWritable",
     "StoreUnreachable",
     "StoredArray",
@@ -49,6 +57,7 @@ __all__ = [
     "commit_snapshot",
     "delete_old_snapshots",
     "delete_snapshot",
+    "hold_lease",
     "list_snapshots",
     "read_arrays",
     "settings_diff",
