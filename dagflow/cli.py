@@ -86,13 +86,34 @@ def train(files: tuple[str, ...], **options: Any) -> None:
     train_language_model(files, **options)
 
 
+def _scheduler_address(_: click.Context, __: click.Parameter, value: str) -> str:
+    from dagflow.run.join import scheduler_endpoint
+
+    try:
+        scheduler_endpoint(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r}: {error}.") from error
+    return value
+
+
+def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    from dask.utils import parse_timedelta
+
+    try:
+        return None if value is None else float(parse_timedelta(value))
+    except (ValueError, KeyError) as error:
+        raise click.BadParameter(f"{value!r} is no time, like '90 s' or '2 hours'.") from error
+
+
 @main.command()
-@click.argument("scheduler")
+@click.argument("scheduler", callback=_scheduler_address)
 @click.option("--torch-threads", type=int, help="Threads inside an operator; all cores by default.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ... or auto.")
 @click.option("--name", help="What the roster and the dashboard call this worker.")
 @click.option("--memory-limit", default="auto", show_default=True, help="Memory for stages.")
-@click.option("--lifetime", help="Leave after this long, e.g. '2 hours'.")
+@click.option("--lifetime", callback=_seconds, help="Leave after this long, e.g. '2 hours'.")
+@click.option("--wait", callback=_seconds, help="Give up after this long without a scheduler.")
+@click.option("--once", is_flag=True, help="End when the scheduler goes away, like dask worker.")
 @_clear_errors
 def join(
     scheduler: str,
@@ -100,7 +121,9 @@ def join(
     device: str,
     name: str | None,
     memory_limit: str,
-    lifetime: str | None,
+    lifetime: float | None,
+    wait: float | None,
+    once: bool,
 ) -> None:
     """Lend this machine to the dask SCHEDULER at an address: it becomes a worker.
 
@@ -108,18 +131,24 @@ def join(
     dagflow join tcp://10.0.0.1:8786
     dagflow join tcp://10.0.0.1:8786 --device cuda:0 --name attic
 
-    The same as `dask worker ADDRESS --nthreads 1 --preload dagflow.worker`. Ctrl-C leaves.
+    It comes back when the scheduler was away, and starts again after a crash. Ctrl-C leaves: what
+    only this machine has is handed over first; a second Ctrl-C leaves at once.
     Whoever runs the scheduler can run code here: join swarms of people you trust.
     """
     from dagflow.run.allocator import with_allocator
 
-    command = [sys.executable, "-m", "dask", "worker", scheduler]
-    command += ["--nthreads", "1", "--nworkers", "1", "--memory-limit", memory_limit]
-    command += ["--name", name] if name else []
-    command += ["--lifetime", lifetime] if lifetime else []
+    worker = [sys.executable, "-m", "dask", "worker", scheduler]
+    worker += ["--nthreads", "1", "--nworkers", "1", "--memory-limit", memory_limit]
+    worker += ["--name", name] if name else []
+    worker += ["--lifetime", f"{lifetime} s"] if lifetime and once else []
     threads = torch_threads or os.cpu_count() or 1
-    command += ["--preload", "dagflow.worker", "--torch-threads", str(threads), "--device", device]
-    os.execve(sys.executable, command, with_allocator(os.environ))
+    worker += ["--preload-nanny", "dagflow.nanny", "--preload", "dagflow.worker"]
+    worker += ["--torch-threads", str(threads), "--device", device]
+    # The parent replaces this process, which has loaded more than it needs. Not from the folder it
+    # is in, where anything may lie.
+    ends = ["" if seconds is None else str(seconds) for seconds in (wait, lifetime)]
+    parent = [sys.executable, "-P", "-m", "dagflow.run.join", scheduler, *ends, *worker]
+    os.execve(sys.executable, worker if once else parent, with_allocator(os.environ))
 
 
 @main.command()

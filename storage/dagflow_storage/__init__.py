@@ -7,9 +7,12 @@ from dagflow_storage.errors import (
     DagflowError,
     DamagedData,
     FormatTooNew,
+    LeaseLost,
+    LeaseUnconfirmed,
     NotFound,
     PermanentError,
     StoreHoldsAnotherRun,
+    StoreInUse,
     StoreNotWritable,
     StoreUnreachable,
     TransientError,
@@ -20,6 +23,7 @@ from dagflow_storage.garbage import (
     collect_garbage,
     first_journal_step,
 )
+from dagflow_storage.lease import Lease, hold_lease
 from dagflow_storage.listing import FoundObject, size_bytes, walk
 from dagflow_storage.location import Store
 from dagflow_storage.manifest import ShardRecord, StoredObject
@@ -58,6 +62,9 @@ __all__ = [
     "FoundObject",
     "Garbage",
     "GarbageReport",
+    "Lease",
+    "LeaseLost",
+    "LeaseUnconfirmed",
     "NotFound",
     "PermanentError",
     "Retention",
@@ -67,6 +74,7 @@ __all__ = [
     "SnapshotFacts",
     "Store",
     "StoreHoldsAnotherRun",
+    "StoreInUse",
     "StoreNotWritable",
     "StoreUnreachable",
     "StoredArray",
@@ -81,6 +89,7 @@ __all__ = [
     "differences",
     "first_journal_step",
     "glance_at_snapshot",
+    "hold_lease",
     "list_snapshots",
     "newest_whole_snapshot",
     "read_arrays",
