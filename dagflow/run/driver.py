@@ -15,19 +15,19 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import dask
 from distributed import Client, Future, KilledWorker
 
-from dagflow.errors import NonFiniteLoss, TransientError, WorkersLost
+from dagflow.errors import GarbageReceived, NonFiniteLoss, TransientError, WorkersLost
 from dagflow.run.events import StepEvent
 from dagflow.run.feed import Feed, StepBatch
 from dagflow.run.graph import Key, Places, Priorities, Standing, StepGraph, StepInputs
 from dagflow.run.interrupts import Interrupts
 from dagflow.run.ledger import Ledger
-from dagflow.run.membership import Membership, place_again
-from dagflow_storage import RunDirectory, ShardRecord, commit_snapshot
+from dagflow.run.membership import STALLED, Membership, place_again
+from dagflow_storage import NotFound, RunDirectory, ShardRecord, commit_snapshot
 from dagflow_tasks.journal import JOURNAL
 from dagflow_tasks.optimizer import Schedule
 from dagflow_tasks.replay import StageProgress, StepRecord
@@ -47,8 +47,36 @@ _MAX_LOSSES_A_STEP = 12
 _MAX_TROUBLES_A_STEP = 5
 
 
+_WHAT_TO_DO = (
+    "The weights of the last snapshot are good. Lower the learning rate, clip gradients "
+    "(clip_grad_norm=1.0), or look at that step's data; then train again with the same store."
+)
+
+
 class Disturbed(Exception):
     """Something was lost that the steps in flight need; they can be taken up again."""
+
+
+@dataclass
+class _Move:
+    """A stage that is being rebuilt on another worker while its own still has it.
+
+    Attributes
+    ----------
+    address : str
+        Where to.
+    future : Future
+        Done when it is rebuilt there.
+    because : str
+        Why, for people.
+    stalled : str or None
+        The worker that has stalled with it: if it comes back first, the move is off.
+    """
+
+    address: str
+    future: Future
+    because: str
+    stalled: str | None = None
 
 
 @dataclass
@@ -82,7 +110,7 @@ class Driver:
     write_extra : callable
         Writes the parts of a snapshot that no stage writes.
     after_commit : callable
-        Called with the step of a snapshot that was just committed.
+        Called with the step of a snapshot that was just committed, and of those under way.
     wait_seconds : float
         How long to wait for a worker when all are gone.
     decision : Decision | None
@@ -105,7 +133,7 @@ class Driver:
     on_step: Callable[[StepEvent], None]
     note: Callable[[str], None]
     write_extra: Callable[[int], Sequence[ShardRecord]]
-    after_commit: Callable[[int], None]
+    after_commit: Callable[[int, Collection[int]], None]
     wait_seconds: float
     decision: Decision | None = None
     interrupts: Interrupts = field(default_factory=Interrupts)
@@ -122,6 +150,8 @@ class Driver:
     _next: int = 0
     _exhausted: bool = False
     _clock: float = 0.0
+    _moves: dict[int, _Move] = field(default_factory=dict)
+    _failed: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
     _losses: Counter[int] = field(default_factory=Counter)
     _troubles: Counter[int] = field(default_factory=Counter)
 
@@ -140,6 +170,7 @@ class Driver:
             If a lost stage can't be rebuilt from the journal; all must go back to an earlier step.
         """
         self._done = self._next = first_step
+        self.feed.look_around = self._look_around
         self._clock = time.perf_counter()
         self._restore(dict.fromkeys(range(len(self.addresses)), first_step))
         try:
@@ -183,8 +214,10 @@ class Driver:
 
     def _advance(self, last_step: int | None) -> bool:
         """Submit what may be, finish a step, and tell whether the run is done."""
+        if not self._flights and self._arrived():
+            self._rebuild(self._arrived())
         while not self._exhausted and (last_step is None or self._next < last_step):
-            if len(self._flights) >= self.lookahead_steps:
+            if len(self._flights) >= self.lookahead_steps or self._arrived():
                 break
             if self._lineage_full() and self._flights:
                 break
@@ -193,6 +226,7 @@ class Driver:
         if self._flights:
             self._finish_oldest()
             self._commit_finished(self._done)
+            self._spread_out()
             self.interrupts.heed()
             return False
         self.save_and_commit(self._done)
@@ -303,14 +337,27 @@ class Driver:
             If something was lost on the way.
         """
         while not future.done():
-            self._check_workers()
+            self._look_around()
             self.membership.wait(future, _TICK_SECONDS)
-            self.interrupts.heed()
         try:
             return future.result()
-        except (CancelledError, KilledWorker, TransientError, OSError) as error:
+        except (CancelledError, KilledWorker, OSError) as error:
             self._check_workers()
             raise Disturbed(f"{type(error).__name__}: {error}") from error
+        except GarbageReceived as error:
+            self._check_workers()
+            self._blame_sender(error)
+        except TransientError as error:
+            self._check_workers()
+            raise Disturbed(f"{type(error).__name__}: {error}") from error
+        except Exception as error:
+            self._check_workers()
+            self._blame_worker(error)
+
+    def _look_around(self) -> None:
+        self.interrupts.heed()
+        self._check_workers()
+        self._check_stalls()
 
     def _check_workers(self) -> None:
         missing = sorted(set(self.addresses) - set(self.membership.usable()))
@@ -319,6 +366,121 @@ class Driver:
             raise Disturbed(
                 f"The worker {', '.join(missing)} left with stage {', '.join(map(str, stages))}."
             )
+
+    # Who is to blame
+
+    def _blame_sender(self, error: GarbageReceived) -> NoReturn:
+        """Exclude the worker of the stage that sent garbage; twice the same is no accident.
+
+        Raises
+        ------
+        NonFiniteLoss
+            If another worker has computed the same: the numbers have left the finite range.
+        """
+        if not 0 <= error.stage < len(self.addresses):
+            raise Disturbed(str(error)) from error
+        task = ("garbage", str(self._done), str(error.stage))
+        if not self._is_first_failure(task, self.addresses[error.stage]):
+            raise NonFiniteLoss(
+                f"{error} It was computed twice, on {' and '.join(self._failed[task])}. "
+                f"{_WHAT_TO_DO}"
+            ) from error
+        raise Disturbed(str(error)) from error
+
+    def _blame_worker(self, error: Exception) -> NoReturn:
+        """Run a task that failed on another worker; if it fails there, too, the task is to blame."""
+        ours = str(self.graph.key("", 0, 0)[0])
+        failures = [f for f in self.membership.failures if f[0][0].endswith(ours)]
+        if not failures or not self.graph.refs[0].journal:
+            raise error
+        key, address = failures[-1]
+        task = (key[0].removesuffix(ours), *key[1:])
+        if not self._is_first_failure(task, address):
+            raise error
+        raise Disturbed(
+            f"{task[0]} of stage {task[2]} in step {task[1]} failed on {address}: "
+            f"{type(error).__name__}: {error}. It will be tried elsewhere."
+        ) from error
+
+    def _is_first_failure(self, task: tuple[str, ...], address: str) -> bool:
+        """Note a failure, and exclude its worker if the task hasn't failed before."""
+        known = self._failed.setdefault(task, [])
+        known.append(address)
+        if len(known) > 1:
+            return False
+        self.membership.exclude(address, f"{task[0]} failed there")
+        if not self.membership.usable():
+            self.membership.forgive()  # better this one again than nobody
+        return True
+
+    # Who is slow, and who is new
+
+    def _check_stalls(self) -> None:
+        """Have the stages of stalled workers rebuilt elsewhere; whoever is done first, wins."""
+        stalled = self.membership.stalled
+        self._drop_moves_to_nowhere()
+        for stage, move in list(self._moves.items()):
+            if move.stalled is not None and move.stalled not in stalled:
+                self._moves.pop(stage).future.release()
+                self.note(f"The worker {move.stalled} is back, with stage {stage}.")
+        for stage, address in enumerate(self.addresses):
+            if address in stalled and stage not in self._moves and self.graph.refs[0].journal:
+                news = stalled[address]
+                self._move(stage, f"it has stalled for {news['seconds']:.1f} s", address)
+        for move in self._moves.values():
+            if move.stalled is not None and move.future.done():
+                self.membership.exclude(move.stalled, STALLED)
+                raise Disturbed(f"The worker {move.stalled} has stalled; its stages go elsewhere.")
+
+    def _move(self, stage: int, because: str, stalled: str | None = None) -> None:
+        """Begin to rebuild a stage elsewhere, if there is a worker with less to do."""
+        address = self.addresses[stage]
+        others = [a for a in self.membership.usable() if a != address]
+        used = Counter(self.addresses)
+        used.update(move.address for move in self._moves.values())
+        spares = [a for a in others if not used[a]]
+        frozen = stalled is not None and self.membership.stalled[stalled]["silent"]
+        if not spares and not (frozen and others):
+            return
+        target = spares[0] if spares else min(others, key=lambda a: used[a])
+        self.note(f"Rebuilding stage {stage} of {address} on {target}, too: {because}.")
+        self._moves[stage] = _Move(target, self._restored_at(stage, target), because, stalled)
+
+    def _restored_at(self, stage: int, address: str) -> Future:
+        """Have a stage rebuilt on a worker that isn't its own."""
+        graph = self.graph.again(uuid.uuid4().hex[:8])
+        records = [r for r in self.ledger.since(0) if r.step < self._done]
+        dsk = graph.restore(stage, self._done, records)
+        places = list(self.addresses)
+        places[stage] = address
+        with dask.annotate(workers=Places(places), priority=self.priorities):
+            future: Future = self.client.get(dsk, list(dsk), sync=False)[0]
+        return future
+
+    def _spread_out(self) -> None:
+        """Begin to move a stage off a worker that has several, if somebody has none."""
+        if self._moves or not self.graph.refs[0].journal:
+            return
+        used = Counter(self.addresses)
+        crowded = [s for s, address in enumerate(self.addresses) if used[address] > 1]
+        if crowded and any(address not in used for address in self.membership.usable()):
+            self._move(
+                crowded[-1], f"a worker has joined, and this one has {used.most_common(1)[0][1]}"
+            )
+
+    def _drop_moves_to_nowhere(self) -> None:
+        usable = self.membership.usable()
+        for stage in [s for s, move in self._moves.items() if move.address not in usable]:
+            self._moves.pop(stage).future.release()
+
+    def _arrived(self) -> set[int]:
+        """Return the stages that are ready elsewhere, to be taken over between two steps."""
+        self._drop_moves_to_nowhere()
+        done = {s for s, m in self._moves.items() if m.stalled is None and m.future.done()}
+        for stage in [s for s in done if self._moves[s].future.status != "finished"]:
+            self._moves.pop(stage).future.release()  # not there, after all
+            done.discard(stage)
+        return done
 
     def _flush_metrics(self) -> None:
         if self._metrics:
@@ -370,6 +532,11 @@ class Driver:
         for future in self._ready.values():
             future.release()
         self._ready.clear()
+        for move in self._moves.values():
+            future = move.future
+            if not future.done():
+                future.release()
+        self._moves = {s: m for s, m in self._moves.items() if m.future.done()}
 
     def _stages_of_the_missing(self) -> set[int]:
         self.membership.refresh()
@@ -382,11 +549,14 @@ class Driver:
         if not JOURNAL.flush(self.wait_seconds):
             raise WorkersLost(f"The journal can't be written: {JOURNAL.stats().trouble}")
         self.graph = self.graph.again(uuid.uuid4().hex[:8])
-        self.addresses[:] = place_again(self.addresses, lost, self.membership.usable(), {})
+        warm = {stage: move.address for stage, move in self._moves.items()}
+        self.addresses[:] = place_again(self.addresses, lost, self.membership.usable(), warm)
         if lost:
             places = ", ".join(f"stage {s} on {self.addresses[s]}" for s in sorted(lost))
             self.note(f"Rebuilding {places}.")
         known = self._progress(set(range(len(self.addresses))) - lost)
+        for stage in lost & self._moves.keys():
+            self._moves.pop(stage).future.release()
         missing = lost
         lost = lost | {stage for stage, progress in known.items() if progress.step < self._done}
         for stage in lost:
@@ -465,13 +635,18 @@ class Driver:
             meta = {
                 "decision": _decision_json(decision),
                 "loss": None if report is None else report.loss,
+                "run_id": self.graph.refs[0].run_id,
+                "plan": self.graph.refs[0].plan,
             }
-            commit_snapshot(self.run.store, step, records, meta)
+            try:
+                commit_snapshot(self.run.store, step, records, meta)
+            except NotFound as error:  # somebody has tidied up too well: another one will do
+                self.note(str(error))
             self._committed.add(step)
             # The step after it may still be about to be submitted; its update waits for the save.
             for future in self._saves.pop(step).values():
                 future.release()
-            self.after_commit(step)
+            self.after_commit(step, self._saves.keys())
 
 
 def _is_save(key: Key) -> bool:
@@ -492,6 +667,5 @@ def _not_finite(report: StepReport) -> str:
         where = f"stage {stage}, micro-batch {microbatches}"
     return (
         f"The loss of step {report.step} is {report.loss}; the numbers first left the finite range in "
-        f"{where}. The weights of the last snapshot are good. Lower the learning rate, clip gradients "
-        "(clip_grad_norm=1.0), or look at that step's data; then train again with the same store."
+        f"{where}. {_WHAT_TO_DO}"
     )

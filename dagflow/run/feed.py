@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +26,8 @@ from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import Microbatch
 from dagflow_tasks.results import TensorDict
 from dagflow_tasks.tasks import tensors_of
+
+_TICK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,15 @@ class StepBatch:
 
 
 class Feed(ABC):
-    """Prepares the batch of one step after the other."""
+    """Prepares the batch of one step after the other.
+
+    Attributes
+    ----------
+    look_around : callable
+        Called while the feed waits; may raise, which ends the wait.
+    """
+
+    look_around: Callable[[], None] = staticmethod(lambda: None)
 
     @abstractmethod
     def prepare(self, step: int, graph: StepGraph) -> StepBatch | None:
@@ -139,11 +151,23 @@ class StreamFeed(Feed):
         return {(program.stage, index): future for index, future in enumerate(futures)}
 
     def _scatter(self, data: Sequence[TensorDict], address: str) -> Sequence[Any]:
-        try:
-            futures: Sequence[Any] = self._client.scatter(data, workers=[address], hash=False)
-        except (OSError, KeyError) as error:  # dask's ways of saying that a worker isn't there
-            raise WorkersLost(f"The worker {address} left, and takes no more data.") from error
-        return futures
+        """Send data to a worker, looking around while it takes: a frozen one takes for ever."""
+        sending = self._client.scatter(data, workers=[address], hash=False, asynchronous=True)
+        loop = self._client.loop.asyncio_loop
+        pending: Any = asyncio.run_coroutine_threadsafe(sending, loop)
+        while True:
+            wait([pending], _TICK_SECONDS)
+            try:
+                if pending.done():
+                    futures: Sequence[Any] = pending.result()
+                    return futures
+            except (OSError, KeyError) as error:  # dask's ways of saying that nobody is there
+                raise WorkersLost(f"The worker {address} left, and takes no more data.") from error
+            try:
+                self.look_around()
+            except BaseException:
+                pending.cancel()
+                raise
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from distributed import Client, Future
 
-_TOPIC = "all"  # where the scheduler tells of workers that come and go
+from dagflow.run.watch import TOPIC
+
+STALLED = "it has stalled"
+_COMINGS_AND_GOINGS = "all"  # the scheduler's own topic
 
 
 @dataclass
@@ -22,20 +27,28 @@ class Membership:
         Addresses.
     excluded : dict
         Why a worker that is present gets no stage, by address.
+    stalled : dict
+        What the scheduler's watch says of workers that have stalled, by address.
+    failures : deque of (key, address)
+        Tasks that failed lately, and where.
     """
 
     client: Client
     present: set[str] = field(default_factory=set)
     excluded: dict[str, str] = field(default_factory=dict)
+    stalled: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    failures: deque[tuple[tuple[str, ...], str]] = field(default_factory=partial(deque, maxlen=64))
     _news: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Membership:
-        self.client.subscribe_topic(_TOPIC, self._heard)
+        self.client.subscribe_topic(_COMINGS_AND_GOINGS, self._heard)
+        self.client.subscribe_topic(TOPIC, self._heard)
         self.refresh()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.client.unsubscribe_topic(_TOPIC)
+        self.client.unsubscribe_topic(_COMINGS_AND_GOINGS)
+        self.client.unsubscribe_topic(TOPIC)
 
     def refresh(self) -> None:
         """Ask the scheduler who is there: events can get lost with a connection."""
@@ -43,7 +56,8 @@ class Membership:
 
     def usable(self) -> list[str]:
         """Return the workers that may get a stage, in a fixed order."""
-        return sorted(self.present - self.excluded.keys())
+        frozen = {address for address, news in self.stalled.items() if news["silent"]}
+        return sorted(self.present - self.excluded.keys() - frozen)
 
     def exclude(self, address: str, why: str) -> None:
         """Give a worker no stage any more, for as long as it stays connected."""
@@ -52,6 +66,7 @@ class Membership:
     def forgive(self) -> None:
         """Let excluded workers take part again: without them there is nobody."""
         self.excluded.clear()
+        self.stalled.clear()
 
     def wait(self, future: Future | None, seconds: float) -> None:
         """Return when the future is done, somebody has come or gone, or time is up."""
@@ -72,6 +87,15 @@ class Membership:
             self.present = self.present | {worker}
         elif action == "remove-worker" and worker:
             self.present = self.present - {worker}
+            self.stalled.pop(worker, None)
+        elif action == "stalled":
+            self.stalled = {**self.stalled, str(worker): message}
+        elif action == "recovered":
+            self.stalled = {w: m for w, m in self.stalled.items() if w != worker}
+            if self.excluded.get(str(worker)) == STALLED:
+                del self.excluded[str(worker)]
+        elif action == "erred":
+            self.failures.append((tuple(message["key"]), str(worker)))
         else:
             return
         self._news.set()

@@ -8,8 +8,8 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ from dagflow.graph.capture import LossFunction, capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
-from dagflow.run.clusters import open_cluster, roster
+from dagflow.run.clusters import ask_workers, open_cluster, roster
 from dagflow.run.data import BatchStream, TokenDataset, fingerprint, num_rows, split_rows, take_rows
 from dagflow.run.driver import Disturbed, Driver
 from dagflow.run.events import Callback, ProgressLine, StepEvent, notify
+from dagflow.run.export import model_facts
 from dagflow.run.feed import Feed, StreamFeed, TokenFeed, TokenRows
 from dagflow.run.graph import Priorities, StepGraph
 from dagflow.run.ledger import Ledger
 from dagflow.run.membership import Membership
+from dagflow.run.runs import foreign
 from dagflow.run.settings import Config, Mathematics
 from dagflow.run.weights import Leftovers, initial_shard, read_state_dict
 from dagflow.run.workers import WorkerFacts
@@ -37,10 +39,14 @@ from dagflow_storage import (
     NotFound,
     RunDirectory,
     Snapshot,
+    SnapshotFacts,
     Store,
+    apply_retention,
     commit_snapshot,
-    delete_old_snapshots,
+    first_journal_step,
     list_snapshots,
+    newest_whole_snapshot,
+    set_aside_newer,
     settings_diff,
 )
 from dagflow_storage.journal import trim_journal
@@ -196,10 +202,12 @@ def train(
     try:
         first = data.rows(0, 0, data.batch_size) if stream is None else stream.peek()
         dag = capture(model, _example(first, num_microbatches), loss=loss, dynamic=config.dynamic)
-        run = _open_run(where, dag, mathematics, fingerprint(first), config, line)
+        names = tuple(model.state_dict())
+        run = _open_run(where, dag, mathematics, fingerprint(first), names, config, line)
         if not list_snapshots(where):
             shard = initial_shard(where, dag, model, state_dict)
-            commit_snapshot(where, 0, [shard], {"decision": None})
+            meta = {"decision": None, "run_id": run.run_id, "loss": None}
+            commit_snapshot(where, 0, [shard], meta)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -216,7 +224,7 @@ def train(
         line=line,
         callbacks=tuple(callbacks),
         epochs=epochs,
-        names=tuple(model.state_dict()),
+        names=names,
         journal=_journal_steps(journal),
     )
     try:
@@ -245,6 +253,7 @@ class _Session:
     names: tuple[str, ...]
     journal: int
     plan: Plan | None = None
+    kept: dict[int, SnapshotFacts] = field(default_factory=dict)
 
     def train(self, client: Client) -> TrainResult:
         self.line.total = self.total
@@ -254,10 +263,10 @@ class _Session:
         finally:
             # The workers stay, and have other things to remember.
             with contextlib.suppress(OSError):
-                client.run(_forget, self.run.run_id, on_error="ignore")
+                ask_workers(client, _forget, self.run.run_id)
         metrics = self.run.read_metrics()
         assert self.plan is not None
-        aliases = {alias: p.name for p in self.dag.parameters for alias in p.aliases}
+        aliases = _aliases(self.dag)
         return TrainResult(
             [row["loss"] for row in metrics if row["step"] <= step],
             step,
@@ -286,14 +295,20 @@ class _Session:
                 self.line.note(f"{error} Going on from an earlier step.")
 
     def _newest(self) -> int:
-        return list_snapshots(self.run.store)[-1]
+        """Return the step of the newest snapshot that is whole and of this run."""
+        settings, run_id = self.run.settings(), self.run.run_id
+        newest = newest_whole_snapshot(
+            self.run.store, note=self.line.note, check=lambda s: foreign(s, settings, run_id)
+        )
+        set_aside_newer(self.run.store, newest)
+        return newest
 
     def _attempt(self, client: Client, workers: Sequence[WorkerFacts]) -> int:
         """Plan for the workers that are there, and run until the end or until one is lost."""
         self.plan = make_plan(self.dag, workers, self.num_stages, self.mathematics, self.config)
         name = self._write_programs(self.plan)
         graph = self._graph(self.plan, name)
-        client.run(_settle, self.run.run_id, name, on_error="ignore")
+        ask_workers(client, _settle, self.run.run_id, name, seconds=2 * _FLUSH_SECONDS)
         start, ledger = self._start(graph)
         addresses = [workers[index].address for index in self.plan.placement]
         if self.total is None or start < self.total:
@@ -327,7 +342,7 @@ class _Session:
         newest = self._newest()
         rows = self.run.ledger.read() if self.journal else []
         records = {row["step"]: StepRecord.from_json(row) for row in rows}
-        since = list_snapshots(self.run.store)[-2:][0]
+        since = first_journal_step(list_snapshots(self.run.store)) or 0
         kept = {step: record for step, record in records.items() if step >= since}
         start = reach(graph.refs[0], graph.programs, graph.neighbours, newest, kept)
         if start > newest:
@@ -388,7 +403,7 @@ class _Session:
             on_step=self._on_step,
             note=self.line.note,
             write_extra=leftovers.write,
-            after_commit=lambda step: self._tidy(ledger),
+            after_commit=lambda step, saving: self._tidy(ledger, saving),
             wait_seconds=self.config.cluster.wait_seconds,
             decision=self._decision(ledger, start),
         )
@@ -400,12 +415,12 @@ class _Session:
         stored = Snapshot.open(self.run.store, start).meta.get("decision")
         return Decision(**stored) if stored else None
 
-    def _tidy(self, ledger: Ledger) -> None:
+    def _tidy(self, ledger: Ledger, saving: Collection[int]) -> None:
         """After a snapshot: delete what no rebuilding will need."""
-        delete_old_snapshots(self.run.store, keep=self.config.keep_snapshots)
+        apply_retention(self.run.store, self.config.retention, self.kept, in_flight=saving)
         # From the snapshot before the newest on: should the newest turn out damaged, the one before
         # and the journal lead to the same weights.
-        since = list_snapshots(self.run.store)[-2:][0]
+        since = first_journal_step(list_snapshots(self.run.store)) or 0
         trim_journal(self.run.store, since)
         ledger.forget(since)
 
@@ -486,6 +501,7 @@ def _open_run(
     dag: OperatorDag,
     mathematics: Mathematics,
     first_batch: str,
+    names: Sequence[str],
     config: Config,
     line: ProgressLine,
 ) -> RunDirectory:
@@ -504,7 +520,7 @@ def _open_run(
     }
     wanted = json.loads(json.dumps(wanted))
     if not run.exists():
-        run.create(wanted)
+        run.create(wanted, model_facts(names, _aliases(dag)))
         return run
     difference = settings_diff(run.settings(), wanted)
     if difference and not config.force:
@@ -516,6 +532,11 @@ def _open_run(
     newest = (list_snapshots(store) or [0])[-1]
     line.note(f"Resuming {store.url} from the snapshot of step {newest}.")
     return run
+
+
+def _aliases(dag: OperatorDag) -> dict[str, str]:
+    """Return the first name of each tied parameter by its further names."""
+    return {alias: p.name for p in dag.parameters for alias in p.aliases}
 
 
 def _model_settings(dag: OperatorDag) -> dict[str, Any]:

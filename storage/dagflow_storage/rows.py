@@ -62,6 +62,13 @@ class RowLog:
             rows += [row for row in self._rows(start) if end is None or row["step"] < end]
         return sorted(rows, key=lambda row: int(row["step"]))
 
+    def last(self) -> dict[str, Any] | None:
+        """The row of the latest step, without reading those before; None if there is none."""
+        for start in reversed(self._parts()):
+            if rows := list(self._rows(start)):
+                return max(rows, key=lambda row: int(row["step"]))
+        return None
+
     def _parts(self) -> list[int]:
         matches = (_PART.fullmatch(name) for name in self._store.list(self._folder))
         return sorted(int(match[1]) for match in matches if match)

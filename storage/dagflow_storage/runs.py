@@ -42,8 +42,15 @@ class RunDirectory:
         """Whether a run was created here."""
         return self.store.exists(_RUN_FILE)
 
-    def create(self, settings: Mapping[str, JSON]) -> None:
+    def create(self, settings: Mapping[str, JSON], facts: Mapping[str, JSON] | None = None) -> None:
         """Create the run; of several creators one wins.
+
+        Parameters
+        ----------
+        settings
+            What decides the result; who resumes compares it.
+        facts
+            What else later readers must know; nobody compares it.
 
         Raises
         ------
@@ -51,7 +58,7 @@ class RunDirectory:
             If there is one already, naming the settings that differ.
         """
         run_id = uuid.uuid4().hex
-        content = {"run_id": run_id, "settings": dict(settings)}
+        content = {"run_id": run_id, "settings": dict(settings), "facts": dict(facts or {})}
         if self.store.create_bytes(_RUN_FILE, encode_document(RUN_FORMAT, content)):
             return
         # The answer to a put that succeeded can get lost, and its repetition then fails: what
@@ -67,6 +74,10 @@ class RunDirectory:
     def settings(self) -> dict[str, Any]:
         """The settings the run was created with."""
         return dict(self._run_file()["settings"])
+
+    def facts(self) -> dict[str, Any]:
+        """What else was told about the run; empty if an older dagflow created it."""
+        return dict(self._run_file().get("facts", {}))
 
     @property
     def run_id(self) -> str:
@@ -103,6 +114,10 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         """All metrics that hold, by step."""
         return self._metrics.read()
+
+    def read_last_metrics(self) -> dict[str, Any] | None:
+        """The row of the latest step, without reading those before; None if there is none."""
+        return self._metrics.last()
 
     def _run_file(self) -> dict[str, Any]:
         document = read_document(self.store, _RUN_FILE, RUN_FORMAT)

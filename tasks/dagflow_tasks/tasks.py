@@ -17,10 +17,11 @@ import torch
 from dagflow_storage import ShardRecord
 from dagflow_tasks.cache import CACHE, SavedGraph, state_lost
 from dagflow_tasks.deferred import DeferredWeights
-from dagflow_tasks.errors import StateLost, WeightsNotFinite
+from dagflow_tasks.errors import GarbageReceived, StateLost, WeightsNotFinite
 from dagflow_tasks.interpreter import AUTOCAST_DTYPES, Executable, RandomAddress
 from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
-from dagflow_tasks.program import ParameterUse
+from dagflow_tasks.operators import evaluate_size
+from dagflow_tasks.program import ParameterUse, ValueSpec
 from dagflow_tasks.references import Microbatch, StageRef, StateRef
 from dagflow_tasks.results import (
     BackwardResult,
@@ -33,7 +34,7 @@ from dagflow_tasks.results import (
     Tensors,
     UpdateResult,
 )
-from dagflow_tasks.state import StageState, state_tensors, write_tensors
+from dagflow_tasks.state import StageState, frozen_parameters, state_tensors, write_tensors
 
 SUMS, BUFFERS = "gradient sums", "buffers"
 
@@ -222,6 +223,8 @@ def _run(
         given.update(part.values if isinstance(part, ForwardResult) else part)
     inputs = {}
     for item in program.inputs:
+        if ref.journal and item.source is not None:
+            check_received(ref, item.value, item.source, given, microbatch)
         tensor = given[item.value.name].to(executable.device)
         inputs[item.value.name] = (
             tensor.detach().requires_grad_() if item.differentiable else tensor
@@ -235,6 +238,46 @@ def _run(
         {**inputs, **uses, **buffers}, dict(microbatch.sizes), random, deferred
     )
     return SavedGraph(inputs, uses, outputs, deferred), written
+
+
+def check_received(
+    ref: StageRef,
+    value: ValueSpec,
+    source: int,
+    given: Mapping[str, torch.Tensor],
+    microbatch: Microbatch,
+) -> None:
+    """Refuse a boundary value that can't be right, so that it is computed again by somebody else.
+
+    Raises
+    ------
+    GarbageReceived
+        Naming the stage it came from.
+    """
+    tensor = given.get(value.name)
+    what = f"Stage {source} sent stage {ref.stage} in step {microbatch.step}, micro-batch "
+    what += f"{microbatch.index},"
+    if tensor is None:
+        raise GarbageReceived(f"{what} no {value.name!r}.", source)
+    sizes = dict(microbatch.sizes)
+    shape = tuple(evaluate_size(size, sizes) for size in value.shape)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    # Under autocast values are in half precision that the program, captured without, has in fp32.
+    other_dtype = dtype != value.dtype and ref.settings.precision == "fp32"
+    if tuple(tensor.shape) != shape or other_dtype:
+        raise GarbageReceived(
+            f"{what} {value.name!r} as {dtype}{list(tensor.shape)} instead of "
+            f"{value.dtype}{list(shape)}.",
+            source,
+        )
+    _check_numbers(ref, tensor, f"{what} NaN in {value.name!r}.", source)
+
+
+def _check_numbers(ref: StageRef, tensor: torch.Tensor, message: str, source: int) -> None:
+    # Infinities are no garbage (masks have them); under loss scaling, NaN isn't either.
+    scaled = ref.settings.precision == "fp16"
+    if tensor.is_floating_point() and not scaled and bool(torch.isnan(tensor).any()):
+        raise GarbageReceived(message, source)
 
 
 def _forward_result(
@@ -251,6 +294,12 @@ def _forward_result(
         if tensor.is_floating_point()
     )
     place = (microbatch.step, microbatch.index)
+    loss = CACHE.executable(ref).program.loss
+    if ref.journal and loss is not None and not bool(torch.isfinite(boundary[loss])):
+        # Before any gradient of it is added anywhere: whoever is to blame, the step can be repeated.
+        what = f"The loss of step {place[0]}, micro-batch {place[1]}, is {float(boundary[loss])}."
+        if ref.settings.precision != "fp16":
+            raise GarbageReceived(what, ref.stage)
     if buffers is not None:
         CACHE.keep(ref, BUFFERS, place, buffers)
     return ForwardResult(boundary, buffers, finite, place)
@@ -327,7 +376,7 @@ def _input_gradients(
 ) -> dict[str, torch.Tensor]:
     """Run autograd, and return the gradients of the boundary inputs."""
     scale = scaling.loss_scale if scaling is not None else 1.0
-    roots, seeds = _roots(CACHE.executable(ref), graph, gradients, microbatch.weight * scale)
+    roots, seeds = _roots(ref, CACHE.executable(ref), graph, gradients, microbatch.weight * scale)
     boundary: dict[str, torch.Tensor] = {}
     for name, leaf in graph.inputs.items():
         if leaf.requires_grad:
@@ -382,7 +431,25 @@ def _buffers(
     return values, written or None
 
 
+def _check_gradient(ref: StageRef, gradient: torch.Tensor, value: torch.Tensor, name: str) -> None:
+    if not ref.journal:
+        return
+    program = CACHE.executable(ref).program
+    source = next(
+        (s for s in program.gradient_sources if name in program.gradients_from(s)), ref.stage
+    )
+    if gradient.shape != value.shape:
+        raise GarbageReceived(
+            f"Stage {source} sent stage {ref.stage} a gradient of {name!r} with shape "
+            f"{list(gradient.shape)} instead of {list(value.shape)}.",
+            source,
+        )
+    message = f"Stage {source} sent stage {ref.stage} a gradient of {name!r} with NaN."
+    _check_numbers(ref, gradient, message, source)
+
+
 def _roots(
+    ref: StageRef,
     executable: Executable,
     graph: SavedGraph,
     results: Sequence[BackwardResult],
@@ -404,6 +471,7 @@ def _roots(
         seeds.append(torch.full_like(tensors[program.loss], loss_gradient))
     for name in wanted:
         if name in given and tensors[name].requires_grad:
+            _check_gradient(ref, given[name], tensors[name], name)
             roots.append(tensors[name])
             seeds.append(given[name].to(executable.device))
     return roots, seeds
@@ -653,8 +721,12 @@ def copy_state(ref: StageRef, state: StateRef) -> None:
                 "The weights of the last snapshot are good. Lower the learning rate or clip gradients "
                 "(clip_grad_norm=1.0); then train again with the same store."
             )
-    tensors = state_tensors(CACHE.executable(ref).program, current)
-    copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    program = CACHE.executable(ref).program
+    frozen = frozen_parameters(program)
+    copies = {
+        (role, name): tensor.detach() if name in frozen else tensor.detach().clone()
+        for (role, name), tensor in state_tensors(program, current).items()
+    }
     CACHE.keep(ref, COPY, (state.step, 0), copies)
 
 
@@ -671,7 +743,8 @@ def save_copy(ref: StageRef, state: StateRef) -> ShardRecord:
     except StateLost:
         copy_state(ref, state)
         copies = CACHE.recall(ref, COPY, (state.step, 0))
-    record = write_tensors(ref.store, state.step, f"stage-{ref.stage}", copies)
+    frozen = frozen_parameters(CACHE.executable(ref).program)
+    record = write_tensors(ref.store, state.step, f"stage-{ref.stage}", copies, frozen)
     CACHE.drop(ref, COPY)
     return record
 

@@ -104,6 +104,17 @@ def test_half_written_programs_are_not_found(store: Store, monkeypatch: pytest.M
         run.read_programs("train")
 
 
+def test_facts_are_kept_beside_the_settings_and_compared_by_nobody(store: Store) -> None:
+    RunDirectory(store).create(SETTINGS, {"tied": {"head": "table"}})
+    assert RunDirectory(store).facts() == {"tied": {"head": "table"}}
+    assert RunDirectory(store).settings() == SETTINGS
+
+
+def test_a_run_of_an_older_dagflow_has_no_facts(memory: Store) -> None:
+    memory.write_bytes("run.json", b'{"format_version": 1, "run_id": "a", "settings": {}}')
+    assert RunDirectory(memory).facts() == {}
+
+
 def rows(*steps: int, by: str = "") -> list[dict[str, Any]]:
     return [{"step": step, "by": by} for step in steps]
 
@@ -115,6 +126,25 @@ def test_metrics_are_read_by_step(store: Store) -> None:
     run.append_metrics(rows(1, 0))
     run.append_metrics(rows(2, 3, 3))
     assert [row["step"] for row in run.read_metrics()] == [0, 1, 2, 3, 3]
+
+
+def test_the_last_row_is_found_without_reading_those_before(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory(store)
+    assert run.read_last_metrics() is None
+    for start in (0, 10, 20):
+        run.append_metrics(rows(*range(start, start + 10)))
+    read: list[str] = []
+    original = Store.read_bytes
+
+    def recording(self: Store, path: str) -> bytes:
+        read.append(path)
+        return original(self, path)
+
+    monkeypatch.setattr(Store, "read_bytes", recording)
+    assert run.read_last_metrics() == rows(29)[0]
+    assert read == ["metrics/part-00000020.jsonl"]
 
 
 def test_a_rollback_supersedes_what_did_not_happen(store: Store) -> None:
