@@ -140,6 +140,7 @@ class Driver:
     _flights: deque[_Flight] = field(default_factory=deque)
     _saves: dict[int, dict[Key, Future]] = field(default_factory=dict)
     _ready: dict[int, Future] = field(default_factory=dict)
+    _restored: list[Future] = field(default_factory=list)
     _standing: Standing | None = None
     _lineage: tuple[int, int] = (0, 0)
     _metrics: list[dict[str, Any]] = field(default_factory=list)
@@ -281,6 +282,7 @@ class Driver:
         flight.futures = self._get(dsk, keys)
         if first:
             self._lineage = (0, 0)
+            self._restored.clear()  # nothing descends from them any more
         self._lineage = (self._lineage[0] + len(dsk), self._lineage[1] + 1)
 
     def _get(self, dsk: Mapping[Key, Any], keys: list[Key]) -> dict[Key, Future]:
@@ -301,6 +303,9 @@ class Driver:
         # From here on the step is done, whatever happens to its workers.
         self._flights.popleft()
         self._done = flight.step + 1
+        # Kept: when a worker leaves, dask runs again what led to its results and isn't kept, on the
+        # workers that are left, and restoring would take these back to where they once began.
+        self._restored.extend(self._ready.values())
         self._ready.clear()
         self._reports = {flight.step + 1: report, **self._recent_reports()}
         batch = flight.batch
@@ -529,9 +534,10 @@ class Driver:
                 future.release()
         self._snapshot_due = self._snapshot_due or bool(self._saves)
         self._saves.clear()
-        for future in self._ready.values():
+        for future in [*self._ready.values(), *self._restored]:
             future.release()
         self._ready.clear()
+        self._restored.clear()
         for move in self._moves.values():
             future = move.future
             if not future.done():
