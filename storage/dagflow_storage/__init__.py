@@ -4,17 +4,20 @@ from dagflow_storage.arrays import ArraySpec, StoredArray, read_arrays, write_ar
 from dagflow_storage.codec import Blosc2Codec
 from dagflow_storage.documents import JSON
 from dagflow_storage.errors import (
+    CredentialsExpired,
     DagflowError,
     DamagedData,
     FormatTooNew,
     NotFound,
     PermanentError,
     StoreHoldsAnotherRun,
+    StoreNotReadable,
     StoreNotWritable,
     StoreUnreachable,
     TransientError,
 )
-from dagflow_storage.location import Store
+from dagflow_storage.location import ConditionMissing, ProbeReport, Store
+from dagflow_storage.retries import Clock, Retries, RetryPolicy
 from dagflow_storage.runs import RunDirectory, settings_diff
 from dagflow_storage.snapshots import (
     ShardRecord,
@@ -31,16 +34,23 @@ __all__ = [
     "JSON",
     "ArraySpec",
     "Blosc2Codec",
+    "Clock",
+    "ConditionMissing",
+    "CredentialsExpired",
     "DagflowError",
     "DamagedData",
     "FormatTooNew",
     "NotFound",
     "PermanentError",
+    "ProbeReport",
+    "Retries",
+    "RetryPolicy",
     "RunDirectory",
     "ShardRecord",
     "Snapshot",
     "Store",
     "StoreHoldsAnotherRun",
+    "StoreNotReadable",
     "StoreNotWritable",
     "StoreUnreachable",
     "StoredArray",

@@ -7,6 +7,8 @@
     │   └── StoreUnreachable    the store did not answer, or not as it should
     └── PermanentError          the same inputs fail again: stop
         ├── StoreNotWritable    permission, read-only, no such bucket, disk full
+        ├── StoreNotReadable    permission, wrong credentials
+        ├── CredentialsExpired  renew them
         ├── NotFound            nothing is stored under that name
         ├── DamagedData         what is stored is not what was written
         ├── FormatTooNew        written by a newer dagflow
@@ -38,6 +40,18 @@ class StoreUnreachable(TransientError):
 
 class StoreNotWritable(PermanentError):
     """The store refuses writes: permission, read-only, no such bucket, disk full."""
+
+
+class StoreNotReadable(PermanentError):
+    """The store refuses reads: permission, wrong credentials, a request it can't understand."""
+
+
+class CredentialsExpired(PermanentError):
+    """The store knew the credentials once, and doesn't accept them any more.
+
+    Permanent: credentials that a library can renew, it has renewed before this is raised. The
+    others a person must bring; then the run resumes.
+    """
 
 
 class NotFound(PermanentError):

@@ -157,12 +157,15 @@ class FlatArray:
         DamagedData
             Naming the chunk, if two reads found it damaged or missing.
         StoreUnreachable
-            If the store did not answer, or a first read was garbled and a second was not.
+            If the store did not answer, or reads went on being garbled on the way.
         """
         if stop > len(self):
             raise DamagedData(
                 f"{self._where} has {len(self)} elements, {start} to {stop} were to be read"
             )
+        return self._store.retries.run(lambda: self._read_checked(start, stop))
+
+    def _read_checked(self, start: int, stop: int) -> AnyArray:
         try:
             return self._read(start, stop)
         except DagflowError:
