@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -194,8 +194,7 @@ class FaultyApp:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         kinds = self._meet(environ)
         if FaultKind.RESET in kinds:
-            _reset(environ)
-            return []
+            _hang_up(environ)
         for kind in kinds:
             if kind in _ANSWERS and kind is not FaultKind.LOST_ANSWER:
                 return _answer(kind, environ, start_response)
@@ -236,10 +235,10 @@ def _answer(kind: FaultKind, environ: dict[str, Any], start_response: Any) -> li
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
 
-def _reset(environ: dict[str, Any]) -> None:
-    connection = environ["werkzeug.socket"]
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
+def _hang_up(environ: dict[str, Any]) -> None:
+    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+    # So the server takes it for the client's doing, and says nothing more.
+    raise ConnectionResetError("as the script wants it")
 
 
 @dataclass(frozen=True)
@@ -255,6 +254,7 @@ def moto_server() -> Iterator[MotoServer]:
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
     app = FaultyApp(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -95,6 +95,8 @@ _HINTS = {
     "400": "the usual reason is credentials that expired",
     "403": "no permission, or wrong credentials",
     "QuotaExceeded": "the store's quota is used up",
+    "TimeoutError": "no answer in time",
+    "FSTimeoutError": "no answer in time",
     "NoCredentialsError": "set them, in the environment or as options of the Store",
 }
 

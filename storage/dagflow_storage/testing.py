@@ -31,8 +31,6 @@ __all__ = [
     "with_faults",
 ]
 NUM_CREATORS = 8
-# S3 lists 1000 objects a page, and deletes as many a request.
-NUM_CHILDREN = 1005
 CHUNK = "arrays/float32/c/0"
 
 Damage = Callable[[bytes], bytes]
@@ -61,9 +59,12 @@ class StoreConformance:
     ----------
     conditional_create
         Whether the store itself decides between several creators.
+    num_children
+        S3 lists 1000 objects a page, and deletes as many a request.
     """
 
     conditional_create: ClassVar[bool] = True
+    num_children: ClassVar[int] = 1005
 
     def test_what_was_written_is_read(self, store: Store) -> None:
         store.write_bytes("a/b.bin", b"first")
@@ -134,7 +135,7 @@ class StoreConformance:
         assert not store.exists("a/y/z")
 
     def test_many_children_are_listed_and_deleted(self, store: Store) -> None:
-        names = [f"{number:05d}" for number in range(NUM_CHILDREN)]
+        names = [f"{number:05d}" for number in range(self.num_children)]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda name: store.write_bytes(f"many/{name}", b""), names))
         assert store.list("many") == names

@@ -63,6 +63,8 @@ class TestRadosgw(StoreConformance):
 class TestRadosgwThatFailsNowAndThen(StoreConformance):
     """A real S3 server with every transient fault between it and us."""
 
+    num_children = 40
+
     @pytest.fixture
     def store(self, radosgw: S3Server, tmp_path: Path) -> Store:
         script = [
@@ -85,6 +87,8 @@ class TestMoto(StoreConformance):
 class TestMotoBehindABadNetwork(StoreConformance):
     """The mock, answering with HTTP errors, resets and lost answers."""
 
+    num_children = 40
+
     @pytest.fixture
     def store(self, moto: MotoServer) -> Store:
         store = moto.new_store(retry=HASTY)
@@ -103,6 +107,7 @@ class TestMotoWithoutConditions(StoreConformance):
     """Like the many S3 servers that silently ignore ``If-None-Match``."""
 
     conditional_create = False
+    num_children = 40
 
     @pytest.fixture
     def store(self, moto: MotoServer) -> Store:
