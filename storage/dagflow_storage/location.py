@@ -7,6 +7,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec  # type: ignore[import-untyped]
@@ -112,6 +113,10 @@ class Store:
     def options(self) -> dict[str, Any]:
         """What the file system is given."""
         return dict(self._options)
+
+    def folder(self, path: str) -> Path | None:
+        """Where `path` is on this machine, if the store is a folder."""
+        return Path(self._join(_clean(path))) if _is_folder(self._url) else None
 
     @property
     def retries(self) -> Retries:
