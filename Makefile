@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test check gpu bench clean
+.PHONY: demo test check gpu bench s3-server clean
 
 .venv/.run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -18,8 +18,12 @@ WORKERS ?= 2
 demo: .venv/.run
 	$(BIN)/dagflow demo
 
-test: .venv/.dev
+test: .venv/.dev s3-server
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+
+# The S3 server that the tests start. Never fails: without it those tests say that they are skipped.
+s3-server:
+	@sh tests/install_radosgw.sh
 
 # The tests that need a CUDA device.
 gpu: .venv/.dev

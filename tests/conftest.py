@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+pytest_plugins = ["s3_server"]
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("inline")
 

@@ -4,6 +4,7 @@ from dagflow_storage.arrays import ArraySpec, StoredArray, read_arrays, write_ar
 from dagflow_storage.codec import Blosc2Codec
 from dagflow_storage.documents import JSON
 from dagflow_storage.errors import (
+    CredentialsExpired,
     DagflowError,
     DamagedData,
     FormatTooNew,
@@ -13,6 +14,7 @@ from dagflow_storage.errors import (
     PermanentError,
     StoreHoldsAnotherRun,
     StoreInUse,
+    StoreNotReadable,
     StoreNotWritable,
     StoreUnreachable,
     TransientError,
@@ -25,7 +27,7 @@ from dagflow_storage.garbage import (
 )
 from dagflow_storage.lease import Lease, hold_lease
 from dagflow_storage.listing import FoundObject, size_bytes, walk
-from dagflow_storage.location import Store
+from dagflow_storage.location import ConditionMissing, ProbeReport, Store
 from dagflow_storage.manifest import ShardRecord, StoredObject
 from dagflow_storage.retention import (
     Retention,
@@ -33,6 +35,7 @@ from dagflow_storage.retention import (
     apply_retention,
     delete_old_snapshots,
 )
+from dagflow_storage.retries import Clock, Retries, RetryPolicy
 from dagflow_storage.runs import RunDirectory, settings_diff
 from dagflow_storage.snapshots import (
     Snapshot,
@@ -55,6 +58,9 @@ __all__ = [
     "JSON",
     "ArraySpec",
     "Blosc2Codec",
+    "Clock",
+    "ConditionMissing",
+    "CredentialsExpired",
     "DagflowError",
     "Damage",
     "DamagedData",
@@ -67,7 +73,10 @@ __all__ = [
     "LeaseUnconfirmed",
     "NotFound",
     "PermanentError",
+    "ProbeReport",
     "Retention",
+    "Retries",
+    "RetryPolicy",
     "RunDirectory",
     "ShardRecord",
     "Snapshot",
@@ -75,6 +84,7 @@ __all__ = [
     "Store",
     "StoreHoldsAnotherRun",
     "StoreInUse",
+    "StoreNotReadable",
     "StoreNotWritable",
     "StoreUnreachable",
     "StoredArray",

@@ -9,10 +9,22 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from dagflow_storage._translation import is_lost_race, is_unsupported
+from dagflow_storage.retries import RetryPolicy
+
 _UNFINISHED_SUFFIX = ".unfinished"
 # fsspec's memory and local file systems check and then put: one creator at a time keeps that
 # atomic within a process. Across processes the server's own condition decides.
 _one_creator = threading.Lock()
+
+
+_PATTERN_CHARACTERS = frozenset("*?[")
+# Documents are smaller and chunks are smaller: what a request may move before it is late.
+LARGEST_READ_BYTES = 16 * 2**20
+
+
+class NoCondition(Exception):
+    """The place can't put on the condition that nothing is there."""
 
 
 class Backend(ABC):
@@ -25,7 +37,19 @@ class Backend(ABC):
     def write(self, path: str, data: bytes) -> None: ...
 
     @abstractmethod
-    def create(self, path: str, data: bytes) -> bool: ...
+    def create(self, path: str, data: bytes, *, look_first: bool) -> bool:
+        """Put unless something is there, decided by the place itself; or raise `NoCondition`.
+
+        Looking first costs a request, and helps where the place ignores the condition.
+        """
+
+    def create_unguarded(self, path: str, data: bytes) -> bool:
+        """Look, then put: all there is without a condition. Atomic within this process."""
+        with _one_creator:
+            if self.exists(path):
+                return False
+            self.write(path, data)
+            return True
 
     @abstractmethod
     def exists(self, path: str) -> bool: ...
@@ -63,9 +87,9 @@ class FolderBackend(Backend):
             raise
         _sync_folder(target.parent)
 
-    def create(self, path: str, data: bytes) -> bool:
+    def create(self, path: str, data: bytes, *, look_first: bool) -> bool:
         target = self._root / path
-        if target.exists():
+        if target.exists():  # whatever `look_first` says: it costs nothing here
             return False
         unfinished = _write_beside(target, data)
         try:
@@ -106,29 +130,30 @@ class FolderBackend(Backend):
 class ObjectBackend(Backend):
     """Objects behind an fsspec file system: one put is atomic, nothing is appended."""
 
-    def __init__(self, filesystem: Any, root: str) -> None:
+    def __init__(self, filesystem: Any, root: str, policy: RetryPolicy) -> None:
         self._filesystem = filesystem
         self._root = root.rstrip("/")
+        self._policy = policy
 
     def read(self, path: str) -> bytes:
-        return bytes(self._filesystem.cat_file(self._at(path)))
+        limits = self._limits(LARGEST_READ_BYTES)
+        return bytes(self._filesystem.cat_file(self._at(path), **limits))
 
     def write(self, path: str, data: bytes) -> None:
-        self._filesystem.pipe_file(self._at(path), data)
+        self._filesystem.pipe_file(self._at(path), data, **self._limits(len(data)))
 
-    def create(self, path: str, data: bytes) -> bool:
+    def create(self, path: str, data: bytes, *, look_first: bool) -> bool:
+        limits = self._limits(len(data))
         with _one_creator:
-            # Checked first, because some servers silently ignore the condition.
-            if self.exists(path):
+            if look_first and self.exists(path):
                 return False
             try:
-                self._filesystem.pipe_file(self._at(path), data, mode="create")
-            except FileExistsError:
-                return False
-            except OSError:
-                # Servers differ in how they say "lost the race".
-                if self.exists(path):
+                self._filesystem.pipe_file(self._at(path), data, mode="create", **limits)
+            except Exception as error:
+                if is_lost_race(error):
                     return False
+                if is_unsupported(error):
+                    raise NoCondition(str(error)) from error
                 raise
             return True
 
@@ -136,7 +161,7 @@ class ObjectBackend(Backend):
         # Not `exists` of the file system: that answers False when the server is away.
         self._forget_listings()
         try:
-            self._filesystem.info(self._at(path))
+            self._filesystem.info(self._at(path), **self._limits(0))
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True
@@ -150,14 +175,27 @@ class ObjectBackend(Backend):
 
     def delete(self, path: str) -> None:
         self._forget_listings()
+        target = self._at(path)
         with contextlib.suppress(FileNotFoundError):
-            self._filesystem.rm(self._at(path), recursive=True)
+            if not _PATTERN_CHARACTERS.isdisjoint(target):
+                # `rm` would take the name for a pattern, and delete what fits.
+                for found in self._filesystem.find(target):
+                    self._filesystem.rm_file(found)
+            else:
+                self._filesystem.rm(target, recursive=True)
 
     def flush(self, path: str) -> None:
         """Nothing to do: a put has been answered only once it is durable."""
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
+
+    def _limits(self, num_bytes: int) -> dict[str, float]:
+        # Only a coroutine can be stopped from outside; a listing or a deletion makes many
+        # requests, which have limits of their own.
+        if not getattr(self._filesystem, "async_impl", False):
+            return {}
+        return {"timeout": self._policy.deadline_seconds(num_bytes)}
 
     def _forget_listings(self) -> None:
         # Other processes write here too, and fsspec would answer from what it saw before.

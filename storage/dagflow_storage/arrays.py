@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dagflow_storage.codec import Blosc2Codec
 from dagflow_storage.flat import AnyArray, FlatArray
 from dagflow_storage.location import Store
 
@@ -137,7 +138,8 @@ class _FlatWriter:
 
     def __init__(self, store: Store, path: str, dtype: np.dtype[Any], num_elements: int) -> None:
         chunk = max(1, CHUNK_BYTES // dtype.itemsize)
-        self._target = FlatArray.create(store, path, dtype, num_elements, chunk)
+        codec = _codec_for(store)
+        self._target = FlatArray.create(store, path, dtype, num_elements, chunk, codec=codec)
         buffered = min(num_elements, NUM_BUFFERED_CHUNKS * self._target.chunk_elements)
         self._buffer = np.empty(buffered, dtype)
         self._num_buffered = 0
@@ -169,6 +171,11 @@ class _FlatWriter:
         if data.size:
             self._target.write(self._num_written, data)
             self._num_written += data.size
+
+
+def _codec_for(store: Store) -> Blosc2Codec | None:
+    # A local disk is faster than any compressor; see docs/storage.md.
+    return None if store.folder("") is not None else Blosc2Codec()
 
 
 def _layout(specs: Sequence[ArraySpec]) -> list[StoredArray]:

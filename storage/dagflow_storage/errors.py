@@ -8,6 +8,8 @@
     │   └── LeaseUnconfirmed    for too long nobody could see whether the lease is still ours
     └── PermanentError          the same inputs fail again: stop
         ├── StoreNotWritable    permission, read-only, no such bucket, disk full
+        ├── StoreNotReadable    permission, wrong credentials
+        ├── CredentialsExpired  renew them
         ├── NotFound            nothing is stored under that name
         ├── DamagedData         what is stored is not what was written
         ├── FormatTooNew        written by a newer dagflow
@@ -49,6 +51,18 @@ class LeaseUnconfirmed(TransientError):
 
 class StoreNotWritable(PermanentError):
     """The store refuses writes: permission, read-only, no such bucket, disk full."""
+
+
+class StoreNotReadable(PermanentError):
+    """The store refuses reads: permission, wrong credentials, a request it can't understand."""
+
+
+class CredentialsExpired(PermanentError):
+    """The store knew the credentials once, and doesn't accept them any more.
+
+    Permanent: credentials that a library can renew, it has renewed before this is raised. The
+    others a person must bring; then the run resumes.
+    """
 
 
 class NotFound(PermanentError):

@@ -12,10 +12,11 @@ import zarr
 from numpy.typing import DTypeLike, NDArray
 from zarr.abc.store import ByteRequest
 from zarr.abc.store import Store as ZarrStore
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import WrapperStore
 
+from dagflow_storage._chunk_files import ChunkFiles, each
 from dagflow_storage._translation import reading, writing
 from dagflow_storage.codec import Blosc2Codec
 from dagflow_storage.documents import JSON
@@ -57,6 +58,7 @@ class FlatArray:
         self._path = path
         self._where = _place(store, path)
         self._array = array
+        self._files = _chunk_files(store, path, array)
 
     @classmethod
     def create(
@@ -67,11 +69,14 @@ class FlatArray:
         num_elements: int,
         chunk_elements: int,
         attributes: Mapping[str, JSON] | None = None,
+        codec: Blosc2Codec | None = None,
     ) -> "FlatArray":
         """A new array; `path` must be unused.
 
-        All-zero chunks are written too, so that a missing one is always damage.
+        All-zero chunks are written too, so that a missing one is always damage. Without a `codec`
+        chunks aren't compressed.
         """
+        compressors = [Crc32cCodec()] if codec is None else [codec, Crc32cCodec()]
         chunk = max(1, min(chunk_elements, num_elements))
         with writing(_place(store, path)):
             array = zarr.create_array(
@@ -79,7 +84,7 @@ class FlatArray:
                 shape=(num_elements,),
                 chunks=(chunk,),
                 dtype=np.dtype(dtype),
-                compressors=(Blosc2Codec(), Crc32cCodec()),
+                compressors=compressors,
                 filters=None,
                 fill_value=0,
                 attributes=dict(attributes or {}),
@@ -146,8 +151,11 @@ class FlatArray:
         written again.
         """
         assert start % self.chunk_elements == 0, "writes begin at a chunk"
-        with writing(self._where):
-            self._array[start : start + data.size] = data
+        if self._files is None:
+            with writing(self._where):
+                self._array[start : start + data.size] = data
+        elif data.size:
+            self._write_files(self._files, start, data)
 
     def read(self, start: int, stop: int) -> AnyArray:
         """Elements `start` to `stop`, a new array.
@@ -157,12 +165,15 @@ class FlatArray:
         DamagedData
             Naming the chunk, if two reads found it damaged or missing.
         StoreUnreachable
-            If the store did not answer, or a first read was garbled and a second was not.
+            If the store did not answer, or reads went on being garbled on the way.
         """
         if stop > len(self):
             raise DamagedData(
                 f"{self._where} has {len(self)} elements, {start} to {stop} were to be read"
             )
+        return self._store.retries.run(lambda: self._read_checked(start, stop))
+
+    def _read_checked(self, start: int, stop: int) -> AnyArray:
         try:
             return self._read(start, stop)
         except DagflowError:
@@ -170,9 +181,39 @@ class FlatArray:
         except Exception as error:  # codecs raise ValueError, RuntimeError and more
             raise self._diagnosis(start, stop) from error
 
+    def _write_files(self, files: ChunkFiles, start: int, data: AnyArray) -> None:
+        chunk = self.chunk_elements
+
+        def write(number: int) -> None:
+            begin = number * chunk - start
+            with writing(f"{self._where}/c/{number}"):
+                size_bytes, checksum = files.write(number, data[begin : begin + chunk])
+            self._store.written(f"{self._path}/c/{number}", size_bytes, checksum)
+
+        numbers = range(start // chunk, -(-(start + data.size) // chunk))
+        each(lambda number: self._store.retries.run(lambda: write(number)), numbers)
+
     def _read(self, start: int, stop: int) -> AnyArray:
-        with reading(self._where):
-            return np.asarray(self._array[start:stop])
+        if self._files is None:
+            with reading(self._where):
+                return np.asarray(self._array[start:stop])
+        return self._read_files(self._files, start, stop)
+
+    def _read_files(self, files: ChunkFiles, start: int, stop: int) -> AnyArray:
+        chunk = self.chunk_elements
+        found = np.empty(stop - start, self.dtype)
+
+        def read(number: int) -> None:
+            begin, end = max(start, number * chunk), min(stop, (number + 1) * chunk)
+            try:
+                with reading(f"{self._where}/c/{number}"):
+                    files.read(number, begin - number * chunk, found[begin - start : end - start])
+            except NotFound as error:
+                raise _MissingChunk("it is missing") from error
+
+        numbers = range(start // chunk, -(-stop // chunk)) if stop > start else range(0)
+        each(lambda number: self._store.retries.run(lambda: read(number)), numbers)
+        return found
 
     def _diagnosis(self, start: int, stop: int) -> DagflowError:
         chunk = self.chunk_elements
@@ -189,3 +230,16 @@ class FlatArray:
 
 def _place(store: Store, path: str) -> str:
     return f"{path} in {store!r}" if path else repr(store)
+
+
+def _chunk_files(store: Store, path: str, array: "zarr.Array[Any]") -> ChunkFiles | None:
+    """A shorter way to the chunks, where they are nothing but elements and a checksum."""
+    folder = store.folder(path)
+    dtype = np.dtype(array.dtype)
+    if folder is None or array.ndim != 1:
+        return None
+    plain = (BytesCodec(endian="little" if dtype.itemsize > 1 else None), Crc32cCodec())
+    is_plain = tuple(
+        getattr(array.metadata, "codecs", ())
+    ) == plain and dtype == dtype.newbyteorder("<")
+    return ChunkFiles(folder, dtype, array.chunks[0]) if is_plain else None

@@ -7,7 +7,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dagflow_storage._translation import reading
 from dagflow_storage.errors import NotFound
 from dagflow_storage.location import Store, _clean, _is_folder
 
@@ -41,8 +40,7 @@ def walk(store: Store, path: str = "") -> Iterator[FoundObject]:
         yield from _walk_folder(Path(store.url), _clean(path))
         return
     try:
-        with reading(f"{path} in {store!r}"):
-            found = _find(store, _clean(path))
+        found = store._reading(path, lambda: _find(store, _clean(path)))
     except NotFound:
         return
     yield from found

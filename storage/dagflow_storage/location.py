@@ -4,8 +4,11 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Mapping
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import fsspec  # type: ignore[import-untyped]
 from fsspec.implementations.asyn_wrapper import (  # type: ignore[import-untyped]
@@ -15,12 +18,46 @@ from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import FsspecStore, LocalStore
 
-from dagflow_storage._backends import Backend, FolderBackend, ObjectBackend
+from dagflow_storage._backends import Backend, FolderBackend, NoCondition, ObjectBackend
+from dagflow_storage._retrying import RetryingZarrStore
 from dagflow_storage._translation import reading, writing
-from dagflow_storage.errors import DagflowError, NotFound, PermanentError, StoreNotWritable
+from dagflow_storage.errors import (
+    DagflowError,
+    NotFound,
+    PermanentError,
+    StoreNotWritable,
+    StoreUnreachable,
+)
+from dagflow_storage.retries import Clock, Retries, RetryPolicy
 
+T = TypeVar("T")
 _FOLDER_PROTOCOLS = ("file", "local")
 _MEMORY_PROTOCOL = "memory"
+_S3_PROTOCOLS = ("s3", "s3a")
+# A probe has somebody waiting for it, who may have mistyped the address.
+_LONGEST_PROBE_SECONDS = 10.0
+# Without a condition, creators that looked at the same time have put by then.
+_SETTLE_SECONDS = 1.0
+
+
+class ConditionMissing(UserWarning):
+    """The store can't put on the condition that nothing is there."""
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What `Store.probe` found out.
+
+    Attributes
+    ----------
+    conditional_create
+        Whether the store itself decides between several creators of one object. Where it
+        doesn't, `Store.create_bytes` looks before it puts, and reads back after a second: two
+        creators that are further apart in time than that are told apart, and two that are
+        closer nearly always.
+    """
+
+    conditional_create: bool
 
 
 class Store:
@@ -36,6 +73,11 @@ class Store:
         knows. A relative path is made absolute here, once.
     options
         Passed to the file system (endpoint, credentials).
+    retry
+        What fails for a transient reason is tried again according to this, everywhere: each
+        method, and each chunk that zarr reads or writes. Permanent errors are never retried.
+    clock
+        What measures and waits; for tests.
 
     Raises
     ------
@@ -44,10 +86,18 @@ class Store:
     """
 
     def __init__(
-        self, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None
+        self,
+        url: str | os.PathLike[str],
+        options: Mapping[str, Any] | None = None,
+        *,
+        retry: RetryPolicy | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._url = _normalised(os.fspath(url))
         self._options = dict(options or {})
+        self._retries = Retries(retry or RetryPolicy(), clock or Clock())
+        # Unknown until probed; where unknown, `create_bytes` looks first.
+        self._has_condition: bool | None = True if _is_folder(self._url) else None
 
     @property
     def url(self) -> str:
@@ -59,9 +109,24 @@ class Store:
         """Whether only this process sees the data (``memory://``)."""
         return _protocol(self._url) == _MEMORY_PROTOCOL
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the file system is given."""
+        return dict(self._options)
+
+    def folder(self, path: str) -> Path | None:
+        """Where `path` is on this machine, if the store is a folder."""
+        return Path(self._join(_clean(path))) if _is_folder(self._url) else None
+
+    @property
+    def retries(self) -> Retries:
+        """What runs an operation on this store again while it doesn't answer."""
+        return self._retries
+
     def child(self, *parts: str) -> "Store":
-        """The store below this one, with the same options."""
-        return Store(self._join("/".join(_clean(part) for part in parts)), self._options)
+        """The store below this one, with the same options, retries and probe's result."""
+        url = self._join("/".join(_clean(part) for part in parts))
+        return self._like(url, self._retries)
 
     def read_bytes(self, path: str) -> bytes:
         """The whole content of `path`.
@@ -71,63 +136,68 @@ class Store:
         NotFound
             If there is none.
         """
-        with reading(self._shown(path)):
-            return self._backend().read(_clean(path))
+        return self._reading(path, lambda: self._backend().read(_clean(path)))
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Put `data` at `path`: afterwards it holds all of it, or what it held before."""
-        with writing(self._shown(path)):
-            self._backend().write(_required(path), data)
+        target = _required(path)
+        self._writing(path, lambda: self._backend().write(target, data))
 
     def create_bytes(self, path: str, data: bytes) -> bool:
         """Put `data` at `path` unless something is there; of several creators one wins.
 
+        Creators that must know who won put a random number into `data`: if a put's answer got
+        lost, what is found there decides, and two creators of the same bytes have both won.
+
         Returns
         -------
         bool
-            Whether this call created it. False can also mean that this call's own success got
-            lost on the way: who must know puts a random number into `data` and reads back.
+            Whether this call created it.
         """
-        with writing(self._shown(path)):
-            return self._backend().create(_required(path), data)
+        target = _required(path)
+        return self._created_once(path, data, lambda: self._create(target, data))
 
     def exists(self, path: str) -> bool:
         """Whether there is a file, or something below it, at `path`."""
-        with reading(self._shown(path)):
-            return self._backend().exists(_clean(path))
+        return self._reading(path, lambda: self._backend().exists(_clean(path)))
 
     def list(self, path: str = "") -> list[str]:
         """The names of the direct children of `path`, sorted; none when it is absent."""
         try:
-            with reading(self._shown(path)):
-                return sorted(self._backend().list(_clean(path)))
+            return self._reading(path, lambda: sorted(self._backend().list(_clean(path))))
         except NotFound:
             return []
 
     def delete(self, path: str) -> None:
         """Remove `path` and all below it; absent is fine."""
-        with writing(self._shown(path)):
-            self._backend().delete(_required(path))
+        target = _required(path)
+        self._writing(path, lambda: self._backend().delete(target))
 
     def flush(self, path: str) -> None:
         """Return once everything below `path` would survive a power cut."""
-        with writing(self._shown(path)):
-            self._backend().flush(_clean(path))
+        self._writing(path, lambda: self._backend().flush(_clean(path)))
 
     def zarr_store(self, path: str, *, read_only: bool = False) -> ZarrStore:
-        """What zarr reads and writes `path` through."""
-        url = self._join(_clean(path))
-        if _is_folder(self._url):
-            return LocalStore(url, read_only=read_only)
-        with reading(self._shown(path)):
-            filesystem, root = self._filesystem(url)
-        if filesystem.async_impl:
-            return FsspecStore.from_url(url, storage_options=self._options, read_only=read_only)
-        wrapped = AsyncFileSystemWrapper(filesystem, asynchronous=True)
-        return FsspecStore(wrapped, path=root, read_only=read_only)
+        """What zarr reads and writes `path` through; it raises errors of our tree."""
+        shown = self._shown(path)
+        with reading(shown):
+            inner = self._plain_zarr_store(self._join(_clean(path)), read_only)
+        # A folder's operations run in threads, which nothing can stop.
+        has_limits = not _is_folder(self._url)
+        return RetryingZarrStore(inner, self._retries, shown, has_limits)
 
-    def probe(self) -> None:
+    def written(self, path: str, size_bytes: int, crc32c: int) -> None:
+        """Hear of an object that was put past this store's own methods."""
+
+    def probe(self) -> ProbeReport:
         """Write, read back and delete a small object, to fail now and not in an hour.
+
+        What it finds out, this object, its children and copies keep in mind.
+
+        Warns
+        -----
+        ConditionMissing
+            If the store can't put on the condition that nothing is there.
 
         Raises
         ------
@@ -137,20 +207,109 @@ class Store:
             If the store did not answer.
         """
         path = f".dagflow-probe-{uuid.uuid4().hex}"
-        data = path.encode()
+        policy = self._retries.policy
+        total_seconds = min(policy.total_seconds, _LONGEST_PROBE_SECONDS)
+        retries = replace(self._retries, policy=replace(policy, total_seconds=total_seconds))
+        hasty = self._like(self._url, retries)
         try:
-            self.write_bytes(path, data)
+            report = hasty._probed(path)
+            hasty.delete(path)
+        except DagflowError as error:
+            message = f"tried to put, get and delete {len(path)} bytes in {self!r}: {error}"
+            raise type(error)(message) from error
+        self._has_condition = report.conditional_create
+        if not report.conditional_create:
+            warnings.warn(
+                f"{self!r} can't put an object on the condition that there is none yet, so two "
+                "runs that start in it within the same second may not notice each other",
+                ConditionMissing,
+                stacklevel=2,
+            )
+        return report
+
+    def _probed(self, path: str) -> ProbeReport:
+        first, second = f"{path}-first".encode(), f"{path}-second".encode()
+
+        def create(data: bytes) -> bool:
+            return self._backend().create(path, data, look_first=False)
+
+        try:
+            created = self._created_once(path, first, lambda: create(first))
+        except NoCondition:
+            self.write_bytes(path, first)
+            return self._kept(path, first, ProbeReport(conditional_create=False))
+        if not created:
+            raise StoreNotWritable(f"{path}, which nobody knew, was said to be there already")
+        self._kept(path, first, None)
+        # The second creator must be refused, and refused without having written.
+        again = self._created_once(path, second, lambda: create(second))
+        return ProbeReport(conditional_create=not again and self.read_bytes(path) == first)
+
+    def _kept(self, path: str, data: bytes, result: T) -> T:
+        try:
             found = self.read_bytes(path)
-            self.delete(path)
         except NotFound as error:
             found = str(error).encode()
-        except DagflowError as error:
-            message = f"tried to put, get and delete {len(data)} bytes in {self!r}: {error}"
-            raise type(error)(message) from error
         if found != data:
             raise StoreNotWritable(
                 f"{self!r} does not keep what it is given: put {data!r}, got back {found!r}"
             )
+        return result
+
+    def _create(self, target: str, data: bytes) -> bool:
+        backend = self._backend()
+        if self._has_condition is not False:
+            try:
+                # Not probed: some servers silently ignore the condition.
+                return backend.create(target, data, look_first=not self._has_condition)
+            except NoCondition:
+                self._has_condition = False
+        if not backend.create_unguarded(target, data):
+            return False
+        self._retries.clock.sleep(_SETTLE_SECONDS)
+        return backend.read(target) == data
+
+    def _created_once(self, path: str, data: bytes, create: Callable[[], bool]) -> bool:
+        """Whether `create` put `data` there, in this attempt or one whose answer got lost."""
+        lost_answers = 0
+
+        def attempt() -> bool:
+            nonlocal lost_answers
+            try:
+                with writing(self._shown(path)):
+                    created = create()
+                return created or (lost_answers > 0 and self._holds(path, data))
+            except StoreUnreachable:
+                lost_answers += 1
+                raise
+
+        return self._retries.run(attempt)
+
+    def _holds(self, path: str, data: bytes) -> bool:
+        try:
+            with reading(self._shown(path)):
+                return self._backend().read(_clean(path)) == data
+        except NotFound:
+            return False
+
+    def _reading(self, path: str, operation: Callable[[], T]) -> T:
+        def attempt() -> T:
+            with reading(self._shown(path)):
+                return operation()
+
+        return self._retries.run(attempt)
+
+    def _writing(self, path: str, operation: Callable[[], T]) -> T:
+        def attempt() -> T:
+            with writing(self._shown(path)):
+                return operation()
+
+        return self._retries.run(attempt)
+
+    def _like(self, url: str, retries: Retries) -> "Store":
+        other = Store(url, self._options, retry=retries.policy, clock=retries.clock)
+        other._has_condition = self._has_condition
+        return other
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Store) and self._identity() == other._identity()
@@ -177,14 +336,48 @@ class Store:
         # system carried over a fork would hang.
         if _is_folder(self._url):
             return FolderBackend(self._url)
-        return ObjectBackend(*self._filesystem(self._url))
+        return ObjectBackend(*self._filesystem(self._url), self._retries.policy)
 
-    def _filesystem(self, url: str) -> tuple[Any, str]:
+    def _plain_zarr_store(self, url: str, read_only: bool) -> ZarrStore:
+        if _is_folder(url):
+            return LocalStore(url, read_only=read_only)
+        filesystem, root = self._filesystem(url)
+        if filesystem.async_impl:
+            # Another instance, because it works in zarr's event loop, not in fsspec's.
+            filesystem, root = self._filesystem(url, asynchronous=True)
+        else:
+            filesystem = AsyncFileSystemWrapper(filesystem, asynchronous=True)
+        return FsspecStore(filesystem, path=root, read_only=read_only)
+
+    def _filesystem(self, url: str, **more: Any) -> tuple[Any, str]:
+        options = {**limited_options(url, self._options, self._retries.policy), **more}
         try:
-            filesystem, root = fsspec.core.url_to_fs(url, **self._options)
+            filesystem, root = fsspec.core.url_to_fs(url, **options)
         except ImportError as error:
             raise PermanentError(f"{self!r} needs a package: {error}") from error
+        if _protocol(url) in _S3_PROTOCOLS:
+            # The loop around ours would multiply the time that a hang takes.
+            filesystem.retries = 1
         return filesystem, root
+
+
+def limited_options(url: str, options: Mapping[str, Any], policy: RetryPolicy) -> dict[str, Any]:
+    """The options that a file system is given: for S3, with what bounds a single request.
+
+    What the user says goes first.
+    """
+    if _protocol(url) not in _S3_PROTOCOLS:
+        return dict(options)
+    config = {
+        "connect_timeout": min(5.0, policy.operation_seconds),
+        "read_timeout": policy.operation_seconds,
+        # Retries are ours: only so are they bounded, and is a lost answer noticed.
+        "retries": {"total_max_attempts": 1},
+        "max_pool_connections": 32,
+        **options.get("config_kwargs", {}),
+    }
+    # With more than 1, s3fs asks for an object's size before it reads it. Ours are small.
+    return {"max_concurrency": 1, **options, "config_kwargs": config}
 
 
 def _normalised(url: str) -> str:
@@ -193,7 +386,7 @@ def _normalised(url: str) -> str:
             raise ValueError(f"{url!r} is neither a path nor a URL: a URL has '://'")
         return str(LocalFileSystem._strip_protocol(url))
     protocol = _protocol(url)
-    if protocol not in fsspec.available_protocols():
+    if protocol not in {*fsspec.available_protocols(), *fsspec.registry}:
         raise ValueError(f"fsspec knows no protocol {protocol!r} (in {_without_secrets(url)})")
     root = f"{protocol}://"
     return url if url == root else url.rstrip("/")

@@ -43,6 +43,10 @@ class RecordingStore(Store):
         """As `Store.zarr_store`."""
         return _RecordingZarrStore(self._store.zarr_store(path, read_only=read_only), self, path)
 
+    def written(self, path: str, size_bytes: int, crc32c: int) -> None:
+        """As `Store.written`."""
+        self._written[path] = (size_bytes, crc32c)
+
     def _note(self, path: str, data: bytes) -> None:
         self._written[path] = (len(data), claimed_crc32c(path, data))
 

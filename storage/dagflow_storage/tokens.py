@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from dagflow_storage.codec import Blosc2Codec
 from dagflow_storage.documents import JSON
 from dagflow_storage.errors import FormatTooNew, NotFound, StoreNotWritable
 from dagflow_storage.flat import AnyArray, FlatArray
@@ -55,7 +56,9 @@ def write_tokens(
     store = _as_store(url)
     _make_room(store)
     pieces = [tokens] if isinstance(tokens, np.ndarray) else tokens
-    array = FlatArray.create(store, "", dtype, CHUNK_TOKENS, CHUNK_TOKENS, {_MARK: None})
+    array = FlatArray.create(
+        store, "", dtype, CHUNK_TOKENS, CHUNK_TOKENS, {_MARK: None}, codec=Blosc2Codec()
+    )
     num_tokens = 0
     for chunk in _rechunked(pieces, np.dtype(dtype)):
         array.resize(num_tokens + chunk.size)

@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest
 
 from dagflow_storage import Store
+from dagflow_storage.faults import FakeClock
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
+    return Store(str(tmp_path / "store"), clock=FakeClock())
 
 
 @pytest.fixture
 def memory() -> Iterator[Store]:
-    root = Store("memory://")
+    root = Store("memory://", clock=FakeClock())
     name = f"test-{uuid.uuid4().hex}"
     yield root.child(name)
     root.delete(name)

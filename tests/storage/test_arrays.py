@@ -199,7 +199,7 @@ def test_a_missing_chunk_of_zeros_is_noticed_too(folder: Store) -> None:
         read_arrays(folder, "set", index)
 
 
-def test_damage_that_a_second_read_does_not_find_is_worth_a_retry(
+def test_damage_that_a_second_read_does_not_find_is_read_again(
     folder: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = write(folder, counted([4]))
@@ -212,7 +212,22 @@ def test_damage_that_a_second_read_does_not_find_is_worth_a_retry(
         return original(self, start, stop)
 
     monkeypatch.setattr(FlatArray, "_read", garbled_once)
-    with pytest.raises(StoreUnreachable, match="second read"):
+    assert read_arrays(folder, "set", index)["a0"].tolist() == [0, 1, 2, 3]
+
+
+def test_reads_that_go_on_being_garbled_are_given_up(
+    folder: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = write(folder, counted([4]))
+    original, calls = FlatArray._read, iter(range(10**6))
+
+    def garbled_every_other_time(self: FlatArray, start: int, stop: int) -> np.ndarray:
+        if next(calls) % 2 == 0:
+            raise ValueError("checksum")
+        return original(self, start, stop)
+
+    monkeypatch.setattr(FlatArray, "_read", garbled_every_other_time)
+    with pytest.raises(StoreUnreachable, match=r"second read; given up after \d+ attempts in 60 s"):
         read_arrays(folder, "set", index)
 
 

@@ -134,7 +134,7 @@ def test_the_last_row_is_found_without_reading_those_before(
     run = RunDirectory(store)
     assert run.read_last_metrics() is None
     for start in (0, 10, 20):
-        run.append_metrics(rows(*range(start, start + 10)))
+        RunDirectory(store).append_metrics(rows(*range(start, start + 10)))
     read: list[str] = []
     original = Store.read_bytes
 
