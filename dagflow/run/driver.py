@@ -40,7 +40,6 @@ _LINEAGE_TASKS = 20_000
 _LINEAGE_STEPS = 64
 # Interrupts are heeded and the roster is looked at this often; news wakes the driver at once.
 _TICK_SECONDS = 0.5
-_METRICS_EVERY_STEPS = 50
 # A step that so many workers in turn have not survived, or that was taken up again so often without
 # a worker being lost, isn't unlucky.
 _MAX_LOSSES_A_STEP = 12
@@ -143,7 +142,6 @@ class Driver:
     _restored: list[Future] = field(default_factory=list)
     _standing: Standing | None = None
     _lineage: tuple[int, int] = (0, 0)
-    _metrics: list[dict[str, Any]] = field(default_factory=list)
     _committed: set[int] = field(default_factory=set)
     _snapshot_due: bool = False
     _reports: dict[int, StepReport] = field(default_factory=dict)
@@ -161,7 +159,7 @@ class Driver:
 
         Every step that comes back is reported once; snapshots are committed when all their shards
         are written. When a worker is lost, its stages are rebuilt on others, and the steps in flight
-        go on. On any way out, Ctrl-C included, the metrics so far are written.
+        go on.
 
         Raises
         ------
@@ -174,21 +172,17 @@ class Driver:
         self.feed.look_around = self._look_around
         self._clock = time.perf_counter()
         self._restore(dict.fromkeys(range(len(self.addresses)), first_step))
-        try:
-            while True:
-                try:
-                    if self._advance(last_step):
-                        return self._done
-                except Disturbed as disturbance:
-                    self._take_up_again(disturbance)
-        finally:
-            self._flush_metrics()
+        while True:
+            try:
+                if self._advance(last_step):
+                    return self._done
+            except Disturbed as disturbance:
+                self._take_up_again(disturbance)
 
     def drain(self) -> int:
         """Let the steps in flight finish, and return how many are done."""
         while self._flights:
             self._finish_oldest()
-        self._flush_metrics()
         return self._done
 
     def save_and_commit(self, step: int) -> None:
@@ -311,11 +305,6 @@ class Driver:
         batch = flight.batch
         for ref in self.graph.refs:
             JOURNAL.end_step(ref, flight.step)  # of what the driver itself has put there
-        self.ledger.add(
-            StepRecord(
-                flight.step, batch.microbatches, flight.factor, report.decision, batch.samples
-            )
-        )
         event = StepEvent(
             step=flight.step + 1,
             loss=report.loss,
@@ -325,9 +314,12 @@ class Driver:
             learning_rate_factor=flight.factor,
             gradient_norm=report.decision.norm if report.decision else None,
         )
-        self._metrics.append(event.to_json())
-        if len(self._metrics) >= _METRICS_EVERY_STEPS:
-            self._flush_metrics()
+        self.ledger.add(
+            StepRecord(
+                flight.step, batch.microbatches, flight.factor, report.decision, batch.samples
+            ),
+            event.to_json(),
+        )
         self.on_step(event)
 
     def _recent_reports(self) -> dict[int, StepReport]:
@@ -487,11 +479,6 @@ class Driver:
             done.discard(stage)
         return done
 
-    def _flush_metrics(self) -> None:
-        if self._metrics:
-            self.run.append_metrics(self._metrics)
-            self._metrics = []
-
     # What is lost
 
     def _take_up_again(self, disturbance: Disturbed) -> None:
@@ -635,7 +622,8 @@ class Driver:
                 continue
             records = [self._result(future) for key, future in futures.items() if _is_save(key)]
             records += self.write_extra(step)
-            self._flush_metrics()
+            if not self.ledger.flush(self.wait_seconds):
+                raise WorkersLost(f"The ledger can't be written: {self.ledger.trouble}")
             report = self._reports.get(step)
             decision = self.decision if report is None else report.decision
             meta = {
