@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 
 Place = tuple[str, int, int, int]  # function, step, stage, micro-batch
 
+# How long a stage may be at two places after the driver has it moved.
+MOVE_SECONDS = 15.0
 COMPUTING = frozenset({"forward", "backward", "backward_weights", "forward_backward", "update"})
 
 
@@ -45,15 +48,18 @@ class Hit:
 
     Attributes
     ----------
-    time : float
+    begin, end : float
+        When; a worker that was asked to leave, or is slow, goes on for a while.
     volunteers : frozenset of str
-        Those who lost what they had; whoever took part then, if everybody went back.
+        Those it happened to: what they have done may be done again by others, and what they do
+        from then on may have been done already.
     sends_back : bool
         Whether steps that were done may be done again by all: the driver or the scheduler was lost,
         or several workers with what they had sent each other.
     """
 
-    time: float
+    begin: float
+    end: float
     volunteers: frozenset[str]
     sends_back: bool = False
 
@@ -80,6 +86,25 @@ def _of_volunteer(path: Path) -> Iterable[Execution]:
             yield Execution(path.stem, place, begin, time, recomputed=more[0])
     for place, begin in open_ones.items():
         yield Execution(path.stem, place, begin)
+
+
+def alarms(folder: Path) -> list[Hit]:
+    """Return when the driver had a stage rebuilt elsewhere though its worker was still there.
+
+    It may have been right, of a frozen or slow worker, or for a worker that has joined.
+    """
+    names = {}
+    for path in folder.glob("*.log"):
+        found = re.search(r"Start worker at:\s+(tcp://\S+)", path.read_text(errors="replace"))
+        if found:
+            names[found[1]] = path.stem
+    text = (folder / "driver.log").read_text(errors="replace")
+    moves = re.findall(r"^\[([\d.]+)\] Rebuilding stage \d+ of (\S+) on (\S+), too", text, re.M)
+    # Whoever is done first wins, and the other may be at work still.
+    return [
+        Hit(float(time), float(time) + MOVE_SECONDS, frozenset({names[old], names[new]}))
+        for time, old, new in moves
+    ]
 
 
 def holders(executions: Sequence[Execution]) -> dict[int, str]:
@@ -118,9 +143,11 @@ def unexplained(executions: Sequence[Execution], hits: Sequence[Hit]) -> list[st
 
 
 def _excused(earlier: Execution, later: Execution, hits: Sequence[Hit]) -> bool:
+    """Tell whether a fault came between, to whoever was earlier, or to a slow one that came late."""
     return any(
-        (earlier.volunteer in hit.volunteers and earlier.begin <= hit.time <= later.begin)
-        or (hit.sends_back and earlier.begin <= hit.time <= later.begin)
+        earlier.begin <= hit.end
+        and hit.begin <= later.begin
+        and (hit.sends_back or hit.volunteers & {earlier.volunteer, later.volunteer})
         for hit in hits
     )
 

@@ -45,6 +45,12 @@ ENABLED = frozenset(
         Fault.JOIN,
         Fault.DRIVER_KILLED,
         Fault.DRIVER_KILLED_IN_TASK,
+        Fault.FREEZE,
+        Fault.SLOW,
+        Fault.EXCEPTION,
+        Fault.OUT_OF_MEMORY,
+        Fault.NOT_FINITE,
+        Fault.WRONG_SHAPE,
         Fault.STORE_AWAY,
         Fault.DAMAGED_CHUNK,
     }
@@ -58,6 +64,15 @@ IN_TASK = frozenset(
         Fault.OUT_OF_MEMORY,
         Fault.NOT_FINITE,
         Fault.WRONG_SHAPE,
+    }
+)
+NOBODYS = frozenset(
+    {
+        Fault.KILL_ALL,
+        Fault.JOIN,
+        Fault.DRIVER_KILLED,
+        Fault.SCHEDULER_KILLED,
+        Fault.STORE_AWAY,
     }
 )
 LASTING = frozenset({Fault.FREEZE, Fault.SLOW, Fault.STORE_AWAY})
@@ -196,18 +211,11 @@ def _incident(
     if fault in IN_TASK:
         moment = InTask(*_task(rng, step, stages[0], extent))
         return Incident(number, fault, moment, tuple(stages))
-    whom = () if fault in _NOBODYS else tuple(sorted(stages))
+    whom = () if fault in NOBODYS else tuple(sorted(stages))
     return Incident(number, fault, AfterStep(step), whom, rng.randint(1, 4) * (fault in LASTING))
 
 
-_NOBODYS = (Fault.KILL_ALL, Fault.JOIN, Fault.DRIVER_KILLED, Fault.SCHEDULER_KILLED) + (
-    Fault.STORE_AWAY,
-)
-
-
-def _task(
-    rng: random.Random, step: int, stage: int, extent: Extent
-) -> tuple[str, int, int, int]:
+def _task(rng: random.Random, step: int, stage: int, extent: Extent) -> tuple[str, int, int, int]:
     last = stage == extent.num_stages - 1
     functions = ["forward_backward", "update"] if last else ["forward", "backward", "update"]
     function = rng.choice(functions)
@@ -215,9 +223,7 @@ def _task(
     return function, step, stage, index
 
 
-def moments_in_task(
-    seed: int, extent: Extent, count: int, fault: Fault
-) -> Sequence[Incident]:
+def moments_in_task(seed: int, extent: Extent, count: int, fault: Fault) -> Sequence[Incident]:
     """Return incidents of one kind in `count` different tasks, spread over a run."""
     rng = random.Random(seed)
     steps = sorted(rng.randrange(extent.num_steps) for _ in range(count))

@@ -1,6 +1,6 @@
 """Runs many seeds' scripts of faults, and prints a table.
 
-    python tests/chaos/many_seeds.py --seeds 10 [--first 0] [--faults 28] [--kind KILL --kind ...]
+python tests/chaos/many_seeds.py --seeds 10 [--first 0] [--faults 28] [--kind KILL --kind ...]
 """
 
 from __future__ import annotations

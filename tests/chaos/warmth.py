@@ -9,13 +9,13 @@ from __future__ import annotations
 import bokeh.plotting  # noqa: F401
 import torch
 import torch._dynamo
-import torch._inductor  # noqa: F401
+import torch._inductor
 import torch.export
-import torch.onnx  # noqa: F401
+import torch.onnx
 
 import chaos.driving
 import chaos.scheduling
-import chaos.volunteer  # noqa: F401
+import chaos.volunteer
 import dagflow
 
 torch.set_num_threads(1)
