@@ -66,6 +66,7 @@ IN_TASK = frozenset(
         Fault.WRONG_SHAPE,
     }
 )
+GARBAGE = frozenset({Fault.NOT_FINITE, Fault.WRONG_SHAPE})
 NOBODYS = frozenset(
     {
         Fault.KILL_ALL,
@@ -209,7 +210,11 @@ def _incident(
         assert last_kill is not None
         return Incident(number, fault, WhileRebuilding(last_kill))
     if fault in IN_TASK:
-        moment = InTask(*_task(rng, step, stages[0], extent))
+        task = _task(rng, step, stages[0], extent)
+        if fault in GARBAGE:
+            first = "forward_backward" if stages[0] == extent.num_stages - 1 else "forward"
+            task = (first, step, stages[0], rng.randrange(extent.num_microbatches))
+        moment = InTask(*task)
         return Incident(number, fault, moment, tuple(stages))
     whom = () if fault in NOBODYS else tuple(sorted(stages))
     return Incident(number, fault, AfterStep(step), whom, rng.randint(1, 4) * (fault in LASTING))

@@ -324,16 +324,19 @@ class Harness:
             self._damage_newest_snapshot()
             self._kill(victims)
         else:
-            self._hit(victims)
-            return fault  # the worker does it to itself
+            # The worker does it to itself, and goes on until the driver knows and has excluded it.
+            self._hit(victims, seconds=accounting.MOVE_SECONDS)
+            return fault
         return None
 
-    def _hit(self, whom: Sequence[Volunteer], *, sends_back: bool = False) -> None:
+    def _hit(
+        self, whom: Sequence[Volunteer], *, sends_back: bool = False, seconds: float = 0.0
+    ) -> None:
         # What was lost at the same time as others, or while others recover, may have been all
         # there was of something.
         names = frozenset(who.name for who in whom)
         now = time.monotonic()
-        self._hits.append(Hit(now, now, names, sends_back))
+        self._hits.append(Hit(now, now + seconds, names, sends_back))
 
     def _over(self, who: Volunteer) -> None:
         """Note that what began to happen to a volunteer has ended: it is well again, or gone."""
