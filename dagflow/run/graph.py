@@ -417,6 +417,9 @@ class _StepBuilder:
             call = (tasks.backward, *where, this, previous, *recompute, halved)
             if self._is_done("forward", stage, index):
                 after = self._weights_ready(stage)
+            elif halved and self.inputs.standing is not None:
+                # A gradient that is recalled doesn't come by way of this stage's forward.
+                after = self._waiting_for("forward", stage, index)
         self._add("backward", stage, index, call=call, after=after)
 
     def _inputs_of_backward(self, program: StageProgram, microbatch: Microbatch) -> Any:
