@@ -27,11 +27,19 @@ from dagflow.run.graph import Key, Places, Priorities, Standing, StepGraph, Step
 from dagflow.run.interrupts import Interrupts
 from dagflow.run.ledger import Ledger
 from dagflow.run.membership import STALLED, Membership, place_again
-from dagflow_storage import NotFound, RunDirectory, ShardRecord, commit_snapshot
+from dagflow_storage import (
+    Lease,
+    LeaseUnconfirmed,
+    NotFound,
+    RunDirectory,
+    ShardRecord,
+    StoreNotWritable,
+    commit_snapshot,
+)
 from dagflow_tasks.journal import JOURNAL
 from dagflow_tasks.optimizer import Schedule
 from dagflow_tasks.replay import StageProgress, StepRecord
-from dagflow_tasks.results import Decision, StepReport
+from dagflow_tasks.results import Decision, JournalStats, StepReport
 
 # The scheduler remembers every task from which one that is still wanted descends. A run's steps
 # descend from each other, so the chain is cut when it has grown this long: the driver waits until
@@ -40,7 +48,6 @@ _LINEAGE_TASKS = 20_000
 _LINEAGE_STEPS = 64
 # Interrupts are heeded and the roster is looked at this often; news wakes the driver at once.
 _TICK_SECONDS = 0.5
-_METRICS_EVERY_STEPS = 50
 # A step that so many workers in turn have not survived, or that was taken up again so often without
 # a worker being lost, isn't unlucky.
 _MAX_LOSSES_A_STEP = 12
@@ -103,6 +110,8 @@ class Driver:
     run : RunDirectory
     ledger : Ledger
     membership : Membership
+    lease : Lease
+        The right to write to the run's store.
     snapshot_every : int | None
     on_step : callable
     note : callable
@@ -128,6 +137,7 @@ class Driver:
     run: RunDirectory
     ledger: Ledger
     membership: Membership
+    lease: Lease
     snapshot_every: int | None
     lookahead_steps: int
     on_step: Callable[[StepEvent], None]
@@ -142,7 +152,8 @@ class Driver:
     _ready: dict[int, Future] = field(default_factory=dict)
     _standing: Standing | None = None
     _lineage: tuple[int, int] = (0, 0)
-    _metrics: list[dict[str, Any]] = field(default_factory=list)
+    _journals: dict[str, JournalStats] = field(default_factory=dict)
+    _trouble: str = ""
     _committed: set[int] = field(default_factory=set)
     _snapshot_due: bool = False
     _reports: dict[int, StepReport] = field(default_factory=dict)
@@ -160,7 +171,7 @@ class Driver:
 
         Every step that comes back is reported once; snapshots are committed when all their shards
         are written. When a worker is lost, its stages are rebuilt on others, and the steps in flight
-        go on. On any way out, Ctrl-C included, the metrics so far are written.
+        go on.
 
         Raises
         ------
@@ -173,21 +184,17 @@ class Driver:
         self.feed.look_around = self._look_around
         self._clock = time.perf_counter()
         self._restore(dict.fromkeys(range(len(self.addresses)), first_step))
-        try:
-            while True:
-                try:
-                    if self._advance(last_step):
-                        return self._done
-                except Disturbed as disturbance:
-                    self._take_up_again(disturbance)
-        finally:
-            self._flush_metrics()
+        while True:
+            try:
+                if self._advance(last_step):
+                    return self._done
+            except Disturbed as disturbance:
+                self._take_up_again(disturbance)
 
     def drain(self) -> int:
         """Let the steps in flight finish, and return how many are done."""
         while self._flights:
             self._finish_oldest()
-        self._flush_metrics()
         return self._done
 
     def save_and_commit(self, step: int) -> None:
@@ -291,6 +298,8 @@ class Driver:
     def _finish_oldest(self) -> None:
         """Wait for the oldest step in flight, and tell everybody about it."""
         flight = self._flights[0]
+        with contextlib.suppress(LeaseUnconfirmed):
+            self.lease.check()
         report: StepReport = self._result(flight.futures[self.graph.report_key(flight.step)])
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
@@ -306,11 +315,10 @@ class Driver:
         batch = flight.batch
         for ref in self.graph.refs:
             JOURNAL.end_step(ref, flight.step)  # of what the driver itself has put there
-        self.ledger.add(
-            StepRecord(
-                flight.step, batch.microbatches, flight.factor, report.decision, batch.samples
-            )
+        record = StepRecord(
+            flight.step, batch.microbatches, flight.factor, report.decision, batch.samples
         )
+        journal_bytes, journal_seconds = self._journal_since(report)
         event = StepEvent(
             step=flight.step + 1,
             loss=report.loss,
@@ -319,11 +327,26 @@ class Driver:
             unit=flight.batch.unit,
             learning_rate_factor=flight.factor,
             gradient_norm=report.decision.norm if report.decision else None,
+            journal_bytes=journal_bytes,
+            journal_share=min(1.0, journal_seconds / seconds) if seconds else 0.0,
         )
-        self._metrics.append(event.to_json())
-        if len(self._metrics) >= _METRICS_EVERY_STEPS:
-            self._flush_metrics()
+        self.ledger.add(record, event.to_json())
         self.on_step(event)
+
+    def _journal_since(self, report: StepReport) -> tuple[int, float]:
+        """Return what all journals have written since the last report, and the busiest's seconds."""
+        num_bytes, seconds = 0, 0.0
+        for stats in {s.process: s for s in report.journal.values()}.values():
+            before = self._journals.get(stats.process, JournalStats())
+            num_bytes += stats.num_bytes - before.num_bytes
+            seconds = max(seconds, stats.seconds - before.seconds)
+            if stats.trouble and stats.trouble != before.trouble:
+                self.note(f"A worker's journal can't be written at present: {stats.trouble}")
+            self._journals[stats.process] = stats
+        if self.ledger.trouble and self.ledger.trouble != self._trouble:
+            self.note(f"The ledger can't be written at present: {self.ledger.trouble}")
+        self._trouble = self.ledger.trouble
+        return num_bytes, seconds
 
     def _recent_reports(self) -> dict[int, StepReport]:
         return {step: report for step, report in self._reports.items() if step in self._saves}
@@ -482,11 +505,6 @@ class Driver:
             done.discard(stage)
         return done
 
-    def _flush_metrics(self) -> None:
-        if self._metrics:
-            self.run.append_metrics(self._metrics)
-            self._metrics = []
-
     # What is lost
 
     def _take_up_again(self, disturbance: Disturbed) -> None:
@@ -627,9 +645,10 @@ class Driver:
             futures = self._saves[step]
             if step > done or not (wait_for_all or all(f.done() for f in futures.values())):
                 continue
-            records = [self._result(future) for key, future in futures.items() if _is_save(key)]
+            records = self._records(step, must_be=wait_for_all)
+            if records is None:
+                continue
             records += self.write_extra(step)
-            self._flush_metrics()
             report = self._reports.get(step)
             decision = self.decision if report is None else report.decision
             meta = {
@@ -638,6 +657,7 @@ class Driver:
                 "run_id": self.graph.refs[0].run_id,
                 "plan": self.graph.refs[0].plan,
             }
+            self._confirm_lease()
             try:
                 commit_snapshot(self.run.store, step, records, meta)
             except NotFound as error:  # somebody has tidied up too well: another one will do
@@ -647,6 +667,34 @@ class Driver:
             for future in self._saves.pop(step).values():
                 future.release()
             self.after_commit(step, self._saves.keys())
+
+    def _records(self, step: int, *, must_be: bool) -> list[ShardRecord] | None:
+        """Return what was written of a snapshot; None if that failed and the next one will do."""
+        futures = [future for key, future in self._saves[step].items() if _is_save(key)]
+        failed = [f.exception() for f in futures if f.status == "error"]
+        passing = (TransientError, StoreNotWritable)
+        if must_be or not failed or not all(isinstance(error, passing) for error in failed):
+            return [self._result(future) for future in futures]
+        self.note(f"No snapshot of step {step}: {failed[0]}")
+        for future in self._saves.pop(step).values():
+            future.release()
+        return None
+
+    def _confirm_lease(self) -> None:
+        """Return once it is certain that no other driver has taken over.
+
+        Raises
+        ------
+        LeaseLost
+        """
+        while True:
+            try:
+                self.lease.check()
+                return
+            except LeaseUnconfirmed as error:
+                self.note(str(error))
+                self.membership.wait(None, _TICK_SECONDS)
+                self.interrupts.heed()
 
 
 def _is_save(key: Key) -> bool:
