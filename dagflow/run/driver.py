@@ -150,6 +150,8 @@ class Driver:
     _flights: deque[_Flight] = field(default_factory=deque)
     _saves: dict[int, dict[Key, Future]] = field(default_factory=dict)
     _ready: dict[int, Future] = field(default_factory=dict)
+    _restored: list[Future] = field(default_factory=list)
+    _turns: int = 0
     _standing: Standing | None = None
     _lineage: tuple[int, int] = (0, 0)
     _journals: dict[str, JournalStats] = field(default_factory=dict)
@@ -288,6 +290,7 @@ class Driver:
         flight.futures = self._get(dsk, keys)
         if first:
             self._lineage = (0, 0)
+            self._restored.clear()  # nothing descends from them any more
         self._lineage = (self._lineage[0] + len(dsk), self._lineage[1] + 1)
 
     def _get(self, dsk: Mapping[Key, Any], keys: list[Key]) -> dict[Key, Future]:
@@ -310,6 +313,9 @@ class Driver:
         # From here on the step is done, whatever happens to its workers.
         self._flights.popleft()
         self._done = flight.step + 1
+        # Kept: when a worker leaves, dask runs again what led to its results and isn't kept, on the
+        # workers that are left, and restoring would take these back to where they once began.
+        self._restored.extend(self._ready.values())
         self._ready.clear()
         self._reports = {flight.step + 1: report, **self._recent_reports()}
         batch = flight.batch
@@ -473,7 +479,7 @@ class Driver:
         """Have a stage rebuilt on a worker that isn't its own."""
         graph = self.graph.again(uuid.uuid4().hex[:8])
         records = [r for r in self.ledger.since(0) if r.step < self._done]
-        dsk = graph.restore(stage, self._done, records)
+        dsk = graph.restore(stage, self._done, records, self._turn())
         places = list(self.addresses)
         places[stage] = address
         with dask.annotate(workers=Places(places), priority=self.priorities):
@@ -547,9 +553,10 @@ class Driver:
                 future.release()
         self._snapshot_due = self._snapshot_due or bool(self._saves)
         self._saves.clear()
-        for future in self._ready.values():
+        for future in [*self._ready.values(), *self._restored]:
             future.release()
         self._ready.clear()
+        self._restored.clear()
         for move in self._moves.values():
             future = move.future
             if not future.done():
@@ -622,12 +629,17 @@ class Driver:
                 future.release()
         return {progress.stage: progress for progress in found}
 
+    def _turn(self) -> tuple[int, int]:
+        """Return a number that grows with every rebuilding of this run, whoever drives it."""
+        self._turns += 1
+        return self.lease.holder.epoch, self._turns
+
     def _restore(self, targets: Mapping[int, int]) -> None:
         """Have stages brought to the weights after some step; the next step waits for them."""
         dsk: dict[Key, Any] = {}
         for stage, step in targets.items():
             records = [r for r in self.ledger.since(0) if r.step < step]
-            dsk |= self.graph.restore(stage, step, records)
+            dsk |= self.graph.restore(stage, step, records, self._turn())
         futures = self._get(dsk, list(dsk)) if dsk else {}
         self._ready = {int(str(key[2])): future for key, future in futures.items()}
 
@@ -644,6 +656,10 @@ class Driver:
         for step in sorted(self._saves):
             futures = self._saves[step]
             if step > done or not (wait_for_all or all(f.done() for f in futures.values())):
+                continue
+            if not self.ledger.flush(self.wait_seconds if wait_for_all else 0.0):
+                if wait_for_all:
+                    raise WorkersLost(f"The ledger can't be written: {self.ledger.trouble}")
                 continue
             records = self._records(step, must_be=wait_for_all)
             if records is None:

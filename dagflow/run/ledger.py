@@ -1,8 +1,11 @@
-"""The run's ledger: what each step was computed from, samples included, written behind the driver."""
+"""The run's ledger and metrics: what each step was computed from, and what came of it.
+
+Both are written behind the driver, metrics first: whoever goes on from a step that the ledger has
+knows the losses up to there.
+"""
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +15,7 @@ from dagflow.errors import DagflowError
 from dagflow_storage import RunDirectory
 from dagflow_tasks.replay import StepRecord
 
-_Row = tuple[StepRecord, Mapping[str, Any]]
+_PAUSE_SECONDS = 1.0
 
 
 class Ledger:
@@ -28,21 +31,30 @@ class Ledger:
     def __init__(self, run: RunDirectory, records: dict[int, StepRecord] | None = None) -> None:
         self._run = run
         self.records = dict(records or {})
-        self._queue: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
         self.trouble = ""
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[StepRecord, Mapping[str, Any]]] = []
+        self._ending = False
 
     def since(self, step: int) -> list[StepRecord]:
         """Return the records from a step on, in order."""
         return [self.records[k] for k in sorted(self.records) if k >= step]
 
     def add(self, record: StepRecord, metrics: Mapping[str, Any]) -> None:
-        """Note a step that all stages have done, and what there is to say of it."""
+        """Note a step that all stages have done, and what there is to tell of it."""
         self.records[record.step] = record
-        self._queue.put((record, metrics))
+        with self._changed:
+            self._waiting.append((record, metrics))
+            self._changed.notify_all()
 
     def forget(self, before_step: int) -> None:
         """Forget the steps that no replay will need; the store keeps them."""
         self.records = {k: r for k, r in self.records.items() if k >= before_step}
+
+    def flush(self, seconds: float) -> bool:
+        """Return once everything is written; False if that took longer than so many seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting, seconds)
 
     @contextmanager
     def writing(self) -> Iterator[Ledger]:
@@ -52,33 +64,35 @@ class Ledger:
         try:
             yield self
         finally:
-            self._queue.put(None)
+            with self._changed:
+                self._ending = True
+                self._changed.notify_all()
             thread.join()
 
     def _write(self) -> None:
-        waiting: list[_Row] = []
-        ending = False
-        while not ending:
-            rows, ending = self._gathered()
-            waiting += rows
-            if not waiting:
-                continue
-            try:
-                # Metrics first: a step that the ledger knows isn't run again.
-                self._run.append_metrics([metrics for _, metrics in waiting])
-                self._run.ledger.append([record.to_json() for record, _ in waiting])
-                waiting, self.trouble = [], ""
-            except DagflowError as error:
-                # The store has tried for as long as it may. Tried again with the next step; if
-                # nothing helps, a run that is taken up again goes on from the last step written.
-                self.trouble = f"{type(error).__name__}: {error}"
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._ending)
+                waiting, ending = list(self._waiting), self._ending
+            written = self._try(waiting)
+            with self._changed:
+                if written:
+                    del self._waiting[: len(waiting)]
+                    self._changed.notify_all()
+                elif not ending:
+                    self._changed.wait_for(lambda: self._ending, _PAUSE_SECONDS)
+                    continue
+                if ending:
+                    return
 
-    def _gathered(self) -> tuple[list[_Row], bool]:
-        rows: list[_Row] = []
-        row = self._queue.get()
-        while row is not None:
-            rows.append(row)
-            if self._queue.empty():
-                return rows, False
-            row = self._queue.get()
-        return rows, True
+    def _try(self, waiting: list[tuple[StepRecord, Mapping[str, Any]]]) -> bool:
+        try:
+            self._run.append_metrics([metrics for _, metrics in waiting])
+            self._run.ledger.append([record.to_json() for record, _ in waiting])
+        except DagflowError as error:
+            # The store has tried for as long as it may. If nothing helps, a run that is taken up
+            # again goes on from the last step written.
+            self.trouble = f"{type(error).__name__}: {error}"
+            return False
+        self.trouble = ""
+        return True
