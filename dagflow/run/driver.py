@@ -48,6 +48,8 @@ _LINEAGE_TASKS = 20_000
 _LINEAGE_STEPS = 64
 # Interrupts are heeded and the roster is looked at this often; news wakes the driver at once.
 _TICK_SECONDS = 0.5
+# Spares may fill this share of their memory with weights; of this much if they don't say.
+_SPARE_SHARE, _ROOM_BYTES = 0.5, 8 << 30
 # A step that so many workers in turn have not survived, or that was taken up again so often without
 # a worker being lost, isn't unlucky.
 _MAX_LOSSES_A_STEP = 12
@@ -120,6 +122,8 @@ class Driver:
         Writes the parts of a snapshot that no stage writes.
     after_commit : callable
         Called with the step of a snapshot that was just committed, and of those under way.
+    stage_bytes : sequence of int
+        Memory for each stage's weights and optimizer.
     wait_seconds : float
         How long to wait for a worker when all are gone.
     decision : Decision | None
@@ -145,6 +149,7 @@ class Driver:
     write_extra: Callable[[int], Sequence[ShardRecord]]
     after_commit: Callable[[int, Collection[int]], None]
     wait_seconds: float
+    stage_bytes: Sequence[int]
     decision: Decision | None = None
     interrupts: Interrupts = field(default_factory=Interrupts)
     _flights: deque[_Flight] = field(default_factory=deque)
@@ -164,6 +169,8 @@ class Driver:
     _exhausted: bool = False
     _clock: float = 0.0
     _moves: dict[int, _Move] = field(default_factory=dict)
+    _warming: dict[tuple[int, str], Future] = field(default_factory=dict)
+    _lost_stages: Counter[int] = field(default_factory=Counter)
     _failed: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
     _losses: Counter[int] = field(default_factory=Counter)
     _troubles: Counter[int] = field(default_factory=Counter)
@@ -217,6 +224,12 @@ class Driver:
                 for future in flight.batch.held.values():
                     future.release()
             self._let_go()
+            for future in self._warming.values():
+                future.release()
+            for move in self._moves.values():
+                move.future.release()
+            self._warming.clear()
+            self._moves.clear()
             self._flights.clear()
 
     # Steps
@@ -473,13 +486,16 @@ class Driver:
             return
         target = spares[0] if spares else min(others, key=lambda a: used[a])
         self.note(f"Rebuilding stage {stage} of {address} on {target}, too: {because}.")
-        self._moves[stage] = _Move(target, self._restored_at(stage, target), because, stalled)
+        records = [r for r in self.ledger.since(0) if r.step < self._done]
+        future = self._restored_at(stage, target, self._done, records)
+        self._moves[stage] = _Move(target, future, because, stalled)
 
-    def _restored_at(self, stage: int, address: str) -> Future:
+    def _restored_at(
+        self, stage: int, address: str, step: int, records: Sequence[StepRecord]
+    ) -> Future:
         """Have a stage rebuilt on a worker that isn't its own."""
         graph = self.graph.again(uuid.uuid4().hex[:8])
-        records = [r for r in self.ledger.since(0) if r.step < self._done]
-        dsk = graph.restore(stage, self._done, records, self._turn())
+        dsk = graph.restore(stage, step, records, self._turn())
         places = list(self.addresses)
         places[stage] = address
         with dask.annotate(workers=Places(places), priority=self.priorities):
@@ -501,6 +517,32 @@ class Driver:
         usable = self.membership.usable()
         for stage in [s for s, move in self._moves.items() if move.address not in usable]:
             self._moves.pop(stage).future.release()
+
+    def _warm_up(self, step: int) -> None:
+        """Have spares read the weights of the stages most at risk from the newest snapshot."""
+        for future in self._warming.values():
+            future.release()
+        self._warming.clear()
+        spares = [a for a in self.membership.usable() if a not in self.addresses]
+        if not spares or not self.graph.refs[0].journal:
+            return
+        at_risk = sorted(range(len(self.addresses)), key=lambda s: (-self._lost_stages[s], s))
+        known = self.client.scheduler_info()["workers"]
+        for number, address in enumerate(spares):
+            room = _SPARE_SHARE * (known.get(address, {}).get("memory_limit") or _ROOM_BYTES)
+            for stage in at_risk[number:] + at_risk[:number]:
+                room -= self.stage_bytes[stage]
+                if room >= 0 and (stage, address) not in self._warming:
+                    self._warming[stage, address] = self._restored_at(stage, address, step, ())
+
+    def _warm(self) -> dict[int, str]:
+        """Return by stage a spare that has its weights, or nearly."""
+        found = {
+            stage: address
+            for (stage, address), future in self._warming.items()
+            if future.status == "finished" and address not in self.addresses
+        }
+        return {**found, **{stage: move.address for stage, move in self._moves.items()}}
 
     def _arrived(self) -> set[int]:
         """Return the stages that are ready elsewhere, to be taken over between two steps."""
@@ -562,6 +604,9 @@ class Driver:
             if not future.done():
                 future.release()
         self._moves = {s: m for s, m in self._moves.items() if m.future.done()}
+        for future in [f for f in self._warming.values() if not f.done()]:
+            future.release()
+        self._warming = {p: f for p, f in self._warming.items() if f.done()}
 
     def _stages_of_the_missing(self) -> set[int]:
         self.membership.refresh()
@@ -574,8 +619,9 @@ class Driver:
         if not JOURNAL.flush(self.wait_seconds):
             raise WorkersLost(f"The journal can't be written: {JOURNAL.stats().trouble}")
         self.graph = self.graph.again(uuid.uuid4().hex[:8])
-        warm = {stage: move.address for stage, move in self._moves.items()}
-        self.addresses[:] = place_again(self.addresses, lost, self.membership.usable(), warm)
+        usable = self.membership.usable()
+        self.addresses[:] = place_again(self.addresses, lost, usable, self._warm())
+        self._lost_stages.update(lost)
         if lost:
             places = ", ".join(f"stage {s} on {self.addresses[s]}" for s in sorted(lost))
             self.note(f"Rebuilding {places}.")
@@ -683,6 +729,7 @@ class Driver:
             for future in self._saves.pop(step).values():
                 future.release()
             self.after_commit(step, self._saves.keys())
+            self._warm_up(step)
 
     def _records(self, step: int, *, must_be: bool) -> list[ShardRecord] | None:
         """Return what was written of a snapshot; None if that failed and the next one will do."""

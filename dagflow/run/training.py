@@ -433,6 +433,7 @@ class _Session:
             write_extra=leftovers.write,
             after_commit=lambda step, saving: self._tidy(ledger, saving),
             wait_seconds=self.config.cluster.wait_seconds,
+            stage_bytes=[4 * e.parameter_bytes for e in self.plan.partition.estimates],
             decision=self._decision(ledger, start),
         )
 
