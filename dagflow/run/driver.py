@@ -27,11 +27,19 @@ from dagflow.run.graph import Key, Places, Priorities, Standing, StepGraph, Step
 from dagflow.run.interrupts import Interrupts
 from dagflow.run.ledger import Ledger
 from dagflow.run.membership import STALLED, Membership, place_again
-from dagflow_storage import NotFound, RunDirectory, ShardRecord, commit_snapshot
+from dagflow_storage import (
+    Lease,
+    LeaseUnconfirmed,
+    NotFound,
+    RunDirectory,
+    ShardRecord,
+    StoreNotWritable,
+    commit_snapshot,
+)
 from dagflow_tasks.journal import JOURNAL
 from dagflow_tasks.optimizer import Schedule
 from dagflow_tasks.replay import StageProgress, StepRecord
-from dagflow_tasks.results import Decision, StepReport
+from dagflow_tasks.results import Decision, JournalStats, StepReport
 
 # The scheduler remembers every task from which one that is still wanted descends. A run's steps
 # descend from each other, so the chain is cut when it has grown this long: the driver waits until
@@ -40,6 +48,8 @@ _LINEAGE_TASKS = 20_000
 _LINEAGE_STEPS = 64
 # Interrupts are heeded and the roster is looked at this often; news wakes the driver at once.
 _TICK_SECONDS = 0.5
+# Spares may fill this share of their memory with weights; of this much if they don't say.
+_SPARE_SHARE, _ROOM_BYTES = 0.5, 8 << 30
 # A step that so many workers in turn have not survived, or that was taken up again so often without
 # a worker being lost, isn't unlucky.
 _MAX_LOSSES_A_STEP = 12
@@ -102,6 +112,8 @@ class Driver:
     run : RunDirectory
     ledger : Ledger
     membership : Membership
+    lease : Lease
+        The right to write to the run's store.
     snapshot_every : int | None
     on_step : callable
     note : callable
@@ -110,6 +122,8 @@ class Driver:
         Writes the parts of a snapshot that no stage writes.
     after_commit : callable
         Called with the step of a snapshot that was just committed, and of those under way.
+    stage_bytes : sequence of int
+        Memory for each stage's weights and optimizer.
     wait_seconds : float
         How long to wait for a worker when all are gone.
     decision : Decision | None
@@ -127,6 +141,7 @@ class Driver:
     run: RunDirectory
     ledger: Ledger
     membership: Membership
+    lease: Lease
     snapshot_every: int | None
     lookahead_steps: int
     on_step: Callable[[StepEvent], None]
@@ -134,14 +149,18 @@ class Driver:
     write_extra: Callable[[int], Sequence[ShardRecord]]
     after_commit: Callable[[int, Collection[int]], None]
     wait_seconds: float
+    stage_bytes: Sequence[int]
     decision: Decision | None = None
     interrupts: Interrupts = field(default_factory=Interrupts)
     _flights: deque[_Flight] = field(default_factory=deque)
     _saves: dict[int, dict[Key, Future]] = field(default_factory=dict)
     _ready: dict[int, Future] = field(default_factory=dict)
     _restored: list[Future] = field(default_factory=list)
+    _turns: int = 0
     _standing: Standing | None = None
     _lineage: tuple[int, int] = (0, 0)
+    _journals: dict[str, JournalStats] = field(default_factory=dict)
+    _trouble: str = ""
     _committed: set[int] = field(default_factory=set)
     _snapshot_due: bool = False
     _reports: dict[int, StepReport] = field(default_factory=dict)
@@ -150,6 +169,8 @@ class Driver:
     _exhausted: bool = False
     _clock: float = 0.0
     _moves: dict[int, _Move] = field(default_factory=dict)
+    _warming: dict[tuple[int, str], Future] = field(default_factory=dict)
+    _lost_stages: Counter[int] = field(default_factory=Counter)
     _failed: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
     _losses: Counter[int] = field(default_factory=Counter)
     _troubles: Counter[int] = field(default_factory=Counter)
@@ -203,6 +224,12 @@ class Driver:
                 for future in flight.batch.held.values():
                     future.release()
             self._let_go()
+            for future in self._warming.values():
+                future.release()
+            for move in self._moves.values():
+                move.future.release()
+            self._warming.clear()
+            self._moves.clear()
             self._flights.clear()
 
     # Steps
@@ -287,6 +314,8 @@ class Driver:
     def _finish_oldest(self) -> None:
         """Wait for the oldest step in flight, and tell everybody about it."""
         flight = self._flights[0]
+        with contextlib.suppress(LeaseUnconfirmed):
+            self.lease.check()
         report: StepReport = self._result(flight.futures[self.graph.report_key(flight.step)])
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
@@ -305,6 +334,10 @@ class Driver:
         batch = flight.batch
         for ref in self.graph.refs:
             JOURNAL.end_step(ref, flight.step)  # of what the driver itself has put there
+        record = StepRecord(
+            flight.step, batch.microbatches, flight.factor, report.decision, batch.samples
+        )
+        journal_bytes, journal_seconds = self._journal_since(report)
         event = StepEvent(
             step=flight.step + 1,
             loss=report.loss,
@@ -313,14 +346,26 @@ class Driver:
             unit=flight.batch.unit,
             learning_rate_factor=flight.factor,
             gradient_norm=report.decision.norm if report.decision else None,
+            journal_bytes=journal_bytes,
+            journal_share=min(1.0, journal_seconds / seconds) if seconds else 0.0,
         )
-        self.ledger.add(
-            StepRecord(
-                flight.step, batch.microbatches, flight.factor, report.decision, batch.samples
-            ),
-            event.to_json(),
-        )
+        self.ledger.add(record, event.to_json())
         self.on_step(event)
+
+    def _journal_since(self, report: StepReport) -> tuple[int, float]:
+        """Return what all journals have written since the last report, and the busiest's seconds."""
+        num_bytes, seconds = 0, 0.0
+        for stats in {s.process: s for s in report.journal.values()}.values():
+            before = self._journals.get(stats.process, JournalStats())
+            num_bytes += stats.num_bytes - before.num_bytes
+            seconds = max(seconds, stats.seconds - before.seconds)
+            if stats.trouble and stats.trouble != before.trouble:
+                self.note(f"A worker's journal can't be written at present: {stats.trouble}")
+            self._journals[stats.process] = stats
+        if self.ledger.trouble and self.ledger.trouble != self._trouble:
+            self.note(f"The ledger can't be written at present: {self.ledger.trouble}")
+        self._trouble = self.ledger.trouble
+        return num_bytes, seconds
 
     def _recent_reports(self) -> dict[int, StepReport]:
         return {step: report for step, report in self._reports.items() if step in self._saves}
@@ -441,13 +486,16 @@ class Driver:
             return
         target = spares[0] if spares else min(others, key=lambda a: used[a])
         self.note(f"Rebuilding stage {stage} of {address} on {target}, too: {because}.")
-        self._moves[stage] = _Move(target, self._restored_at(stage, target), because, stalled)
+        records = [r for r in self.ledger.since(0) if r.step < self._done]
+        future = self._restored_at(stage, target, self._done, records)
+        self._moves[stage] = _Move(target, future, because, stalled)
 
-    def _restored_at(self, stage: int, address: str) -> Future:
+    def _restored_at(
+        self, stage: int, address: str, step: int, records: Sequence[StepRecord]
+    ) -> Future:
         """Have a stage rebuilt on a worker that isn't its own."""
         graph = self.graph.again(uuid.uuid4().hex[:8])
-        records = [r for r in self.ledger.since(0) if r.step < self._done]
-        dsk = graph.restore(stage, self._done, records)
+        dsk = graph.restore(stage, step, records, self._turn())
         places = list(self.addresses)
         places[stage] = address
         with dask.annotate(workers=Places(places), priority=self.priorities):
@@ -469,6 +517,32 @@ class Driver:
         usable = self.membership.usable()
         for stage in [s for s, move in self._moves.items() if move.address not in usable]:
             self._moves.pop(stage).future.release()
+
+    def _warm_up(self, step: int) -> None:
+        """Have spares read the weights of the stages most at risk from the newest snapshot."""
+        for future in self._warming.values():
+            future.release()
+        self._warming.clear()
+        spares = [a for a in self.membership.usable() if a not in self.addresses]
+        if not spares or not self.graph.refs[0].journal:
+            return
+        at_risk = sorted(range(len(self.addresses)), key=lambda s: (-self._lost_stages[s], s))
+        known = self.client.scheduler_info()["workers"]
+        for number, address in enumerate(spares):
+            room = _SPARE_SHARE * (known.get(address, {}).get("memory_limit") or _ROOM_BYTES)
+            for stage in at_risk[number:] + at_risk[:number]:
+                room -= self.stage_bytes[stage]
+                if room >= 0 and (stage, address) not in self._warming:
+                    self._warming[stage, address] = self._restored_at(stage, address, step, ())
+
+    def _warm(self) -> dict[int, str]:
+        """Return by stage a spare that has its weights, or nearly."""
+        found = {
+            stage: address
+            for (stage, address), future in self._warming.items()
+            if future.status == "finished" and address not in self.addresses
+        }
+        return {**found, **{stage: move.address for stage, move in self._moves.items()}}
 
     def _arrived(self) -> set[int]:
         """Return the stages that are ready elsewhere, to be taken over between two steps."""
@@ -530,6 +604,9 @@ class Driver:
             if not future.done():
                 future.release()
         self._moves = {s: m for s, m in self._moves.items() if m.future.done()}
+        for future in [f for f in self._warming.values() if not f.done()]:
+            future.release()
+        self._warming = {p: f for p, f in self._warming.items() if f.done()}
 
     def _stages_of_the_missing(self) -> set[int]:
         self.membership.refresh()
@@ -542,8 +619,9 @@ class Driver:
         if not JOURNAL.flush(self.wait_seconds):
             raise WorkersLost(f"The journal can't be written: {JOURNAL.stats().trouble}")
         self.graph = self.graph.again(uuid.uuid4().hex[:8])
-        warm = {stage: move.address for stage, move in self._moves.items()}
-        self.addresses[:] = place_again(self.addresses, lost, self.membership.usable(), warm)
+        usable = self.membership.usable()
+        self.addresses[:] = place_again(self.addresses, lost, usable, self._warm())
+        self._lost_stages.update(lost)
         if lost:
             places = ", ".join(f"stage {s} on {self.addresses[s]}" for s in sorted(lost))
             self.note(f"Rebuilding {places}.")
@@ -597,12 +675,17 @@ class Driver:
                 future.release()
         return {progress.stage: progress for progress in found}
 
+    def _turn(self) -> tuple[int, int]:
+        """Return a number that grows with every rebuilding of this run, whoever drives it."""
+        self._turns += 1
+        return self.lease.holder.epoch, self._turns
+
     def _restore(self, targets: Mapping[int, int]) -> None:
         """Have stages brought to the weights after some step; the next step waits for them."""
         dsk: dict[Key, Any] = {}
         for stage, step in targets.items():
             records = [r for r in self.ledger.since(0) if r.step < step]
-            dsk |= self.graph.restore(stage, step, records)
+            dsk |= self.graph.restore(stage, step, records, self._turn())
         futures = self._get(dsk, list(dsk)) if dsk else {}
         self._ready = {int(str(key[2])): future for key, future in futures.items()}
 
@@ -620,10 +703,14 @@ class Driver:
             futures = self._saves[step]
             if step > done or not (wait_for_all or all(f.done() for f in futures.values())):
                 continue
-            records = [self._result(future) for key, future in futures.items() if _is_save(key)]
+            if not self.ledger.flush(self.wait_seconds if wait_for_all else 0.0):
+                if wait_for_all:
+                    raise WorkersLost(f"The ledger can't be written: {self.ledger.trouble}")
+                continue
+            records = self._records(step, must_be=wait_for_all)
+            if records is None:
+                continue
             records += self.write_extra(step)
-            if not self.ledger.flush(self.wait_seconds):
-                raise WorkersLost(f"The ledger can't be written: {self.ledger.trouble}")
             report = self._reports.get(step)
             decision = self.decision if report is None else report.decision
             meta = {
@@ -632,6 +719,7 @@ class Driver:
                 "run_id": self.graph.refs[0].run_id,
                 "plan": self.graph.refs[0].plan,
             }
+            self._confirm_lease()
             try:
                 commit_snapshot(self.run.store, step, records, meta)
             except NotFound as error:  # somebody has tidied up too well: another one will do
@@ -641,6 +729,35 @@ class Driver:
             for future in self._saves.pop(step).values():
                 future.release()
             self.after_commit(step, self._saves.keys())
+            self._warm_up(step)
+
+    def _records(self, step: int, *, must_be: bool) -> list[ShardRecord] | None:
+        """Return what was written of a snapshot; None if that failed and the next one will do."""
+        futures = [future for key, future in self._saves[step].items() if _is_save(key)]
+        failed = [f.exception() for f in futures if f.status == "error"]
+        passing = (TransientError, StoreNotWritable)
+        if must_be or not failed or not all(isinstance(error, passing) for error in failed):
+            return [self._result(future) for future in futures]
+        self.note(f"No snapshot of step {step}: {failed[0]}")
+        for future in self._saves.pop(step).values():
+            future.release()
+        return None
+
+    def _confirm_lease(self) -> None:
+        """Return once it is certain that no other driver has taken over.
+
+        Raises
+        ------
+        LeaseLost
+        """
+        while True:
+            try:
+                self.lease.check()
+                return
+            except LeaseUnconfirmed as error:
+                self.note(str(error))
+                self.membership.wait(None, _TICK_SECONDS)
+                self.interrupts.heed()
 
 
 def _is_save(key: Key) -> bool:

@@ -188,10 +188,15 @@ class StepGraph:
         """Return the same graph under other keys: dask remembers those of tasks that were lost."""
         return replace(self, prefix=prefix)
 
-    def restore(self, stage: int, step: int, records: Sequence[StepRecord]) -> dict[Key, Task]:
-        """Return the task that brings a stage to its weights after `step` steps."""
+    def restore(
+        self, stage: int, step: int, records: Sequence[StepRecord], turn: tuple[int, int]
+    ) -> dict[Key, Task]:
+        """Return the task that brings a stage to its weights after `step` steps.
+
+        `turn` grows with every rebuilding; see `dagflow_tasks.replay.restore`.
+        """
         key = self.key("restore", step, stage)
-        call = (restore, self.refs[stage], step, tuple(records), self.neighbours[stage])
+        call = (restore, self.refs[stage], step, tuple(records), self.neighbours[stage], turn)
         return {key: task(key, *call)}
 
     def progress(self, stage: int, step: int) -> dict[Key, Task]:

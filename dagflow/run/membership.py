@@ -8,16 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from distributed import Client, Future
 
 from dagflow.run.watch import TOPIC
 
 STALLED = "it has stalled"
-_COMINGS_AND_GOINGS = "all"  # the scheduler's own topic
 
 
-@dataclass
+@dataclass(eq=False)
 class Membership:
     """The workers that are present, kept up to date by the scheduler's own events.
 
@@ -41,14 +41,19 @@ class Membership:
     _news: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Membership:
-        self.client.subscribe_topic(_COMINGS_AND_GOINGS, self._heard)
-        self.client.subscribe_topic(TOPIC, self._heard)
+        # A client has one handler a topic, and may drive several runs at once.
+        listeners = _LISTENERS.setdefault(self.client, [])
+        listeners.append(self)
+        if len(listeners) == 1:
+            self.client.subscribe_topic(TOPIC, partial(_tell_all, listeners))
         self.refresh()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.client.unsubscribe_topic(_COMINGS_AND_GOINGS)
-        self.client.unsubscribe_topic(TOPIC)
+        listeners = _LISTENERS[self.client]
+        listeners[:] = [listener for listener in listeners if listener is not self]
+        if not listeners:
+            self.client.unsubscribe_topic(TOPIC)
 
     def refresh(self) -> None:
         """Ask the scheduler who is there: events can get lost with a connection."""
@@ -77,7 +82,8 @@ class Membership:
         self._news.wait(seconds)
         self._news.clear()
 
-    def _heard(self, event: tuple[float, Any]) -> None:
+    def hear(self, event: tuple[float, Any]) -> None:
+        """Take in what the scheduler's watch tells."""
         message = event[1]
         if not isinstance(message, Mapping):
             return
@@ -99,6 +105,14 @@ class Membership:
         else:
             return
         self._news.set()
+
+
+_LISTENERS: WeakKeyDictionary[Client, list[Membership]] = WeakKeyDictionary()
+
+
+def _tell_all(listeners: Sequence[Membership], event: tuple[float, Any]) -> None:
+    for listener in listeners:
+        listener.hear(event)
 
 
 def place_again(

@@ -36,7 +36,9 @@ from dagflow.run.settings import Config, Mathematics
 from dagflow.run.weights import Leftovers, initial_shard, read_state_dict
 from dagflow.run.workers import WorkerFacts
 from dagflow_storage import (
+    Lease,
     NotFound,
+    RetryPolicy,
     RunDirectory,
     Snapshot,
     SnapshotFacts,
@@ -44,12 +46,14 @@ from dagflow_storage import (
     apply_retention,
     commit_snapshot,
     first_journal_step,
+    hold_lease,
     list_snapshots,
     newest_whole_snapshot,
     set_aside_newer,
     settings_diff,
 )
 from dagflow_storage.journal import trim_journal
+from dagflow_storage.lease import Waiting
 from dagflow_tasks.cache import CACHE
 from dagflow_tasks.journal import JOURNAL
 from dagflow_tasks.optimizer import Optimizer, Schedule
@@ -60,6 +64,8 @@ from dagflow_tasks.results import Decision
 # A run whose workers keep leaving before it gets anywhere is given up after so many attempts.
 _MAX_FRUITLESS_ATTEMPTS = 5
 _FLUSH_SECONDS = 20.0
+# A store that is away for some minutes holds a run up; it doesn't end it.
+_PATIENT = RetryPolicy(total_seconds=600.0)
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,8 @@ def train(
         Before any task runs.
     StoreNotWritable, StoreHoldsAnotherRun
         Before any task runs.
+    StoreInUse, LeaseLost
+        If another driver trains the same run, or has taken over because this one was away.
     WorkersLost
         If no worker joins in time, or all have left.
     NonFiniteLoss
@@ -195,43 +203,61 @@ def train(
         precision=precision,
         seed=seed,
     )
-    where = Store(str(store) if store is not None else _new_folder(model))
-    where.probe()
+    url = str(store) if store is not None else _new_folder(model)
+    Store(url).probe()
+    where = Store(url, retry=_PATIENT)
     modes = {module: module.training for module in model.modules()}
     model.train()
     try:
         first = data.rows(0, 0, data.batch_size) if stream is None else stream.peek()
         dag = capture(model, _example(first, num_microbatches), loss=loss, dynamic=config.dynamic)
-        names = tuple(model.state_dict())
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    names = tuple(model.state_dict())
+    with hold_lease(where, on_wait=_waiting_for_the_other(line)) as lease:
         run = _open_run(where, dag, mathematics, fingerprint(first), names, config, line)
         if not list_snapshots(where):
             shard = initial_shard(where, dag, model, state_dict)
             meta = {"decision": None, "run_id": run.run_id, "loss": None}
             commit_snapshot(where, 0, [shard], meta)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    session = _Session(
-        dag=dag,
-        mathematics=mathematics,
-        run=run,
-        data=data,
-        stream=stream,
-        total=total,
-        config=config,
-        num_stages=num_stages,
-        snapshot_every=snapshot_every,
-        line=line,
-        callbacks=tuple(callbacks),
-        epochs=epochs,
-        names=names,
-        journal=_journal_steps(journal),
-    )
-    try:
-        with open_cluster(client, config.cluster, where) as connected:
-            return session.train(connected)
-    finally:
-        line.close()
+        session = _Session(
+            dag=dag,
+            mathematics=mathematics,
+            run=run,
+            lease=lease,
+            data=data,
+            stream=stream,
+            total=total,
+            config=config,
+            num_stages=num_stages,
+            snapshot_every=snapshot_every,
+            line=line,
+            callbacks=tuple(callbacks),
+            epochs=epochs,
+            names=names,
+            journal=_journal_steps(journal),
+        )
+        try:
+            with open_cluster(client, config.cluster, where) as connected:
+                return session.train(connected)
+        finally:
+            line.close()
+
+
+def _waiting_for_the_other(line: ProgressLine) -> Callable[[Waiting], None]:
+    """Return what says, once, that another driver's lease is waited out."""
+    told: set[int] = set()
+
+    def tell(waiting: Waiting) -> None:
+        if waiting.holder.epoch not in told:
+            told.add(waiting.holder.epoch)
+            line.note(
+                f"{waiting.holder} has trained this run and has fallen silent; taking over once that "
+                f"has lasted {waiting.patience_seconds:g} s."
+            )
+
+    return tell
 
 
 @dataclass
@@ -241,6 +267,7 @@ class _Session:
     dag: OperatorDag
     mathematics: Mathematics
     run: RunDirectory
+    lease: Lease
     data: Any
     stream: BatchStream | None
     total: int | None
@@ -398,6 +425,7 @@ class _Session:
             run=self.run,
             ledger=ledger,
             membership=membership,
+            lease=self.lease,
             snapshot_every=self.snapshot_every,
             lookahead_steps=self.config.lookahead_steps,
             on_step=self._on_step,
@@ -405,6 +433,7 @@ class _Session:
             write_extra=leftovers.write,
             after_commit=lambda step, saving: self._tidy(ledger, saving),
             wait_seconds=self.config.cluster.wait_seconds,
+            stage_bytes=[4 * e.parameter_bytes for e in self.plan.partition.estimates],
             decision=self._decision(ledger, start),
         )
 

@@ -157,9 +157,11 @@ class StageScheduler(SchedulerPlugin):  # type: ignore[misc]
 
     def add_worker(self, scheduler: Any, worker: str) -> None:
         set_scheduler_send_interval(scheduler, worker, SEND_INTERVAL_SECONDS)
+        scheduler.log_event(TOPIC, {"action": "add-worker", "worker": worker})
 
     def remove_worker(self, scheduler: Any, worker: str, **_: Any) -> None:
         self._watch.gone(worker)
+        scheduler.log_event(TOPIC, {"action": "remove-worker", "worker": worker})
 
     def transition(self, key: Any, start: str, finish: str, *_: Any, **kwargs: Any) -> None:
         if "processing" not in (start, finish) or not is_ours(key):

@@ -56,6 +56,7 @@ class WorkerCache:
     recomputed: int = 0
     lock: Any = field(default_factory=threading.RLock)
     working: dict[StageKey, Any] = field(default_factory=dict)
+    turns: dict[StageKey, tuple[int, int]] = field(default_factory=dict)
 
     def stage_lock(self, ref: StageRef) -> Any:
         """Return the lock that whoever works on a stage holds, so that nobody sees half a task."""
@@ -69,6 +70,7 @@ class WorkerCache:
             self.states.clear()
             self.graphs.clear()
             self.kept.clear()
+            self.turns.clear()
 
     def forget(self, run_id: str, *, but_plan: str | None = None) -> None:
         """Forget a run, or all but one of its plans. Other runs may be under way beside it."""
@@ -83,6 +85,8 @@ class WorkerCache:
                 del self.states[key]
             for graph_key in [key for key in self.graphs if outdated(key[0])]:
                 del self.graphs[graph_key]
+            for key in [key for key in self.turns if outdated(key)]:
+                del self.turns[key]
             for kept_key in [key for key in self.kept if outdated(key[0])]:
                 del self.kept[kept_key]
 

@@ -199,7 +199,7 @@ def restore(
     target: int,
     records: Sequence[StepRecord],
     neighbours: Neighbours,
-    tell: Callable[[int], None] = lambda step: None,
+    turn: tuple[int, int] = (0, 0),
 ) -> StateRef:
     """Bring a stage to the weights it had after `target` steps, alone.
 
@@ -210,8 +210,10 @@ def restore(
     ----------
     records
         The steps since a snapshot, in order, up to `target`.
-    tell
-        Called with every step that was replayed.
+    turn
+        Grows with every rebuilding of a run. When a worker leaves, dask runs tasks again whose
+        results it has dropped; a rebuilding whose turn is over must not take a stage back that has
+        gone on since.
 
     Raises
     ------
@@ -219,6 +221,10 @@ def restore(
         If the journal lacks something. No snapshot and journal lead there: go back to a step that
         all stages can reach.
     """
+    latest, known = CACHE.turns.get(ref.key, (0, 0)), CACHE.states.get(ref.key)
+    if latest > turn or (latest == turn and known is not None and known.step >= target):
+        return StateRef(target)
+    CACHE.turns[ref.key] = turn
     CACHE.begin_again(ref)
     by_step = {record.step: record for record in records}
     begin = _begin_from(ref, target, by_step)
@@ -227,7 +233,6 @@ def restore(
         decision = before.decision if before is not None else None
         replay_step(ref, by_step[step], decision, neighbours)
         before = by_step[step]
-        tell(step)
     return StateRef(target)
 
 

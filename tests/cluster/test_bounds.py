@@ -27,8 +27,8 @@ def test_no_more_steps_are_in_flight_than_asked_for(
     in_flight: list[int] = []
     submit = driver.Driver._submit
 
-    def counting(self: driver.Driver, step: int, batch: Any) -> None:
-        submit(self, step, batch)
+    def counting(self: driver.Driver, flight: Any, **more: Any) -> None:
+        submit(self, flight, **more)
         in_flight.append(len(self._flights))
 
     monkeypatch.setattr(driver.Driver, "_submit", counting)
@@ -46,14 +46,14 @@ def test_a_step_starts_before_the_one_before_it_has_come_back(
     submitted: list[tuple[int, int]] = []
     submit = driver.Driver._submit
 
-    def counting(self: driver.Driver, step: int, batch: Any) -> None:
-        submitted.append((step, self._reported))
-        submit(self, step, batch)
+    def counting(self: driver.Driver, flight: Any, **more: Any) -> None:
+        submitted.append((flight.step, self._done))
+        submit(self, flight, **more)
 
     monkeypatch.setattr(driver.Driver, "_submit", counting)
     of = example()
     train(of, batches(of, 6), tmp_path / "run", client=client)
-    assert submitted == [(k, max(-1, k - 2)) for k in range(6)]
+    assert submitted == [(k, max(0, k - 1)) for k in range(6)]
 
 
 def test_the_scheduler_forgets_finished_steps(
