@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,29 +116,27 @@ def unexplained(executions: Sequence[Execution], hits: Sequence[Hit]) -> list[st
     """Return what was computed again though no fault gave reason to.
 
     A task may run again if whoever ran it before was hit since it began there, or if it failed
-    there. A step may be replayed if whoever worked on the stage before was hit. And everything may
-    run again if all were sent back.
+    there. A step may be replayed if whoever computed the stage's tasks before was hit. And
+    everything may run again if all were sent back. Reading a stage's weights is free: spares do it
+    beforehand.
     """
     found = []
-    by_place: dict[Place, list[Execution]] = defaultdict(list)
-    last_on_stage: dict[int, Execution] = {}
+    by_place: dict[Place, Execution] = {}
+    on_stage: dict[int, Execution] = {}
     for execution in executions:
         function, _, stage, _ = execution.place
-        if function in COMPUTING:
-            before = by_place[execution.place][-1:]
-            by_place[execution.place].append(execution)
-        else:
-            before = [last_on_stage[stage]] if stage in last_on_stage else []
-            if before and before[0].volunteer == execution.volunteer:
-                before = []  # within one rebuilding
-        found += [
-            f"{_told(execution)}: was done by {earlier.volunteer} at {earlier.begin:.3f}"
-            for earlier in before
-            if not earlier.failed and not _excused(earlier, execution, hits)
-        ]
+        earlier = None
+        if function == "replay":
+            earlier = on_stage.get(stage)
+        elif function in COMPUTING:
+            earlier = by_place.get(execution.place)
+            by_place[execution.place] = on_stage[stage] = execution
+        if earlier is not None and not earlier.failed and not _excused(earlier, execution, hits):
+            found.append(
+                f"{_told(execution)}: was done by {earlier.volunteer} at {earlier.begin:.3f}"
+            )
         if execution.recomputed:
             found.append(f"{_told(execution)}: its forward ran again")
-        last_on_stage[stage] = execution
     return found
 
 

@@ -215,9 +215,9 @@ class Harness:
             [self._told, self._driver.sentinel, *asking, *ended],
             self._seconds_left(),
         )
-        self._end_overdue()
         if not ready and not self._lasting:
             raise Stuck(f"Nothing happened for {self.stuck_seconds} s.\n{self._last_words()}")
+        self._end_overdue()
         for item in ready:
             if item is self._told:
                 self._hear_driver()

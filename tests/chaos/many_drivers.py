@@ -1,6 +1,6 @@
 """Kills the driver at many moments of one run, and tells whether it ended as if nothing had happened.
 
-    python tests/chaos/many_drivers.py --moments 50 [--seed 0]
+python tests/chaos/many_drivers.py --moments 50 [--seed 0]
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chaos.faults import Extent, Fault, moments_in_task
 from chaos.driving import Recipe
+from chaos.faults import Extent, Fault, moments_in_task
 from chaos.trial import hold_script
 
 MOMENTS = 8
