@@ -7,6 +7,7 @@ flight then is up to chance, and must not matter.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import random
@@ -104,6 +105,10 @@ class Harness:
         Decides what the script leaves open.
     stuck_seconds : float
         How long nothing may happen.
+    kill_every_seconds : float
+        Kill some stage's worker so often; for benchmarks, since it depends on the machine.
+    cold : bool
+        Whether whoever comes back has to import everything first.
     """
 
     folder: Path
@@ -112,6 +117,8 @@ class Harness:
     num_volunteers: int = 5
     seed: int = 0
     stuck_seconds: float = 60.0
+    kill_every_seconds: float = math.inf
+    cold: bool = False
     _waiting: dict[int, Incident] = field(default_factory=dict)
     _lasting: list[tuple[int, float, Any]] = field(default_factory=list)
     _fired: list[Incident] = field(default_factory=list)
@@ -122,6 +129,7 @@ class Harness:
     _driver: BaseProcess | None = None
     _scheduler: BaseProcess | None = None
     _told: Connection | None = None
+    _next_kill: float = math.inf
 
     def __post_init__(self) -> None:
         self._waiting = {incident.number: incident for incident in self.incidents}
@@ -172,7 +180,8 @@ class Harness:
         asks, asked = multiprocessing.Pipe()
         moments = frozenset(i.moment for i in self.incidents if isinstance(i.moment, InTask))
         log = self.folder / f"{name}.log"
-        process = warm.start(volunteer, log, self.address, name, self.folder, asked, moments)
+        arguments = (self.address, name, self.folder, asked, moments)
+        process = warm.start(volunteer, log, *arguments, cold=self.cold)
         asked.close()
         self._volunteers.append(Volunteer(name, process, asks))
 
@@ -215,7 +224,10 @@ class Harness:
             [self._told, self._driver.sentinel, *asking, *ended],
             self._seconds_left(),
         )
-        if not ready and not self._lasting:
+        if time.monotonic() >= self._next_kill:
+            self._next_kill += self.kill_every_seconds
+            self._kill(self._workers_of([self._rng.randrange(self.recipe.extent.num_stages)]))
+        elif not ready and not self._lasting:
             raise Stuck(f"Nothing happened for {self.stuck_seconds} s.\n{self._last_words()}")
         self._end_overdue()
         for item in ready:
@@ -229,6 +241,7 @@ class Harness:
 
     def _seconds_left(self) -> float:
         ends = [end for _, end, _ in self._lasting]
+        ends.append(self._next_kill)
         return max(0.0, min([*ends, time.monotonic() + self.stuck_seconds]) - time.monotonic())
 
     def _end_overdue(self) -> None:
@@ -252,6 +265,8 @@ class Harness:
             told.close()
             self._told = _never()
             return
+        if not self._steps:
+            self._next_kill = time.monotonic() + self.kill_every_seconds
         self._steps.append((step, loss))
         self._end_lasting(lambda last_step, _: last_step <= step)
         for incident in [i for i in self._waiting.values() if _is_due(i, step)]:
