@@ -8,6 +8,7 @@
     │   ├── StateLost                  a stage's weights were on a worker that left
     │   ├── GarbageReceived            another worker's result can't be right
     │   ├── WorkersLost                too few workers are left, or none came in time
+    │   │   └── SchedulerLost          the scheduler went away
     │   └── ...
     └── PermanentError                 the same inputs fail again
         ├── CaptureFailed              the model can't become an operator DAG
@@ -71,6 +72,10 @@ class WorkersLost(TransientError):
     """No worker came in time, or too few are left to go on."""
 
 
+class SchedulerLost(WorkersLost):
+    """The scheduler has gone away; the run goes on from the store when there is one again."""
+
+
 class WorkerIncompatible(PermanentError):
     """A worker runs another dagflow, or a torch that can't run the programs."""
 
@@ -94,6 +99,7 @@ __all__ = [
     "PlanInvalid",
     "ProgramInvalid",
     "ProgramTooNew",
+    "SchedulerLost",
     "SettingsInvalid",
     "StageTooLarge",
     "StateLost",

@@ -16,13 +16,19 @@ from typing import Any
 import torch
 from distributed import Client
 
-from dagflow.errors import BatchInvalid, SettingsInvalid, StoreHoldsAnotherRun, TransientError
+from dagflow.errors import (
+    BatchInvalid,
+    SchedulerLost,
+    SettingsInvalid,
+    StoreHoldsAnotherRun,
+    TransientError,
+)
 from dagflow.graph.batch import flatten_batch, rebuilder
 from dagflow.graph.capture import LossFunction, capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
-from dagflow.run.clusters import ask_workers, open_cluster, roster
+from dagflow.run.clusters import ask_workers, open_cluster, reconnect, roster
 from dagflow.run.data import BatchStream, TokenDataset, fingerprint, num_rows, split_rows, take_rows
 from dagflow.run.driver import Disturbed, Driver
 from dagflow.run.events import Callback, ProgressLine, StepEvent, notify
@@ -239,8 +245,14 @@ def train(
             journal=_journal_steps(journal),
         )
         try:
-            with open_cluster(client, config.cluster, where) as connected:
-                return session.train(connected)
+            while True:
+                with open_cluster(client, config.cluster, where) as connected:
+                    try:
+                        return session.train(connected)
+                    except SchedulerLost:
+                        # Our own client has given up; who brought theirs must see to it.
+                        if not isinstance(client, str) or connected.status == "running":
+                            raise
         finally:
             line.close()
 
@@ -289,8 +301,9 @@ class _Session:
             step = self._until_done(client)
         finally:
             # The workers stay, and have other things to remember.
-            with contextlib.suppress(OSError):
-                ask_workers(client, _forget, self.run.run_id)
+            if client.status == "running":
+                with contextlib.suppress(OSError):
+                    ask_workers(client, _forget, self.run.run_id)
         metrics = self.run.read_metrics()
         assert self.plan is not None
         aliases = _aliases(self.dag)
@@ -320,6 +333,8 @@ class _Session:
                 if fruitless >= _MAX_FRUITLESS_ATTEMPTS:
                     raise
                 self.line.note(f"{error} Going on from an earlier step.")
+                if isinstance(error, SchedulerLost):
+                    reconnect(client, self.config.cluster.wait_seconds)
 
     def _newest(self) -> int:
         """Return the step of the newest snapshot that is whole and of this run."""
