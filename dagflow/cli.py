@@ -106,6 +106,25 @@ def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float 
 
 
 @main.command()
+@click.argument("store")
+@click.option("--scheduler", help="Address of a dask scheduler; a local cluster by default.")
+@_clear_errors
+def resume(store: str, scheduler: str | None) -> None:
+    """Go on with a run that `dagflow train` or `dagflow demo` began, whatever ended it.
+
+    \b
+    dagflow resume runs/train
+    dagflow resume s3://bucket/run --scheduler tcp://10.0.0.1:8786
+
+    A run that a Python program began goes on when that program calls dagflow.train with the same
+    store again: only it knows the data.
+    """
+    from dagflow.demo.language import resume_run
+
+    resume_run(store, scheduler)
+
+
+@main.command()
 @click.argument("scheduler", callback=_scheduler_address)
 @click.option("--torch-threads", type=int, help="Threads inside an operator; all cores by default.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ... or auto.")

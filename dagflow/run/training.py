@@ -564,7 +564,8 @@ def _open_run(
     }
     wanted = json.loads(json.dumps(wanted))
     if not run.exists():
-        run.create(wanted, model_facts(names, _aliases(dag)))
+        facts = model_facts(names, _aliases(dag))
+        run.create(wanted, {**facts, "origin": dict(config.origin) if config.origin else None})
         return run
     difference = settings_diff(run.settings(), wanted)
     if difference and not config.force:
