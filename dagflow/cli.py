@@ -154,8 +154,6 @@ def join(
     only this machine has is handed over first; a second Ctrl-C leaves at once.
     Whoever runs the scheduler can run code here: join swarms of people you trust.
     """
-    from dagflow.run.allocator import with_allocator
-
     worker = [sys.executable, "-m", "dask", "worker", scheduler]
     worker += ["--nthreads", "1", "--nworkers", "1", "--memory-limit", memory_limit]
     worker += ["--name", name] if name else []
@@ -167,7 +165,11 @@ def join(
     # is in, where anything may lie.
     ends = ["" if seconds is None else str(seconds) for seconds in (wait, lifetime)]
     parent = [sys.executable, "-P", "-m", "dagflow.run.join", scheduler, *ends, *worker]
-    os.execve(sys.executable, worker if once else parent, with_allocator(os.environ))
+    if not once:
+        os.execv(sys.executable, parent)
+    from dagflow.run.allocator import with_allocator
+
+    os.execve(sys.executable, worker, with_allocator(os.environ))
 
 
 @main.command()
