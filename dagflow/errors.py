@@ -4,7 +4,7 @@
 
     DagflowError
     ├── TransientError                 another worker, or later, may succeed
-    │   ├── StoreUnreachable, DamagedData
+    │   ├── StoreUnreachable, LeaseUnconfirmed
     │   ├── StateLost                  a stage's weights were on a worker that left
     │   ├── GarbageReceived            another worker's result can't be right
     │   ├── WorkersLost                too few workers are left, or none came in time
@@ -20,18 +20,26 @@
         ├── NonFiniteLoss              the loss became NaN or infinite
         ├── WeightsNotFinite           an update destroyed the weights; no snapshot of those
         ├── ProgramInvalid, OptimizerInvalid, TaskFailed
-        └── StoreNotWritable, StoreHoldsAnotherRun, FormatTooNew, NotFound
+        ├── StoreInUse, LeaseLost          another driver trains this run, or has taken over
+        ├── StoreNotWritable, StoreNotReadable, StoreHoldsAnotherRun
+        ├── CredentialsExpired             new ones are needed
+        └── DamagedData, FormatTooNew, NotFound
 """
 
 from __future__ import annotations
 
 from dagflow_storage.errors import (
+    CredentialsExpired,
     DagflowError,
     DamagedData,
     FormatTooNew,
+    LeaseLost,
+    LeaseUnconfirmed,
     NotFound,
     PermanentError,
     StoreHoldsAnotherRun,
+    StoreInUse,
+    StoreNotReadable,
     StoreNotWritable,
     StoreUnreachable,
     TransientError,
@@ -87,10 +95,13 @@ class NonFiniteLoss(PermanentError):
 __all__ = [
     "BatchInvalid",
     "CaptureFailed",
+    "CredentialsExpired",
     "DagflowError",
     "DamagedData",
     "FormatTooNew",
     "GarbageReceived",
+    "LeaseLost",
+    "LeaseUnconfirmed",
     "NonFiniteLoss",
     "NotFound",
     "OperatorNotAllowed",
@@ -104,6 +115,8 @@ __all__ = [
     "StageTooLarge",
     "StateLost",
     "StoreHoldsAnotherRun",
+    "StoreInUse",
+    "StoreNotReadable",
     "StoreNotWritable",
     "StoreUnreachable",
     "TaskFailed",

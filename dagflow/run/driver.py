@@ -777,7 +777,7 @@ class Driver:
         """
         while True:
             try:
-                self.lease.check()
+                self.lease.verify()
                 return
             except LeaseUnconfirmed as error:
                 self.note(str(error))

@@ -243,6 +243,7 @@ def train(
             epochs=epochs,
             names=names,
             journal=_journal_steps(journal),
+            has_own_client=isinstance(client, str),
         )
         try:
             while True:
@@ -250,8 +251,7 @@ def train(
                     try:
                         return session.train(connected)
                     except SchedulerLost:
-                        # Our own client has given up; who brought theirs must see to it.
-                        if not isinstance(client, str) or connected.status == "running":
+                        if not session.has_own_client:
                             raise
         finally:
             line.close()
@@ -291,6 +291,7 @@ class _Session:
     epochs: int
     names: tuple[str, ...]
     journal: int
+    has_own_client: bool
     plan: Plan | None = None
     kept: dict[int, SnapshotFacts] = field(default_factory=dict)
 
@@ -334,6 +335,8 @@ class _Session:
                     raise
                 self.line.note(f"{error} Going on from an earlier step.")
                 if isinstance(error, SchedulerLost):
+                    if self.has_own_client:
+                        raise  # a fresh client is there at once, one that reconnects after seconds
                     reconnect(client, self.config.cluster.wait_seconds)
 
     def _newest(self) -> int:
