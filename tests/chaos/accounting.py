@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter, defaultdict
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 Place = tuple[str, int, int, int]  # function, step, stage, micro-batch
 
+# How long a stage may be at two places after the driver has it moved.
+MOVE_SECONDS = 15.0
 COMPUTING = frozenset({"forward", "backward", "backward_weights", "forward_backward", "update"})
 
 
@@ -45,15 +48,18 @@ class Hit:
 
     Attributes
     ----------
-    time : float
+    begin, end : float
+        When; a worker that was asked to leave, or is slow, goes on for a while.
     volunteers : frozenset of str
-        Those who lost what they had; whoever took part then, if everybody went back.
+        Those it happened to: what they have done may be done again by others, and what they do
+        from then on may have been done already.
     sends_back : bool
         Whether steps that were done may be done again by all: the driver or the scheduler was lost,
         or several workers with what they had sent each other.
     """
 
-    time: float
+    begin: float
+    end: float
     volunteers: frozenset[str]
     sends_back: bool = False
 
@@ -82,6 +88,25 @@ def _of_volunteer(path: Path) -> Iterable[Execution]:
         yield Execution(path.stem, place, begin)
 
 
+def alarms(folder: Path) -> list[Hit]:
+    """Return when the driver had a stage rebuilt elsewhere though its worker was still there.
+
+    It may have been right, of a frozen or slow worker, or for a worker that has joined.
+    """
+    names = {}
+    for path in folder.glob("*.log"):
+        found = re.search(r"Start worker at:\s+(tcp://\S+)", path.read_text(errors="replace"))
+        if found:
+            names[found[1]] = path.stem
+    text = (folder / "driver.log").read_text(errors="replace")
+    moves = re.findall(r"^\[([\d.]+)\] Rebuilding stage \d+ of (\S+) on (\S+), too", text, re.M)
+    # Whoever is done first wins, and the other may be at work still.
+    return [
+        Hit(float(time), float(time) + MOVE_SECONDS, frozenset({names[old], names[new]}))
+        for time, old, new in moves
+    ]
+
+
 def holders(executions: Sequence[Execution]) -> dict[int, str]:
     """Return who was the last to work on each stage."""
     return {execution.place[2]: execution.volunteer for execution in executions}
@@ -91,36 +116,36 @@ def unexplained(executions: Sequence[Execution], hits: Sequence[Hit]) -> list[st
     """Return what was computed again though no fault gave reason to.
 
     A task may run again if whoever ran it before was hit since it began there, or if it failed
-    there. A step may be replayed if whoever worked on the stage before was hit. And everything may
-    run again if all were sent back.
+    there. A step may be replayed if whoever computed the stage's tasks before was hit. And
+    everything may run again if all were sent back. Reading a stage's weights is free: spares do it
+    beforehand.
     """
     found = []
-    by_place: dict[Place, list[Execution]] = defaultdict(list)
-    last_on_stage: dict[int, Execution] = {}
+    by_place: dict[Place, Execution] = {}
+    on_stage: dict[int, Execution] = {}
     for execution in executions:
         function, _, stage, _ = execution.place
-        if function in COMPUTING:
-            before = by_place[execution.place][-1:]
-            by_place[execution.place].append(execution)
-        else:
-            before = [last_on_stage[stage]] if stage in last_on_stage else []
-            if before and before[0].volunteer == execution.volunteer:
-                before = []  # within one rebuilding
-        found += [
-            f"{_told(execution)}: was done by {earlier.volunteer} at {earlier.begin:.3f}"
-            for earlier in before
-            if not earlier.failed and not _excused(earlier, execution, hits)
-        ]
+        earlier = None
+        if function == "replay":
+            earlier = on_stage.get(stage)
+        elif function in COMPUTING:
+            earlier = by_place.get(execution.place)
+            by_place[execution.place] = on_stage[stage] = execution
+        if earlier is not None and not earlier.failed and not _excused(earlier, execution, hits):
+            found.append(
+                f"{_told(execution)}: was done by {earlier.volunteer} at {earlier.begin:.3f}"
+            )
         if execution.recomputed:
             found.append(f"{_told(execution)}: its forward ran again")
-        last_on_stage[stage] = execution
     return found
 
 
 def _excused(earlier: Execution, later: Execution, hits: Sequence[Hit]) -> bool:
+    """Tell whether a fault came between, to whoever was earlier, or to a slow one that came late."""
     return any(
-        (earlier.volunteer in hit.volunteers and earlier.begin <= hit.time <= later.begin)
-        or (hit.sends_back and earlier.begin <= hit.time <= later.begin)
+        earlier.begin <= hit.end
+        and hit.begin <= later.begin
+        and (hit.sends_back or hit.volunteers & {earlier.volunteer, later.volunteer})
         for hit in hits
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ class AwayFileSystem(LocalFileSystem):
             raise ConnectionError(f"nobody answers for {place}")
         return place
 
-    def info(self, path: str, **options: Any) -> Any:
-        return super().info(self._ask(path), **options)
+    def info(self, path: Any, **options: Any) -> Any:
+        known = isinstance(path, os.DirEntry)  # while a folder is listed
+        return super().info(path if known else self._ask(path), **options)
 
     def ls(self, path: str, detail: bool = False, **options: Any) -> Any:
         return super().ls(self._ask(path), detail=detail, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,6 +14,7 @@ import dagflow
 import dagflow.run.training  # imported before the process is copied
 from chaos.faults import Extent
 from dagflow.demo.gpt import GPT
+from dagflow.run.events import ProgressLine
 
 VOCABULARY, CONTEXT, ROWS = 64, 16, 8
 GO_ON = "go on"
@@ -72,6 +74,10 @@ def drive(
         told.send((event.step, event.loss))
         assert told.recv() == GO_ON
 
+    def note(self: ProgressLine, text: str) -> None:
+        print(f"[{time.monotonic():.3f}] {text}")
+
+    ProgressLine.note = note  # type: ignore[method-assign]
     torch.set_num_threads(1)
     cluster = dagflow.ClusterSettings(wait_seconds=wait_seconds)
     config = dagflow.Config(cluster=cluster)

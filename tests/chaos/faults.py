@@ -45,6 +45,12 @@ ENABLED = frozenset(
         Fault.JOIN,
         Fault.DRIVER_KILLED,
         Fault.DRIVER_KILLED_IN_TASK,
+        Fault.FREEZE,
+        Fault.SLOW,
+        Fault.EXCEPTION,
+        Fault.OUT_OF_MEMORY,
+        Fault.NOT_FINITE,
+        Fault.WRONG_SHAPE,
         Fault.STORE_AWAY,
         Fault.DAMAGED_CHUNK,
     }
@@ -58,6 +64,16 @@ IN_TASK = frozenset(
         Fault.OUT_OF_MEMORY,
         Fault.NOT_FINITE,
         Fault.WRONG_SHAPE,
+    }
+)
+GARBAGE = frozenset({Fault.NOT_FINITE, Fault.WRONG_SHAPE})
+NOBODYS = frozenset(
+    {
+        Fault.KILL_ALL,
+        Fault.JOIN,
+        Fault.DRIVER_KILLED,
+        Fault.SCHEDULER_KILLED,
+        Fault.STORE_AWAY,
     }
 )
 LASTING = frozenset({Fault.FREEZE, Fault.SLOW, Fault.STORE_AWAY})
@@ -194,19 +210,14 @@ def _incident(
         assert last_kill is not None
         return Incident(number, fault, WhileRebuilding(last_kill))
     if fault in IN_TASK:
-        moment = InTask(*_task(rng, step, stages[0], extent))
+        task = _task(rng, step, stages[0], extent)
+        if fault in GARBAGE:
+            first = "forward_backward" if stages[0] == extent.num_stages - 1 else "forward"
+            task = (first, step, stages[0], rng.randrange(extent.num_microbatches))
+        moment = InTask(*task)
         return Incident(number, fault, moment, tuple(stages))
-    whom = () if fault in _NOBODYS else tuple(sorted(stages))
+    whom = () if fault in NOBODYS else tuple(sorted(stages))
     return Incident(number, fault, AfterStep(step), whom, rng.randint(1, 4) * (fault in LASTING))
-
-
-_NOBODYS = (
-    Fault.KILL_ALL,
-    Fault.JOIN,
-    Fault.DRIVER_KILLED,
-    Fault.SCHEDULER_KILLED,
-    Fault.STORE_AWAY,
-)
 
 
 def _task(rng: random.Random, step: int, stage: int, extent: Extent) -> tuple[str, int, int, int]:

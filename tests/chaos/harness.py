@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -60,6 +60,8 @@ class Outcome:
     fired : list of Incident
     executions : list of Execution
     hits : list of Hit
+    alarms : list of Hit
+        When the driver took a worker to be stalled.
     seconds : float
     """
 
@@ -67,6 +69,7 @@ class Outcome:
     fired: list[Incident]
     executions: list[Execution]
     hits: list[Hit]
+    alarms: list[Hit]
     seconds: float
 
     @property
@@ -74,8 +77,15 @@ class Outcome:
         """Steps that were told again, because a driver went back."""
         return len(self.steps) - len({step for step, _ in self.steps})
 
+    @property
+    def num_false_alarms(self) -> int:
+        """How often the driver took a worker for stalled to whom nothing had happened."""
+        happened = frozenset[str]().union(*(hit.volunteers for hit in self.hits))
+        return sum(not alarm.volunteers <= happened for alarm in self.alarms)
+
     def unexplained(self) -> list[str]:
-        return accounting.unexplained(self.executions, self.hits)
+        """Say what was computed again for no reason that the faults or an alarm give."""
+        return accounting.unexplained(self.executions, [*self.hits, *self.alarms])
 
 
 @dataclass
@@ -143,8 +153,10 @@ class Harness:
                 self._attend()
         finally:
             self._end()
+        seconds = time.monotonic() - begin
         executions = accounting.read_executions(self.folder)
-        return Outcome(self._steps, self._fired, executions, self._hits, time.monotonic() - begin)
+        alarms = accounting.alarms(self.folder)
+        return Outcome(self._steps, self._fired, executions, self._hits, alarms, seconds)
 
     def _expects(self, fault: Fault) -> bool:
         return any(incident.fault is fault for incident in self.incidents)
@@ -203,9 +215,9 @@ class Harness:
             [self._told, self._driver.sentinel, *asking, *ended],
             self._seconds_left(),
         )
-        self._end_overdue()
         if not ready and not self._lasting:
             raise Stuck(f"Nothing happened for {self.stuck_seconds} s.\n{self._last_words()}")
+        self._end_overdue()
         for item in ready:
             if item is self._told:
                 self._hear_driver()
@@ -274,6 +286,7 @@ class Harness:
         self._volunteers.remove(who)
         who.asks.close()
         _kill(who.process)
+        self._over(who)
         if len(self._volunteers) < self.num_volunteers:
             self._start_volunteer()
 
@@ -311,15 +324,26 @@ class Harness:
             self._damage_newest_snapshot()
             self._kill(victims)
         else:
-            self._hit(victims)
-            return fault  # the worker does it to itself
+            # The worker does it to itself, and goes on until the driver knows and has excluded it.
+            self._hit(victims, seconds=accounting.MOVE_SECONDS)
+            return fault
         return None
 
-    def _hit(self, whom: Sequence[Volunteer], *, sends_back: bool = False) -> None:
+    def _hit(
+        self, whom: Sequence[Volunteer], *, sends_back: bool = False, seconds: float = 0.0
+    ) -> None:
         # What was lost at the same time as others, or while others recover, may have been all
         # there was of something.
         names = frozenset(who.name for who in whom)
-        self._hits.append(Hit(time.monotonic(), names, sends_back))
+        now = time.monotonic()
+        self._hits.append(Hit(now, now + seconds, names, sends_back))
+
+    def _over(self, who: Volunteer) -> None:
+        """Note that what began to happen to a volunteer has ended: it is well again, or gone."""
+        now = time.monotonic()
+        self._hits = [
+            replace(hit, end=now) if hit.volunteers == {who.name} else hit for hit in self._hits
+        ]
 
     def _workers_of(self, stages: Sequence[int]) -> list[Volunteer]:
         """Return the workers of some stages; others if these are gone just now."""
@@ -372,7 +396,12 @@ class Harness:
         assert pid is not None
         _signal(pid, signal.SIGSTOP)
         end = time.monotonic() + _WAKE_SECONDS
-        self._lasting.append((last_step, end, lambda: _signal(pid, signal.SIGCONT)))
+
+        def undo() -> None:
+            _signal(pid, signal.SIGCONT)
+            self._over(who)
+
+        self._lasting.append((last_step, end, undo))
 
     def _slow_down(self, who: Volunteer, last_step: int) -> None:
         self._hit([who])
@@ -393,6 +422,7 @@ class Harness:
         def undo() -> None:
             over.set()
             thread.join()
+            self._over(who)
 
         self._lasting.append((last_step, time.monotonic() + _WAKE_SECONDS, undo))
 

@@ -15,7 +15,7 @@ from chaos.driving import VOCABULARY, Recipe, undisturbed
 from chaos.faults import ENABLED, Fault, Incident, script
 from chaos.harness import Harness, Outcome
 from dagflow import TokenDataset
-from dagflow_storage import RunDirectory, Store, delete_old_snapshots
+from dagflow_storage import RunDirectory, Store, collect_garbage
 
 NUM_FAULTS = 28
 
@@ -118,7 +118,7 @@ def unaccounted(outcome: Outcome, recipe: Recipe) -> list[str]:
 
 def orphaned(store: Store) -> list[str]:
     """Say what tidying up leaves in the store that nothing refers to."""
-    delete_old_snapshots(store, keep=1)
+    collect_garbage(store, nobody_writes=lambda: True)
     folders = store.list("snapshots")
     return [
         f"snapshots/{name} was never finished"
@@ -141,13 +141,14 @@ def summary(trial: Trial) -> dict[str, Any]:
         "tasks_again": sum((n - 1) * count for n, count in times.items()),
         "replayed": sum(e.place[0] == "replay" for e in outcome.executions),
         "useful": round(accounting.useful_share(outcome.executions), 3),
+        "false_alarms": outcome.num_false_alarms,
         "failures": len(trial.failures),
     }
 
 
 def _overlapping(outcome: Outcome) -> int:
     """Count the faults that came while another was being recovered from: no step lies between."""
-    done = Counter(sum(t < hit.time for t in _step_times(outcome)) for hit in outcome.hits)
+    done = Counter(sum(t < hit.begin for t in _step_times(outcome)) for hit in outcome.hits)
     return sum(count for count in done.values() if count > 1)
 
 

@@ -1,0 +1,61 @@
+"""Whatever volunteers do: the same bits, each sample once, and nothing computed again for nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chaos.faults import (
+    ENABLED,
+    AfterStep,
+    Extent,
+    Fault,
+    Incident,
+    InTask,
+    WhileRebuilding,
+    script,
+)
+from chaos.trial import hold_script, hold_trial, recipe_for
+
+EXTENT = Extent()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_everything_happens_to_ends_with_the_same_bits(
+    seed: int, tmp_path: Path
+) -> None:
+    trial = hold_trial(seed, tmp_path)
+    assert len(trial.outcome.fired) >= 25
+    assert {incident.fault for incident in trial.outcome.fired} >= ENABLED
+    assert trial.failures == []
+
+
+def test_one_killed_worker_costs_no_other_stage_anything(tmp_path: Path) -> None:
+    incident = Incident(0, Fault.KILL, AfterStep(7), stages=(1,))
+    trial = hold_script([incident], recipe_for(1, tmp_path), tmp_path)
+    assert trial.failures == []
+    assert {e.place[2] for e in trial.outcome.executions if e.place[0] == "replay"} == {1}
+
+
+def test_a_script_follows_from_its_seed() -> None:
+    assert script(4, EXTENT, 28) == script(4, EXTENT, 28)
+    assert script(4, EXTENT, 28) != script(5, EXTENT, 28)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_script_has_every_kind_and_several_faults_at_a_time(seed: int) -> None:
+    incidents = script(seed, EXTENT, 28)
+    assert {incident.fault for incident in incidents} == ENABLED
+    steps = [i.moment.step for i in incidents if not isinstance(i.moment, WhileRebuilding)]
+    assert len(set(steps)) < len(steps)
+    assert all(0 < step < EXTENT.num_steps for step in steps)
+
+
+def test_garbage_is_computed_where_something_is_computed() -> None:
+    kinds = {Fault.NOT_FINITE, Fault.WRONG_SHAPE}
+    moments = [i.moment for seed in range(20) for i in script(seed, EXTENT, 4, kinds)]
+    assert {m.function for m in moments if isinstance(m, InTask)} == {
+        "forward",
+        "forward_backward",
+    }
