@@ -5,36 +5,41 @@
 ['capture', 'empty_weights', 'partition', 'train']
 """
 
-from dagflow.errors import (
-    BatchInvalid,
-    CaptureFailed,
-    DagflowError,
-    NonFiniteLoss,
-    OperatorNotAllowed,
-    OptimizerInvalid,
-    PermanentError,
-    PlanInvalid,
-    ProgramInvalid,
-    SettingsInvalid,
-    StageTooLarge,
-    StoreHoldsAnotherRun,
-    StoreNotWritable,
-    TransientError,
-    WorkerIncompatible,
-    WorkersLost,
-)
-from dagflow.graph.capture import capture
-from dagflow.graph.dag import OperatorDag
-from dagflow.plan.partition import Partition, partition
-from dagflow.plan.plan import Plan
-from dagflow.run.clusters import ClusterSettings
-from dagflow.run.data import TokenDataset
-from dagflow.run.events import StepEvent
-from dagflow.run.settings import Config
-from dagflow.run.training import TrainResult, train
-from dagflow.run.weights import empty_weights
-from dagflow_tasks.optimizer import Optimizer, Schedule
-from dagflow_tasks.references import DAGFLOW_VERSION as __version__
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dagflow.errors import (
+        BatchInvalid,
+        CaptureFailed,
+        DagflowError,
+        NonFiniteLoss,
+        OperatorNotAllowed,
+        OptimizerInvalid,
+        PermanentError,
+        PlanInvalid,
+        ProgramInvalid,
+        SettingsInvalid,
+        StageTooLarge,
+        StoreHoldsAnotherRun,
+        StoreNotWritable,
+        TransientError,
+        WorkerIncompatible,
+        WorkersLost,
+    )
+    from dagflow.graph.capture import capture
+    from dagflow.graph.dag import OperatorDag
+    from dagflow.plan.partition import Partition, partition
+    from dagflow.plan.plan import Plan
+    from dagflow.run.clusters import ClusterSettings
+    from dagflow.run.data import TokenDataset
+    from dagflow.run.events import StepEvent
+    from dagflow.run.settings import Config
+    from dagflow.run.training import TrainResult, train
+    from dagflow.run.weights import empty_weights
+    from dagflow_storage import Retention
+    from dagflow_tasks.optimizer import Optimizer, Schedule
+    from dagflow_tasks.references import DAGFLOW_VERSION as __version__
 
 __all__ = [
     "BatchInvalid",
@@ -52,6 +57,7 @@ __all__ = [
     "Plan",
     "PlanInvalid",
     "ProgramInvalid",
+    "Retention",
     "Schedule",
     "SettingsInvalid",
     "StageTooLarge",
@@ -69,3 +75,61 @@ __all__ = [
     "partition",
     "train",
 ]
+
+# Where each name is. They are loaded when they are used: torch takes two seconds and 200 MB, which
+# dask's own commands (they load dagflow's, too), a worker's nanny and `dagflow join` do without.
+_HOMES = {
+    "dagflow.errors": (
+        "BatchInvalid",
+        "CaptureFailed",
+        "DagflowError",
+        "NonFiniteLoss",
+        "OperatorNotAllowed",
+        "OptimizerInvalid",
+        "PermanentError",
+        "PlanInvalid",
+        "ProgramInvalid",
+        "SettingsInvalid",
+        "StageTooLarge",
+        "StoreHoldsAnotherRun",
+        "StoreNotWritable",
+        "TransientError",
+        "WorkerIncompatible",
+        "WorkersLost",
+    ),
+    "dagflow.graph.capture": ("capture",),
+    "dagflow.graph.dag": ("OperatorDag",),
+    "dagflow.plan.partition": (
+        "Partition",
+        "partition",
+    ),
+    "dagflow.plan.plan": ("Plan",),
+    "dagflow.run.clusters": ("ClusterSettings",),
+    "dagflow.run.data": ("TokenDataset",),
+    "dagflow.run.events": ("StepEvent",),
+    "dagflow.run.settings": ("Config",),
+    "dagflow.run.training": (
+        "TrainResult",
+        "train",
+    ),
+    "dagflow.run.weights": ("empty_weights",),
+    "dagflow_storage": ("Retention",),
+    "dagflow_tasks.optimizer": (
+        "Optimizer",
+        "Schedule",
+    ),
+    "dagflow_tasks.references": ("__version__",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = import_module(_HOME_OF[name])
+        globals()[name] = vars(home)["DAGFLOW_VERSION" if name == "__version__" else name]
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

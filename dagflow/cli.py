@@ -1,13 +1,15 @@
-"""The command line: ``dagflow train | join | demo | inspect``, also as ``dask dagflow ...``."""
+"""The command line: ``dagflow train | join | demo | inspect | runs``, also as ``dask dagflow ...``."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -84,13 +86,34 @@ def train(files: tuple[str, ...], **options: Any) -> None:
     train_language_model(files, **options)
 
 
+def _scheduler_address(_: click.Context, __: click.Parameter, value: str) -> str:
+    from dagflow.run.join import scheduler_endpoint
+
+    try:
+        scheduler_endpoint(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r}: {error}.") from error
+    return value
+
+
+def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    from dask.utils import parse_timedelta
+
+    try:
+        return None if value is None else float(parse_timedelta(value))
+    except (ValueError, KeyError) as error:
+        raise click.BadParameter(f"{value!r} is no time, like '90 s' or '2 hours'.") from error
+
+
 @main.command()
-@click.argument("scheduler")
+@click.argument("scheduler", callback=_scheduler_address)
 @click.option("--torch-threads", type=int, help="Threads inside an operator; all cores by default.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ... or auto.")
 @click.option("--name", help="What the roster and the dashboard call this worker.")
 @click.option("--memory-limit", default="auto", show_default=True, help="Memory for stages.")
-@click.option("--lifetime", help="Leave after this long, e.g. '2 hours'.")
+@click.option("--lifetime", callback=_seconds, help="Leave after this long, e.g. '2 hours'.")
+@click.option("--wait", callback=_seconds, help="Give up after this long without a scheduler.")
+@click.option("--once", is_flag=True, help="End when the scheduler goes away, like dask worker.")
 @_clear_errors
 def join(
     scheduler: str,
@@ -98,7 +121,9 @@ def join(
     device: str,
     name: str | None,
     memory_limit: str,
-    lifetime: str | None,
+    lifetime: float | None,
+    wait: float | None,
+    once: bool,
 ) -> None:
     """Lend this machine to the dask SCHEDULER at an address: it becomes a worker.
 
@@ -106,18 +131,24 @@ def join(
     dagflow join tcp://10.0.0.1:8786
     dagflow join tcp://10.0.0.1:8786 --device cuda:0 --name attic
 
-    The same as `dask worker ADDRESS --nthreads 1 --preload dagflow.worker`. Ctrl-C leaves.
+    It comes back when the scheduler was away, and starts again after a crash. Ctrl-C leaves: what
+    only this machine has is handed over first; a second Ctrl-C leaves at once.
     Whoever runs the scheduler can run code here: join swarms of people you trust.
     """
     from dagflow.run.allocator import with_allocator
 
-    command = [sys.executable, "-m", "dask", "worker", scheduler]
-    command += ["--nthreads", "1", "--nworkers", "1", "--memory-limit", memory_limit]
-    command += ["--name", name] if name else []
-    command += ["--lifetime", lifetime] if lifetime else []
+    worker = [sys.executable, "-m", "dask", "worker", scheduler]
+    worker += ["--nthreads", "1", "--nworkers", "1", "--memory-limit", memory_limit]
+    worker += ["--name", name] if name else []
+    worker += ["--lifetime", f"{lifetime} s"] if lifetime and once else []
     threads = torch_threads or os.cpu_count() or 1
-    command += ["--preload", "dagflow.worker", "--torch-threads", str(threads), "--device", device]
-    os.execve(sys.executable, command, with_allocator(os.environ))
+    worker += ["--preload-nanny", "dagflow.nanny", "--preload", "dagflow.worker"]
+    worker += ["--torch-threads", str(threads), "--device", device]
+    # The parent replaces this process, which has loaded more than it needs. Not from the folder it
+    # is in, where anything may lie.
+    ends = ["" if seconds is None else str(seconds) for seconds in (wait, lifetime)]
+    parent = [sys.executable, "-P", "-m", "dagflow.run.join", scheduler, *ends, *worker]
+    os.execve(sys.executable, worker if once else parent, with_allocator(os.environ))
 
 
 @main.command()
@@ -154,6 +185,145 @@ def inspect(path: str, dot: str | None) -> None:
     file = Path(path)
     text = describe_file(file, dot) if file.is_file() else describe_run(path)
     click.echo(text)
+
+
+@main.group()
+def runs() -> None:
+    """List, check, clean up and export runs.
+
+    \b
+    dagflow runs ls runs
+    dagflow runs verify s3://bucket/run
+    dagflow runs export runs/demo --format safetensors --to model.safetensors
+    """
+
+
+@runs.command("ls")
+@click.argument("root", default="runs")
+@_clear_errors
+def list_runs(root: str) -> None:
+    """List the runs below a folder or URL: steps, loss, snapshots, size.
+
+    \b
+    dagflow runs ls
+    dagflow runs ls s3://bucket
+    """
+    from rich.console import Console
+
+    from dagflow.run.runs import runs_table, summarise_runs
+
+    with Console(stderr=True).status("") as status:
+        found = summarise_runs(root, status.update)
+    click.echo(runs_table(found) if found else f"There are no runs below {root}.")
+
+
+@runs.command()
+@click.argument("store")
+@_clear_errors
+def show(store: str) -> None:
+    """Show a run: settings, progress, snapshots.
+
+    \b
+    dagflow runs show runs/demo
+    """
+    from dagflow.run.inspect import describe_run
+
+    click.echo(describe_run(store))
+
+
+@runs.command()
+@click.argument("store")
+@_clear_errors
+def verify(store: str) -> None:
+    """Read every object of every snapshot, and say what is damaged. Status 1 if anything is.
+
+    \b
+    dagflow runs verify runs/demo
+    """
+    from dagflow.run.runs import num_objects, verify_run
+
+    with _progress("objects", num_objects(store)) as advance:
+        report = verify_run(store, advance)
+    click.echo(str(report))
+    sys.exit(0 if report.is_whole else 1)
+
+
+@runs.command()
+@click.argument("store")
+@click.option("--dry-run", is_flag=True, help="Delete nothing, and only tell.")
+@click.option("--idle", is_flag=True, help="Nobody trains here: delete what is young, too.")
+@_clear_errors
+def gc(store: str, dry_run: bool, idle: bool) -> None:
+    """Delete what crashes left behind and nobody needs. Safe while the run goes on.
+
+    \b
+    dagflow runs gc runs/demo --dry-run
+    """
+    from dagflow.run.runs import collect, describe_garbage
+
+    report = collect(
+        store,
+        nobody_writes=lambda: idle,
+        dry_run=dry_run,
+        on_delete=lambda garbage: click.echo(f"deleted {garbage.path}"),
+    )
+    click.echo(describe_garbage(report, dry_run=dry_run))
+
+
+@runs.command()
+@click.argument("store")
+@click.option("--step", type=int, help="Only this step, counted from 0.")
+@_clear_errors
+def samples(store: str, step: int | None) -> None:
+    """Say which samples went into which step: one JSON object a line, from the run's ledger.
+
+    \b
+    dagflow runs samples runs/demo --step 17
+    """
+    from dagflow.run.runs import samples_of
+
+    for row in samples_of(store, step):
+        click.echo(json.dumps(row))
+
+
+@runs.command()
+@click.argument("store")
+@click.option("--step", type=int, help="Whose weights; the newest snapshot's by default.")
+@click.option("--format", type=click.Choice(["safetensors", "hf", "torch"]), required=True)
+@click.option("--to", required=True, type=click.Path(), help="New file, or folder for hf.")
+@click.option("--config", type=click.Path(), help="For hf: folder with the model's config.json.")
+@_clear_errors
+def export(
+    store: str,
+    step: int | None,
+    format: Literal["safetensors", "hf", "torch"],
+    to: str,
+    config: str | None,
+) -> None:
+    """Write a run's weights as safetensors, as a Hugging Face folder, or for torch.load.
+
+    \b
+    dagflow runs export runs/demo --format safetensors --to model.safetensors
+    dagflow runs export runs/tune --step 400 --format hf --config ./gpt2 --to ./tuned
+    """
+    from dagflow.run.export import export as export_weights
+    from dagflow.run.export import num_tensors
+
+    with _progress("tensors", num_tensors(store, step)) as advance:
+        done = export_weights(store, to, format=format, step=step, config=config, on_tensor=advance)
+    click.echo(f"{done.path}: {done.num_tensors} tensors of step {done.step}")
+    if done.note:
+        click.echo(done.note, err=True)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar on stderr if somebody looks; yield what to call for each thing done."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=total, label=what, file=sys.stderr) as bar:
+        yield lambda _: bar.update(1)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     ├── TransientError                 another worker, or later, may succeed
     │   ├── StoreUnreachable, DamagedData
     │   ├── StateLost                  a stage's weights were on a worker that left
+    │   ├── GarbageReceived            another worker's result can't be right
     │   ├── WorkersLost                too few workers are left, or none came in time
     │   └── ...
     └── PermanentError                 the same inputs fail again
@@ -35,6 +36,7 @@ from dagflow_storage.errors import (
     TransientError,
 )
 from dagflow_tasks.errors import (
+    GarbageReceived,
     OperatorNotAllowed,
     OptimizerInvalid,
     ProgramInvalid,
@@ -83,6 +85,7 @@ __all__ = [
     "DagflowError",
     "DamagedData",
     "FormatTooNew",
+    "GarbageReceived",
     "NonFiniteLoss",
     "NotFound",
     "OperatorNotAllowed",

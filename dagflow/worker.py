@@ -10,12 +10,11 @@ Options go after the preload: ``--preload dagflow.worker --torch-threads 4 --dev
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 
 import click
-import torch
 from distributed import Worker
-
-from dagflow.run.workers import prepare_process, prepare_worker
 
 logger = logging.getLogger("dagflow.worker")
 
@@ -25,9 +24,22 @@ logger = logging.getLogger("dagflow.worker")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ... or auto.")
 def dask_setup(worker: Worker, torch_threads: int | None, device: str) -> None:
     """Prepare the process and the worker; dask calls this when it loads the module."""
+    # Here, because the nanny imports this module as well, to check the options: it would need two
+    # seconds and 200 MB for torch.
+    import torch
+
+    from dagflow.run.dask_internals import notice_retirement
+    from dagflow.run.join import set_retired
+    from dagflow.run.workers import prepare_process, prepare_worker
+
     prepare_process(torch_threads, device)
     prepare_worker(worker)
     worker._dagflow_prepared = True
+    notice_retirement(worker, set_retired)
+    if worker.nanny and threading.current_thread() is threading.main_thread():
+        # A terminal sends Ctrl-C to the nanny, too, which then closes this worker. One that was
+        # interrupted itself can't be closed any more: the nanny kills it after eight seconds.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if worker.state.nthreads > 1:
         logger.warning(
             "This worker runs %d tasks at a time; stages want one (--nthreads 1), and torch uses the "

@@ -15,7 +15,7 @@ from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
 from dagflow.run.graph import StepGraph, StepInputs
-from dagflow_storage import Snapshot, Store, commit_snapshot
+from dagflow_storage import ShardRecord, Snapshot, Store, commit_snapshot
 from dagflow_tasks import tasks
 from dagflow_tasks.cache import CACHE
 from dagflow_tasks.optimizer import Optimizer
@@ -86,7 +86,7 @@ class InlineRun:
         self.losses.append(self.results[self.graph.report_key(step)].loss)
 
     def save(self, step: int) -> None:
-        records = [tasks.save(ref, StateRef(step)) for ref in self.refs]
+        records = [save_now(ref, step) for ref in self.refs]
         commit_snapshot(self.store, step, records, {})
 
     def weights(self, step: int) -> dict[str, torch.Tensor]:
@@ -117,6 +117,12 @@ class InlineRun:
         forward = self.graph.key("forward", step, stage, microbatch)
         backward = self.graph.key("backward", step, stage, microbatch)
         return tasks.forward_part(self.results.get(forward) or self.results[backward])
+
+
+def save_now(ref: StageRef, step: int) -> ShardRecord:
+    """Write a stage's state as it is."""
+    tasks.copy_state(ref, StateRef(step))
+    return tasks.save_copy(ref, StateRef(step))
 
 
 def assert_same_bits(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:

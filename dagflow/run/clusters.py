@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -28,6 +30,7 @@ from dagflow_storage import Store
 from dagflow_tasks.references import DAGFLOW_VERSION
 
 _DASHBOARD_PORT = 8787
+_ANSWER_SECONDS = 10.0
 
 # An embedded cluster runs one thing only. Nothing is stolen, moved, spilled or profiled.
 _EMBEDDED_SETTINGS = {
@@ -198,6 +201,28 @@ def _refuse_process_local(store: Store, client: Client) -> None:
         )
 
 
+def ask_workers(
+    client: Client, function: Callable[..., Any], *args: Any, seconds: float = _ANSWER_SECONDS
+) -> dict[str, Any]:
+    """Run a function on every worker, and return the answers, or errors, by address.
+
+    Who doesn't answer in time, because it is frozen or has just left, isn't in it.
+    """
+    loop = client.loop.asyncio_loop
+    pending: dict[str, Any] = {}
+    for address in client.scheduler_info()["workers"]:
+        run = client.run(function, *args, workers=[address], on_error="return", asynchronous=True)
+        pending[address] = asyncio.run_coroutine_threadsafe(run, loop)
+    wait(pending.values(), seconds)
+    answers: dict[str, Any] = {}
+    for future in pending.values():
+        if not future.done():
+            future.cancel()
+        elif future.exception() is None:
+            answers |= future.result()
+    return answers
+
+
 def roster(client: Client, num_workers: int, wait_seconds: float) -> list[WorkerFacts]:
     """Wait for workers and return their facts, sorted by name.
 
@@ -220,7 +245,7 @@ def roster(client: Client, num_workers: int, wait_seconds: float) -> list[Worker
                 f"{found} of {num_workers} workers joined {address} within {wait_seconds:g} s. On "
                 f"each machine that should help run: dagflow join {address}"
             ) from error
-        answers = client.run(describe, on_error="return")
+        answers = ask_workers(client, describe)
         # One that left a moment ago may still be listed; who can't be reached doesn't count.
         here = {w: a for w, a in answers.items() if not isinstance(a, CommClosedError)}
     facts = [_checked(worker, answer) for worker, answer in here.items()]

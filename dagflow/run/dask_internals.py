@@ -5,12 +5,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from dask._task_spec import Task, TaskRef
-from distributed import Worker
+from distributed import Nanny, Worker
+from distributed.core import Status
 
-__all__ = ["StepTask", "Task", "TaskRef", "set_scheduler_send_interval", "set_worker_send_interval"]
+__all__ = [
+    "StepTask",
+    "Task",
+    "TaskRef",
+    "executing_seconds",
+    "notice_retirement",
+    "retire",
+    "set_scheduler_send_interval",
+    "set_worker_send_interval",
+]
 
 
 class StepTask(Task):  # type: ignore[misc]
@@ -37,3 +48,31 @@ def set_worker_send_interval(worker: Worker, seconds: float) -> None:
 def set_scheduler_send_interval(scheduler: Any, address: str, seconds: float) -> None:
     """Let the scheduler send tasks to one worker after `seconds` instead of dask's 2 ms."""
     scheduler.stream_comms[address].interval = seconds
+
+
+def executing_seconds(scheduler: Any, address: str, is_ours: Callable[[Any], bool]) -> float:
+    """Return how long a worker had been running one of our tasks at its last heartbeat."""
+    worker = scheduler.workers.get(address)
+    running = worker.executing.items() if worker is not None else ()
+    return max((seconds for task, seconds in running if is_ours(task.key)), default=0.0)
+
+
+async def retire(nanny: Nanny, worker: str) -> None:
+    """Let the scheduler move a worker's results elsewhere and forget it, as `dask worker` leaves."""
+    await nanny.scheduler.retire_workers(
+        workers=[worker], close_workers=False, remove=True, stimulus_id="dagflow-leaves"
+    )
+
+
+def notice_retirement(worker: Worker, changed: Callable[[bool], object]) -> None:
+    """Call `changed` whenever the scheduler retires a worker (True) or changes its mind (False).
+
+    What it sends afterwards, to close it, is the same as to a worker that it took for dead.
+    """
+    heard = worker.stream_handlers["worker-status-change"]
+
+    def hear(status: str, **details: Any) -> Any:
+        changed(Status.lookup[status] is Status.closing_gracefully)
+        return heard(status=status, **details)
+
+    worker.stream_handlers["worker-status-change"] = hear

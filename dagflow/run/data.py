@@ -149,7 +149,9 @@ class BatchStream:
         self._epochs = epochs
         self._seed = seed
         self._iterator = self._all()
-        self._ahead: list[Any] = []
+        self._ahead: list[tuple[tuple[int, int], Any]] = []
+        self.position = (0, -1)
+        """Epoch and number of the batch that was taken last."""
 
     def steps_per_epoch(self) -> int | None:
         """Return the number of batches an epoch, if the data knows it."""
@@ -165,7 +167,7 @@ class BatchStream:
                 self._ahead.append(next(self._iterator))
             except StopIteration:
                 raise BatchInvalid("The data holds no batch.") from None
-        return self._ahead[0]
+        return self._ahead[0][1]
 
     def skip(self, num_batches: int) -> None:
         """Go past batches that an earlier run has used."""
@@ -175,17 +177,19 @@ class BatchStream:
 
     def take(self) -> Any | None:
         """Return the next batch, or None after the last."""
-        if self._ahead:
-            return self._ahead.pop()
-        return next(self._iterator, None)
+        found = self._ahead.pop() if self._ahead else next(self._iterator, None)
+        if found is None:
+            return None
+        self.position, batch = found
+        return batch
 
-    def _all(self) -> Iterator[Any]:
+    def _all(self) -> Iterator[tuple[tuple[int, int], Any]]:
         epoch = 0
         while self._epochs is None or epoch < self._epochs:
             found = False
-            for batch in self._epoch(epoch):
+            for number, batch in enumerate(self._epoch(epoch)):
                 found = True
-                yield batch
+                yield (epoch, number), batch
             if not found:
                 if epoch and isinstance(self._data, Iterator):
                     warnings.warn(

@@ -1,4 +1,5 @@
-"""The driver: hands steps to dask one after the other, and watches them come back.
+"""The driver: hands steps to dask one after the other, watches them come back, and takes them up
+again when a machine is lost.
 
 It keeps a few steps in flight and nothing else: what must survive is in the store, what must be
 fast is on the workers.
@@ -9,36 +10,80 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import dask
 from distributed import Client, Future, KilledWorker
 
-from dagflow.errors import NonFiniteLoss, WorkersLost
+from dagflow.errors import GarbageReceived, NonFiniteLoss, TransientError, WorkersLost
 from dagflow.run.events import StepEvent
 from dagflow.run.feed import Feed, StepBatch
-from dagflow.run.graph import Key, Places, Priorities, StepGraph, StepInputs
+from dagflow.run.graph import Key, Places, Priorities, Standing, StepGraph, StepInputs
 from dagflow.run.interrupts import Interrupts
+from dagflow.run.ledger import Ledger
+from dagflow.run.membership import STALLED, Membership, place_again
 from dagflow_storage import (
+    Lease,
+    LeaseUnconfirmed,
+    NotFound,
     RunDirectory,
     ShardRecord,
+    StoreNotWritable,
     commit_snapshot,
-    delete_old_snapshots,
 )
+from dagflow_tasks.journal import JOURNAL
 from dagflow_tasks.optimizer import Schedule
-from dagflow_tasks.results import Decision, StepReport
+from dagflow_tasks.replay import StageProgress, StepRecord
+from dagflow_tasks.results import Decision, JournalStats, StepReport
 
 # The scheduler remembers every task from which one that is still wanted descends. A run's steps
 # descend from each other, so the chain is cut when it has grown this long: the driver waits until
 # nothing is in flight, and the next step starts from the workers' state.
 _LINEAGE_TASKS = 20_000
 _LINEAGE_STEPS = 64
-_CHECK_WORKERS_SECONDS = 2.0
-_METRICS_EVERY_STEPS = 50
+# Interrupts are heeded and the roster is looked at this often; news wakes the driver at once.
+_TICK_SECONDS = 0.5
+# A step that so many workers in turn have not survived, or that was taken up again so often without
+# a worker being lost, isn't unlucky.
+_MAX_LOSSES_A_STEP = 12
+_MAX_TROUBLES_A_STEP = 5
+
+
+_WHAT_TO_DO = (
+    "The weights of the last snapshot are good. Lower the learning rate, clip gradients "
+    "(clip_grad_norm=1.0), or look at that step's data; then train again with the same store."
+)
+
+
+class Disturbed(Exception):
+    """Something was lost that the steps in flight need; they can be taken up again."""
+
+
+@dataclass
+class _Move:
+    """A stage that is being rebuilt on another worker while its own still has it.
+
+    Attributes
+    ----------
+    address : str
+        Where to.
+    future : Future
+        Done when it is rebuilt there.
+    because : str
+        Why, for people.
+    stalled : str or None
+        The worker that has stalled with it: if it comes back first, the move is off.
+    """
+
+    address: str
+    future: Future
+    because: str
+    stalled: str | None = None
 
 
 @dataclass
@@ -58,14 +103,25 @@ class Driver:
     Attributes
     ----------
     client, graph, priorities, addresses
-        Where tasks go, and in which order. `addresses` are the workers by stage.
+        Where tasks go, and in which order. `addresses` are the workers by stage; they change when
+        workers are lost.
     feed : Feed
     schedule : Schedule
     run : RunDirectory
+    ledger : Ledger
+    membership : Membership
+    lease : Lease
+        The right to write to the run's store.
     snapshot_every : int | None
     on_step : callable
+    note : callable
+        Tells people what happens.
     write_extra : callable
         Writes the parts of a snapshot that no stage writes.
+    after_commit : callable
+        Called with the step of a snapshot that was just committed, and of those under way.
+    wait_seconds : float
+        How long to wait for a worker when all are gone.
     decision : Decision | None
         The latest, to go on from.
     interrupts : Interrupts
@@ -75,74 +131,71 @@ class Driver:
     client: Client
     graph: StepGraph
     priorities: Priorities
-    addresses: Sequence[str]
+    addresses: list[str]
     feed: Feed
     schedule: Schedule
     run: RunDirectory
+    ledger: Ledger
+    membership: Membership
+    lease: Lease
     snapshot_every: int | None
     lookahead_steps: int
-    keep_snapshots: int
     on_step: Callable[[StepEvent], None]
+    note: Callable[[str], None]
     write_extra: Callable[[int], Sequence[ShardRecord]]
+    after_commit: Callable[[int, Collection[int]], None]
+    wait_seconds: float
     decision: Decision | None = None
     interrupts: Interrupts = field(default_factory=Interrupts)
     _flights: deque[_Flight] = field(default_factory=deque)
-    _last: _Flight | None = None
     _saves: dict[int, dict[Key, Future]] = field(default_factory=dict)
+    _ready: dict[int, Future] = field(default_factory=dict)
+    _standing: Standing | None = None
     _lineage: tuple[int, int] = (0, 0)
-    _metrics: list[dict[str, Any]] = field(default_factory=list)
+    _journals: dict[str, JournalStats] = field(default_factory=dict)
+    _trouble: str = ""
     _committed: set[int] = field(default_factory=set)
-    _decisions: dict[int, Decision | None] = field(default_factory=dict)
-    _reported: int = -1
+    _snapshot_due: bool = False
+    _reports: dict[int, StepReport] = field(default_factory=dict)
+    _done: int = 0
+    _next: int = 0
+    _exhausted: bool = False
     _clock: float = 0.0
+    _moves: dict[int, _Move] = field(default_factory=dict)
+    _failed: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    _losses: Counter[int] = field(default_factory=Counter)
+    _troubles: Counter[int] = field(default_factory=Counter)
 
     def go(self, first_step: int, last_step: int | None) -> int:
         """Run steps until `last_step`, or until the data ends, and return how many are done.
 
-        Every step that comes back is reported; snapshots are committed when all their shards are
-        written. On any way out, Ctrl-C included, the metrics so far are written.
+        Every step that comes back is reported once; snapshots are committed when all their shards
+        are written. When a worker is lost, its stages are rebuilt on others, and the steps in flight
+        go on.
 
         Raises
         ------
         NonFiniteLoss
             If a loss isn't finite; names step and stage.
-        WorkersLost
-            If a worker with a stage is gone.
+        TransientError
+            If a lost stage can't be rebuilt from the journal; all must go back to an earlier step.
         """
-        done = first_step
-        next_step = first_step
-        exhausted = False
+        self._done = self._next = first_step
+        self.feed.look_around = self._look_around
         self._clock = time.perf_counter()
-        try:
-            while True:
-                while not exhausted and (last_step is None or next_step < last_step):
-                    if len(self._flights) >= self.lookahead_steps:
-                        break
-                    if self._lineage_full() and self._flights:
-                        break
-                    batch = self.feed.prepare(next_step, self.graph)
-                    if batch is None:
-                        exhausted = True
-                        break
-                    self._submit(next_step, batch)
-                    next_step += 1
-                if not self._flights:
-                    break
-                done = self._finish_oldest()
-                self._commit_finished(done)
-                self.interrupts.heed()
-            self.save_and_commit(done)
-            self.interrupts.heed()
-        finally:
-            self._flush_metrics()
-        return done
+        self._restore(dict.fromkeys(range(len(self.addresses)), first_step))
+        while True:
+            try:
+                if self._advance(last_step):
+                    return self._done
+            except Disturbed as disturbance:
+                self._take_up_again(disturbance)
 
-    def drain(self) -> int | None:
-        """Let the steps in flight finish, and return how many are done; None if none was."""
+    def drain(self) -> int:
+        """Let the steps in flight finish, and return how many are done."""
         while self._flights:
             self._finish_oldest()
-        self._flush_metrics()
-        return None if self._last is None else self._last.step + 1
+        return self._done
 
     def save_and_commit(self, step: int) -> None:
         """Make sure that a snapshot of this step exists; nothing may be in flight."""
@@ -158,61 +211,95 @@ class Driver:
         finally:
             # By hand: dask keeps a failed task's exception, its traceback our frames, and these
             # every future of theirs.
-            for flight in (*self._flights, *([self._last] if self._last else [])):
-                for future in (*flight.futures.values(), *flight.batch.held):
+            for flight in self._flights:
+                for future in flight.batch.held.values():
                     future.release()
-            for futures in self._saves.values():
-                for future in futures.values():
-                    future.release()
+            self._let_go()
             self._flights.clear()
-            self._saves.clear()
-            self._last = None
 
     # Steps
+
+    def _advance(self, last_step: int | None) -> bool:
+        """Submit what may be, finish a step, and tell whether the run is done."""
+        if not self._flights and self._arrived():
+            self._rebuild(self._arrived())
+        while not self._exhausted and (last_step is None or self._next < last_step):
+            if len(self._flights) >= self.lookahead_steps or self._arrived():
+                break
+            if self._lineage_full() and self._flights:
+                break
+            if not self._submit_next():
+                break
+        if self._flights:
+            self._finish_oldest()
+            self._commit_finished(self._done)
+            self._spread_out()
+            self.interrupts.heed()
+            return False
+        self.save_and_commit(self._done)
+        self.interrupts.heed()
+        return True
+
+    def _submit_next(self) -> bool:
+        try:
+            batch = self.feed.prepare(self._next, self.graph)
+        except WorkersLost as error:
+            raise Disturbed(str(error)) from error
+        if batch is None:
+            self._exhausted = True
+            return False
+        step, self._next = self._next, self._next + 1
+        first = not self._flights and (self._standing is None or self._lineage_full())
+        self._flights.append(_Flight(step, batch, {}, self.schedule.factor(step)))
+        self._submit(self._flights[-1], first=first or step == self._done)
+        due = self.snapshot_every and (step + 1) % self.snapshot_every == 0
+        if self.snapshot_every and (due or self._snapshot_due):
+            self._snapshot_due = False
+            self._submit_saves(step + 1, after_update=True)
+        return True
 
     def _lineage_full(self) -> bool:
         num_tasks, num_steps = self._lineage
         return num_tasks > _LINEAGE_TASKS or num_steps >= _LINEAGE_STEPS
 
-    def _submit(self, step: int, batch: StepBatch) -> None:
-        first = not self._flights and (self._last is None or self._lineage_full())
-        factor = self.schedule.factor(step)
+    def _submit(self, flight: _Flight, *, first: bool) -> None:
+        """Hand a step to dask: the tasks of it that aren't done yet."""
+        step, batch = flight.step, flight.batch
+        if self._standing is not None and step > max(
+            self._standing.step(s) for s in range(len(self.addresses))
+        ):
+            self._standing = None  # nothing of this step or a later one is done
         inputs = StepInputs(
             step,
             batch.microbatches,
             batch.argument,
-            factor,
+            flight.factor,
             first=first,
             saved=step in self._saves,
             decision=self.decision,
+            ready={s: f.key for s, f in self._ready.items()} if first else {},
+            standing=self._standing,
         )
         dsk = {**batch.tasks, **self.graph.step(inputs)}
-        keys = [*self.graph.update_keys(step), self.graph.report_key(step)]
+        keys = [key for key in self.graph.update_keys(step) if key in dsk]
+        keys.append(self.graph.report_key(step))
         if self.graph.decides:
             keys.append(self.graph.decision_key(step))
-        futures = self._get(dsk, keys)
+        flight.futures = self._get(dsk, keys)
         if first:
             self._lineage = (0, 0)
         self._lineage = (self._lineage[0] + len(dsk), self._lineage[1] + 1)
-        self._flights.append(_Flight(step, batch, futures, factor))
-        if self.snapshot_every and (step + 1) % self.snapshot_every == 0:
-            self._submit_saves(step + 1, after_update=True)
 
-    def _get(self, dsk: dict[Key, Any], keys: list[Key]) -> dict[Key, Future]:
+    def _get(self, dsk: Mapping[Key, Any], keys: list[Key]) -> dict[Key, Future]:
         with dask.annotate(workers=Places(self.addresses), priority=self.priorities):
             futures: list[Future] = self.client.get(dsk, keys, sync=False)
         return dict(zip(keys, futures, strict=True))
 
-    def _finish_oldest(self) -> int:
-        """Wait for the oldest step in flight, and return how many are done."""
-        self._finish(self._flights[0])
-        self._last = self._flights.popleft()
-        return self._last.step + 1
-
-    def _finish(self, flight: _Flight) -> None:
-        """Wait for a step and tell everybody about it, once."""
-        if flight.step <= self._reported:
-            return
+    def _finish_oldest(self) -> None:
+        """Wait for the oldest step in flight, and tell everybody about it."""
+        flight = self._flights[0]
+        with contextlib.suppress(LeaseUnconfirmed):
+            self.lease.check()
         report: StepReport = self._result(flight.futures[self.graph.report_key(flight.step)])
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
@@ -220,8 +307,18 @@ class Driver:
         if not math.isfinite(report.loss) and not skipped:
             raise NonFiniteLoss(_not_finite(report))
         self.decision = report.decision
-        self._decisions = {flight.step + 1: report.decision, **self._recent_decisions()}
-        self._reported = flight.step
+        # From here on the step is done, whatever happens to its workers.
+        self._flights.popleft()
+        self._done = flight.step + 1
+        self._ready.clear()
+        self._reports = {flight.step + 1: report, **self._recent_reports()}
+        batch = flight.batch
+        for ref in self.graph.refs:
+            JOURNAL.end_step(ref, flight.step)  # of what the driver itself has put there
+        record = StepRecord(
+            flight.step, batch.microbatches, flight.factor, report.decision, batch.samples
+        )
+        journal_bytes, journal_seconds = self._journal_since(report)
         event = StepEvent(
             step=flight.step + 1,
             loss=report.loss,
@@ -230,47 +327,316 @@ class Driver:
             unit=flight.batch.unit,
             learning_rate_factor=flight.factor,
             gradient_norm=report.decision.norm if report.decision else None,
+            journal_bytes=journal_bytes,
+            journal_share=min(1.0, journal_seconds / seconds) if seconds else 0.0,
         )
-        self._metrics.append(event.to_json())
-        if len(self._metrics) >= _METRICS_EVERY_STEPS:
-            self._flush_metrics()
+        self.ledger.add(record, event.to_json())
         self.on_step(event)
 
-    def _recent_decisions(self) -> dict[int, Decision | None]:
-        return {step: d for step, d in self._decisions.items() if step in self._saves}
+    def _journal_since(self, report: StepReport) -> tuple[int, float]:
+        """Return what all journals have written since the last report, and the busiest's seconds."""
+        num_bytes, seconds = 0, 0.0
+        for stats in {s.process: s for s in report.journal.values()}.values():
+            before = self._journals.get(stats.process, JournalStats())
+            num_bytes += stats.num_bytes - before.num_bytes
+            seconds = max(seconds, stats.seconds - before.seconds)
+            if stats.trouble and stats.trouble != before.trouble:
+                self.note(f"A worker's journal can't be written at present: {stats.trouble}")
+            self._journals[stats.process] = stats
+        if self.ledger.trouble and self.ledger.trouble != self._trouble:
+            self.note(f"The ledger can't be written at present: {self.ledger.trouble}")
+        self._trouble = self.ledger.trouble
+        return num_bytes, seconds
+
+    def _recent_reports(self) -> dict[int, StepReport]:
+        return {step: report for step, report in self._reports.items() if step in self._saves}
 
     def _result(self, future: Future) -> Any:
-        """Wait for a result, watching that the workers it needs are there."""
-        while True:
-            try:
-                return future.result(timeout=_CHECK_WORKERS_SECONDS)
-            except TimeoutError:
-                if future.status == "error":  # the task's own
-                    raise
-                self._check_workers()
-                self.interrupts.heed()
-            except (CancelledError, KilledWorker) as error:
-                self._check_workers()
-                raise WorkersLost(f"The cluster gave up on a task: {error}.") from error
+        """Wait for a result, watching that the workers it needs are there.
+
+        Raises
+        ------
+        Disturbed
+            If something was lost on the way.
+        """
+        while not future.done():
+            self._look_around()
+            self.membership.wait(future, _TICK_SECONDS)
+        try:
+            return future.result()
+        except (CancelledError, KilledWorker, OSError) as error:
+            self._check_workers()
+            raise Disturbed(f"{type(error).__name__}: {error}") from error
+        except GarbageReceived as error:
+            self._check_workers()
+            self._blame_sender(error)
+        except TransientError as error:
+            self._check_workers()
+            raise Disturbed(f"{type(error).__name__}: {error}") from error
+        except Exception as error:
+            self._check_workers()
+            self._blame_worker(error)
+
+    def _look_around(self) -> None:
+        self.interrupts.heed()
+        self._check_workers()
+        self._check_stalls()
 
     def _check_workers(self) -> None:
-        present = set(self.client.scheduler_info()["workers"])
-        missing = sorted(set(self.addresses) - present)
+        missing = sorted(set(self.addresses) - set(self.membership.usable()))
         if missing:
             stages = [s for s, address in enumerate(self.addresses) if address in missing]
-            raise WorkersLost(
+            raise Disturbed(
                 f"The worker {', '.join(missing)} left with stage {', '.join(map(str, stages))}."
             )
 
-    def _flush_metrics(self) -> None:
-        if self._metrics:
-            self.run.append_metrics(self._metrics)
-            self._metrics = []
+    # Who is to blame
+
+    def _blame_sender(self, error: GarbageReceived) -> NoReturn:
+        """Exclude the worker of the stage that sent garbage; twice the same is no accident.
+
+        Raises
+        ------
+        NonFiniteLoss
+            If another worker has computed the same: the numbers have left the finite range.
+        """
+        if not 0 <= error.stage < len(self.addresses):
+            raise Disturbed(str(error)) from error
+        task = ("garbage", str(self._done), str(error.stage))
+        if not self._is_first_failure(task, self.addresses[error.stage]):
+            raise NonFiniteLoss(
+                f"{error} It was computed twice, on {' and '.join(self._failed[task])}. "
+                f"{_WHAT_TO_DO}"
+            ) from error
+        raise Disturbed(str(error)) from error
+
+    def _blame_worker(self, error: Exception) -> NoReturn:
+        """Run a task that failed on another worker; if it fails there, too, the task is to blame."""
+        ours = str(self.graph.key("", 0, 0)[0])
+        failures = [f for f in self.membership.failures if f[0][0].endswith(ours)]
+        if not failures or not self.graph.refs[0].journal:
+            raise error
+        key, address = failures[-1]
+        task = (key[0].removesuffix(ours), *key[1:])
+        if not self._is_first_failure(task, address):
+            raise error
+        raise Disturbed(
+            f"{task[0]} of stage {task[2]} in step {task[1]} failed on {address}: "
+            f"{type(error).__name__}: {error}. It will be tried elsewhere."
+        ) from error
+
+    def _is_first_failure(self, task: tuple[str, ...], address: str) -> bool:
+        """Note a failure, and exclude its worker if the task hasn't failed before."""
+        known = self._failed.setdefault(task, [])
+        known.append(address)
+        if len(known) > 1:
+            return False
+        self.membership.exclude(address, f"{task[0]} failed there")
+        if not self.membership.usable():
+            self.membership.forgive()  # better this one again than nobody
+        return True
+
+    # Who is slow, and who is new
+
+    def _check_stalls(self) -> None:
+        """Have the stages of stalled workers rebuilt elsewhere; whoever is done first, wins."""
+        stalled = self.membership.stalled
+        self._drop_moves_to_nowhere()
+        for stage, move in list(self._moves.items()):
+            if move.stalled is not None and move.stalled not in stalled:
+                self._moves.pop(stage).future.release()
+                self.note(f"The worker {move.stalled} is back, with stage {stage}.")
+        for stage, address in enumerate(self.addresses):
+            if address in stalled and stage not in self._moves and self.graph.refs[0].journal:
+                news = stalled[address]
+                self._move(stage, f"it has stalled for {news['seconds']:.1f} s", address)
+        for move in self._moves.values():
+            if move.stalled is not None and move.future.done():
+                self.membership.exclude(move.stalled, STALLED)
+                raise Disturbed(f"The worker {move.stalled} has stalled; its stages go elsewhere.")
+
+    def _move(self, stage: int, because: str, stalled: str | None = None) -> None:
+        """Begin to rebuild a stage elsewhere, if there is a worker with less to do."""
+        address = self.addresses[stage]
+        others = [a for a in self.membership.usable() if a != address]
+        used = Counter(self.addresses)
+        used.update(move.address for move in self._moves.values())
+        spares = [a for a in others if not used[a]]
+        frozen = stalled is not None and self.membership.stalled[stalled]["silent"]
+        if not spares and not (frozen and others):
+            return
+        target = spares[0] if spares else min(others, key=lambda a: used[a])
+        self.note(f"Rebuilding stage {stage} of {address} on {target}, too: {because}.")
+        self._moves[stage] = _Move(target, self._restored_at(stage, target), because, stalled)
+
+    def _restored_at(self, stage: int, address: str) -> Future:
+        """Have a stage rebuilt on a worker that isn't its own."""
+        graph = self.graph.again(uuid.uuid4().hex[:8])
+        records = [r for r in self.ledger.since(0) if r.step < self._done]
+        dsk = graph.restore(stage, self._done, records)
+        places = list(self.addresses)
+        places[stage] = address
+        with dask.annotate(workers=Places(places), priority=self.priorities):
+            future: Future = self.client.get(dsk, list(dsk), sync=False)[0]
+        return future
+
+    def _spread_out(self) -> None:
+        """Begin to move a stage off a worker that has several, if somebody has none."""
+        if self._moves or not self.graph.refs[0].journal:
+            return
+        used = Counter(self.addresses)
+        crowded = [s for s, address in enumerate(self.addresses) if used[address] > 1]
+        if crowded and any(address not in used for address in self.membership.usable()):
+            self._move(
+                crowded[-1], f"a worker has joined, and this one has {used.most_common(1)[0][1]}"
+            )
+
+    def _drop_moves_to_nowhere(self) -> None:
+        usable = self.membership.usable()
+        for stage in [s for s, move in self._moves.items() if move.address not in usable]:
+            self._moves.pop(stage).future.release()
+
+    def _arrived(self) -> set[int]:
+        """Return the stages that are ready elsewhere, to be taken over between two steps."""
+        self._drop_moves_to_nowhere()
+        done = {s for s, m in self._moves.items() if m.stalled is None and m.future.done()}
+        for stage in [s for s in done if self._moves[s].future.status != "finished"]:
+            self._moves.pop(stage).future.release()  # not there, after all
+            done.discard(stage)
+        return done
+
+    # What is lost
+
+    def _take_up_again(self, disturbance: Disturbed) -> None:
+        """Find who is left and how far they are, rebuild what is lost elsewhere, and go on.
+
+        Raises
+        ------
+        TransientError
+            If that can't be done: all stages must go back to an earlier step.
+        """
+        while True:
+            self.note(str(disturbance))
+            self._let_go()
+            lost = self._stages_of_the_missing()
+            self._count(lost, disturbance)
+            if not self.graph.refs[0].journal:
+                raise WorkersLost(f"{disturbance} There is no journal to rebuild it from.")
+            try:
+                self._rebuild(lost)
+                return
+            except Disturbed as another:
+                disturbance = another
+
+    def _count(self, lost: Collection[int], disturbance: Disturbed) -> None:
+        counter = self._losses if lost else self._troubles
+        counter[self._done] += 1
+        if counter[self._done] > (_MAX_LOSSES_A_STEP if lost else _MAX_TROUBLES_A_STEP):
+            raise WorkersLost(
+                f"Step {self._done} was taken up again {counter[self._done] - 1} times. {disturbance}"
+            ) from disturbance
+
+    def _let_go(self) -> None:
+        """Release every result that is waited for; dask forgets their tasks."""
+        for flight in self._flights:
+            for future in flight.futures.values():
+                future.release()
+            flight.futures = {}
+        for futures in self._saves.values():
+            for future in futures.values():
+                future.release()
+        self._snapshot_due = self._snapshot_due or bool(self._saves)
+        self._saves.clear()
+        for future in self._ready.values():
+            future.release()
+        self._ready.clear()
+        for move in self._moves.values():
+            future = move.future
+            if not future.done():
+                future.release()
+        self._moves = {s: m for s, m in self._moves.items() if m.future.done()}
+
+    def _stages_of_the_missing(self) -> set[int]:
+        self.membership.refresh()
+        usable = set(self.membership.usable())
+        return {s for s, address in enumerate(self.addresses) if address not in usable}
+
+    def _rebuild(self, lost: set[int]) -> None:
+        """Place lost stages on other workers, and submit what is left of the steps in flight."""
+        self._await_somebody()
+        if not JOURNAL.flush(self.wait_seconds):
+            raise WorkersLost(f"The journal can't be written: {JOURNAL.stats().trouble}")
+        self.graph = self.graph.again(uuid.uuid4().hex[:8])
+        warm = {stage: move.address for stage, move in self._moves.items()}
+        self.addresses[:] = place_again(self.addresses, lost, self.membership.usable(), warm)
+        if lost:
+            places = ", ".join(f"stage {s} on {self.addresses[s]}" for s in sorted(lost))
+            self.note(f"Rebuilding {places}.")
+        known = self._progress(set(range(len(self.addresses))) - lost)
+        for stage in lost & self._moves.keys():
+            self._moves.pop(stage).future.release()
+        missing = lost
+        lost = lost | {stage for stage, progress in known.items() if progress.step < self._done}
+        for stage in lost:
+            known[stage] = StageProgress(stage, self._done)
+        self._standing = Standing(known, self.graph.halved_from)
+        self._restore(dict.fromkeys(lost, self._done))
+        for number, flight in enumerate(self._flights):
+            try:
+                flight.batch = self.feed.prepare_again(
+                    flight.batch, flight.step, self.graph, missing
+                )
+            except WorkersLost as error:
+                raise Disturbed(str(error)) from error
+            self._submit(flight, first=number == 0)
+
+    def _await_somebody(self) -> None:
+        if self.membership.usable():
+            return
+        self.membership.forgive()
+        self.note(
+            f"All workers are gone; waiting for new ones (dagflow join "
+            f"{self.client.scheduler.address})."
+        )
+        deadline = time.monotonic() + self.wait_seconds
+        while not self.membership.usable():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise WorkersLost(
+                    f"0 of 1 workers joined {self.client.scheduler.address} within "
+                    f"{self.wait_seconds:g} s."
+                )
+            self.membership.wait(None, min(left, _TICK_SECONDS))
+            self.interrupts.heed()
+
+    def _progress(self, stages: Collection[int]) -> dict[int, StageProgress]:
+        """Ask the workers of some stages how far these are."""
+        dsk: dict[Key, Any] = {}
+        for stage in sorted(stages):
+            dsk |= self.graph.progress(stage, self._done)
+        futures = self._get(dsk, list(dsk)) if dsk else {}
+        try:
+            found = [self._result(future) for future in futures.values()]
+        finally:
+            for future in futures.values():
+                future.release()
+        return {progress.stage: progress for progress in found}
+
+    def _restore(self, targets: Mapping[int, int]) -> None:
+        """Have stages brought to the weights after some step; the next step waits for them."""
+        dsk: dict[Key, Any] = {}
+        for stage, step in targets.items():
+            records = [r for r in self.ledger.since(0) if r.step < step]
+            dsk |= self.graph.restore(stage, step, records)
+        futures = self._get(dsk, list(dsk)) if dsk else {}
+        self._ready = {int(str(key[2])): future for key, future in futures.items()}
 
     # Snapshots
 
     def _submit_saves(self, step: int, *, after_update: bool) -> None:
-        dsk = self.graph.save(step, after_update=after_update)
+        before = [key for futures in self._saves.values() for key in futures if _is_save(key)]
+        ready = {s: f.key for s, f in self._ready.items()}
+        dsk = self.graph.save(step, after_update=after_update, before=before, ready=ready)
         self._saves[step] = self._get(dsk, list(dsk))
 
     def _commit_finished(self, done: int, *, wait_for_all: bool = False) -> None:
@@ -279,15 +645,60 @@ class Driver:
             futures = self._saves[step]
             if step > done or not (wait_for_all or all(f.done() for f in futures.values())):
                 continue
-            records = [self._result(future) for future in futures.values()]
+            records = self._records(step, must_be=wait_for_all)
+            if records is None:
+                continue
             records += self.write_extra(step)
-            self._flush_metrics()
-            meta = {"decision": _decision_json(self._decisions.get(step, self.decision))}
-            commit_snapshot(self.run.store, step, records, meta)
+            report = self._reports.get(step)
+            decision = self.decision if report is None else report.decision
+            meta = {
+                "decision": _decision_json(decision),
+                "loss": None if report is None else report.loss,
+                "run_id": self.graph.refs[0].run_id,
+                "plan": self.graph.refs[0].plan,
+            }
+            self._confirm_lease()
+            try:
+                commit_snapshot(self.run.store, step, records, meta)
+            except NotFound as error:  # somebody has tidied up too well: another one will do
+                self.note(str(error))
             self._committed.add(step)
             # The step after it may still be about to be submitted; its update waits for the save.
-            del self._saves[step]
-            delete_old_snapshots(self.run.store, keep=self.keep_snapshots)
+            for future in self._saves.pop(step).values():
+                future.release()
+            self.after_commit(step, self._saves.keys())
+
+    def _records(self, step: int, *, must_be: bool) -> list[ShardRecord] | None:
+        """Return what was written of a snapshot; None if that failed and the next one will do."""
+        futures = [future for key, future in self._saves[step].items() if _is_save(key)]
+        failed = [f.exception() for f in futures if f.status == "error"]
+        passing = (TransientError, StoreNotWritable)
+        if must_be or not failed or not all(isinstance(error, passing) for error in failed):
+            return [self._result(future) for future in futures]
+        self.note(f"No snapshot of step {step}: {failed[0]}")
+        for future in self._saves.pop(step).values():
+            future.release()
+        return None
+
+    def _confirm_lease(self) -> None:
+        """Return once it is certain that no other driver has taken over.
+
+        Raises
+        ------
+        LeaseLost
+        """
+        while True:
+            try:
+                self.lease.check()
+                return
+            except LeaseUnconfirmed as error:
+                self.note(str(error))
+                self.membership.wait(None, _TICK_SECONDS)
+                self.interrupts.heed()
+
+
+def _is_save(key: Key) -> bool:
+    return str(key[0]).startswith("save")
 
 
 def _decision_json(decision: Decision | None) -> Any:
@@ -304,6 +715,5 @@ def _not_finite(report: StepReport) -> str:
         where = f"stage {stage}, micro-batch {microbatches}"
     return (
         f"The loss of step {report.step} is {report.loss}; the numbers first left the finite range in "
-        f"{where}. The weights of the last snapshot are good. Lower the learning rate, clip gradients "
-        "(clip_grad_norm=1.0), or look at that step's data; then train again with the same store."
+        f"{where}. {_WHAT_TO_DO}"
     )

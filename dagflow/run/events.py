@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from dagflow.graph.show import amount
+
 # Without a terminal the progress line becomes a line of log every so often.
 _LOG_EVERY_SECONDS = 10.0
 
@@ -32,6 +34,10 @@ class StepEvent:
     learning_rate_factor : float
     gradient_norm : float | None
         Before clipping, in a run that clips.
+    journal_bytes : int
+        Written to the journal since the step before was done, by all workers.
+    journal_share : float
+        Share of that time for which the busiest worker's journal was being written.
     """
 
     step: int
@@ -41,6 +47,8 @@ class StepEvent:
     unit: str
     learning_rate_factor: float
     gradient_norm: float | None = None
+    journal_bytes: int = 0
+    journal_share: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,6 +88,7 @@ class ProgressLine:
         self._task: TaskID | None = None
         self._smoothed: float | None = None
         self._logged = 0.0
+        self._journal_bytes = 0
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
@@ -107,6 +116,11 @@ class ProgressLine:
         old = self._smoothed
         self._smoothed = rate if old is None else 0.9 * old + 0.1 * rate
         text = f"loss {event.loss:.4f}  {self._smoothed:,.0f} {event.unit}/s"
+        if event.journal_bytes:
+            self._journal_bytes = event.journal_bytes
+        if self._journal_bytes:
+            text += f"  journal {amount(self._journal_bytes, 'B')} a step"
+            text += f", {event.journal_share:.0%} of the time"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=event.step, text=text)
         elif self._enabled and time.monotonic() - self._logged > _LOG_EVERY_SECONDS:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,9 +21,13 @@ from dagflow.plan.loss_weight import TargetCount, target_count
 from dagflow.run.dask_internals import Task, TaskRef
 from dagflow.run.data import BatchStream, TokenDataset, num_rows, read_rows, split_rows, take_rows
 from dagflow.run.graph import Key, StepGraph, task
+from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
+from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import Microbatch
 from dagflow_tasks.results import TensorDict
 from dagflow_tasks.tasks import tensors_of
+
+_TICK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,10 @@ class StepBatch:
         Futures to keep until the step is done.
     amount, unit
         Size of the batch in tokens or samples.
+    samples : mapping
+        Which samples of the data these are, for the ledger.
+    parts : sequence
+        The micro-batches' tensors, where the driver holds them.
     """
 
     microbatches: tuple[Microbatch, ...]
@@ -46,15 +56,34 @@ class StepBatch:
     tasks: Mapping[Key, Task]
     amount: int
     unit: str
-    held: list[Any] = field(default_factory=list)
+    samples: Mapping[str, Any]
+    held: Mapping[tuple[int, int], Any] = field(default_factory=dict)
+    parts: Sequence[Mapping[str, torch.Tensor]] = ()
 
 
 class Feed(ABC):
-    """Prepares the batch of one step after the other."""
+    """Prepares the batch of one step after the other.
+
+    Attributes
+    ----------
+    look_around : callable
+        Called while the feed waits; may raise, which ends the wait.
+    """
+
+    look_around: Callable[[], None] = staticmethod(lambda: None)
 
     @abstractmethod
     def prepare(self, step: int, graph: StepGraph) -> StepBatch | None:
-        """Return the step's batch, or None when there is no more data."""
+        """Return the step's batch, or None when there is no more data.
+
+        Called again after an error, it returns the same step's batch.
+        """
+
+    @abstractmethod
+    def prepare_again(
+        self, batch: StepBatch, step: int, graph: StepGraph, lost: Collection[int]
+    ) -> StepBatch:
+        """Return a batch that is on its way for another graph; some stages have lost theirs."""
 
 
 class StreamFeed(Feed):
@@ -74,38 +103,83 @@ class StreamFeed(Feed):
         self._client = client
         self._addresses = addresses
         self._count = target_count(dag)
+        self._taken: tuple[Any, dict[str, Any]] | None = None
 
     def prepare(self, step: int, graph: StepGraph) -> StepBatch | None:
-        batch = self._stream.take()
-        if batch is None:
-            return None
+        if self._taken is None:
+            batch = self._stream.take()
+            if batch is None:
+                return None
+            where = self._stream.position
+            self._taken = (batch, {"epoch": where[0], "batch": where[1]})
+        batch, samples = self._taken
         parts, microbatches = split_batch(
             self._dag, batch, step, self._num_microbatches, self._count
         )
-        futures: dict[tuple[int, int], Any] = {}
+        held: dict[tuple[int, int], Any] = {}
         for program in graph.programs:
-            if program.batch_inputs:
-                names = program.batch_inputs
-                data = [TensorDict({n: part[n] for n in names}) for part in parts]
-                address = self._addresses[program.stage]
-                scattered = self._scatter(data, address)
-                futures.update({(program.stage, i): f for i, f in enumerate(scattered)})
+            held |= self._sent(program, parts, step, graph)
         amount, unit = measure(parts)
-        return StepBatch(
-            microbatches,
-            lambda stage, index: TaskRef(futures[(stage, index)].key),
-            {},
-            amount,
-            unit,
-            list(futures.values()),
-        )
+        self._taken = None
+        return StepBatch(microbatches, _of(held), {}, amount, unit, samples, held, parts)
+
+    def prepare_again(
+        self, batch: StepBatch, step: int, graph: StepGraph, lost: Collection[int]
+    ) -> StepBatch:
+        held = {place: future for place, future in batch.held.items() if place[0] not in lost}
+        for program in graph.programs:
+            if program.stage in lost:
+                held |= self._sent(program, batch.parts, step, graph)
+        return replace(batch, argument=_of(held), held=held)
+
+    def _sent(
+        self,
+        program: StageProgram,
+        parts: Sequence[Mapping[str, torch.Tensor]],
+        step: int,
+        graph: StepGraph,
+    ) -> dict[tuple[int, int], Any]:
+        names = program.batch_inputs
+        if not names:
+            return {}
+        data = [TensorDict({n: part[n] for n in names}) for part in parts]
+        # Nobody else can say again what only the driver has read.
+        for index, part in enumerate(data):
+            key = EntryKey("batch", program.stage, index)
+            JOURNAL.put(graph.refs[program.stage], step, key, Sent(part, {}))
+        futures = self._scatter(data, self._addresses[program.stage])
+        return {(program.stage, index): future for index, future in enumerate(futures)}
 
     def _scatter(self, data: Sequence[TensorDict], address: str) -> Sequence[Any]:
-        try:
-            futures: Sequence[Any] = self._client.scatter(data, workers=[address], hash=False)
-        except (OSError, KeyError) as error:  # dask's ways of saying that a worker isn't there
-            raise WorkersLost(f"The worker {address} left, and takes no more data.") from error
-        return futures
+        """Send data to a worker, looking around while it takes: a frozen one takes for ever."""
+        sending = self._client.scatter(data, workers=[address], hash=False, asynchronous=True)
+        loop = self._client.loop.asyncio_loop
+        pending: Any = asyncio.run_coroutine_threadsafe(sending, loop)
+        while True:
+            wait([pending], _TICK_SECONDS)
+            try:
+                if pending.done():
+                    futures: Sequence[Any] = pending.result()
+                    return futures
+            except (OSError, KeyError) as error:  # dask's ways of saying that nobody is there
+                raise WorkersLost(f"The worker {address} left, and takes no more data.") from error
+            try:
+                self.look_around()
+            except BaseException:
+                pending.cancel()
+                raise
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Reads the micro-batches of a token dataset; what a worker is given to read them itself."""
+
+    dataset: TokenDataset
+    bounds: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
+
+    def __call__(self, step: int, index: int) -> TensorDict:
+        return read_rows(self.dataset, step, *self.bounds[index], self.names)
 
 
 class TokenFeed(Feed):
@@ -125,20 +199,43 @@ class TokenFeed(Feed):
             Microbatch(step, i, (e - b) / self._dataset.batch_size, self._size_of[e - b])
             for i, (b, e) in enumerate(self._bounds)
         )
-        tasks: dict[Key, Task] = {}
-        for program in graph.programs:
-            if program.batch_inputs:
-                for i, (b, e) in enumerate(self._bounds):
-                    key = graph.key("batch", step, program.stage, i)
-                    names = program.batch_inputs
-                    tasks[key] = task(key, read_rows, self._dataset, step, b, e, names)
         return StepBatch(
             microbatches,
             lambda stage, index: TaskRef(graph.key("batch", step, stage, index)),
-            tasks,
+            self._reads(step, graph),
             self._amount,
             "tokens",
+            {
+                "tokens": self._dataset.url,
+                "seed": self._dataset.seed,
+                "rows": self._dataset.batch_size,
+            },
         )
+
+    def prepare_again(
+        self, batch: StepBatch, step: int, graph: StepGraph, lost: Collection[int]
+    ) -> StepBatch:
+        found = self.prepare(step, graph)
+        assert found is not None
+        return found
+
+    def _reads(self, step: int, graph: StepGraph) -> dict[Key, Task]:
+        tasks: dict[Key, Task] = {}
+        for program in graph.programs:
+            if program.batch_inputs:
+                read = self.rows(program)
+                for index in range(len(self._bounds)):
+                    key = graph.key("batch", step, program.stage, index)
+                    tasks[key] = task(key, read, step, index)
+        return tasks
+
+    def rows(self, program: StageProgram) -> TokenRows:
+        """Return what reads a stage's part of the data on its worker."""
+        return TokenRows(self._dataset, tuple(self._bounds), program.batch_inputs)
+
+
+def _of(held: Mapping[tuple[int, int], Any]) -> Callable[[int, int], Any]:
+    return lambda stage, index: TaskRef(held[(stage, index)].key)
 
 
 def smallest_rows(dag: OperatorDag) -> int:

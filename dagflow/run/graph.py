@@ -9,20 +9,31 @@ as soon as its weights are updated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from dagflow.plan.schedule import BACKWARD, FORWARD, WEIGHTS, Schedule
+from dagflow.run.behind import save_behind
 from dagflow.run.dask_internals import StepTask, Task, TaskRef
 from dagflow_tasks import tasks
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import Microbatch, StageRef, StateRef
-from dagflow_tasks.results import Decision
+from dagflow_tasks.replay import (
+    Neighbours,
+    StageProgress,
+    StepRecord,
+    progress,
+    recall,
+    recall_decision,
+    restore,
+)
+from dagflow_tasks.results import Decision, TensorDict
 
 Key = tuple[str | int, ...]
 
+_AT_ONCE = frozenset({"lend", "batch", "copy", "save", "recall", "restore", "progress"})
 _ACTIONS = {"forward": FORWARD, "backward": BACKWARD, "weights": WEIGHTS}
 
 
@@ -46,6 +57,10 @@ class StepInputs:
         the store, and no earlier task has to be waited for.
     decision : Decision | None
         The latest decision, if `first` in a run that clips or scales.
+    ready : mapping
+        By stage the key of a task that brings its weights to this step, and has to be waited for.
+    standing : Standing | None
+        How far each stage has got, if the step is taken up again after something was lost.
     """
 
     step: int
@@ -55,6 +70,40 @@ class StepInputs:
     first: bool
     saved: bool = False
     decision: Decision | None = None
+    ready: Mapping[int, Key] = field(default_factory=dict)
+    standing: Standing | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far every stage has got in steps that were interrupted.
+
+    Attributes
+    ----------
+    stages : mapping
+        Progress by stage; a stage that is being rebuilt stands at the beginning of a step.
+    halved_from : tuple of int
+        As in `StepGraph`.
+    """
+
+    stages: Mapping[int, StageProgress]
+    halved_from: Sequence[int]
+
+    def step(self, stage: int) -> int:
+        """Return how many steps a stage's weights have taken."""
+        return self.stages[stage].step
+
+    def has_done(self, kind: str, step: int, stage: int, index: int = 0) -> bool:
+        """Tell whether a task is done, so that its result can be recalled."""
+        known = self.stages[stage]
+        if known.step != step:
+            return known.step > step
+        place = (step, index)
+        if known.place[0] == step and place <= known.place:
+            return kind in ("forward", "backward", "weights")
+        if kind == "forward":
+            return place in known.forwards or place in known.halves
+        return kind == "backward" and place in known.halves
 
 
 @dataclass(frozen=True)
@@ -74,6 +123,8 @@ class StepGraph:
         Whether the loss is scaled (fp16).
     parameter_order : tuple of str
         Names of the trainable parameters in the model's order.
+    read_batch : callable or None
+        ``read_batch(stage)`` gives a stage's `Neighbours.read_batch`, where workers read the data.
     """
 
     prefix: str
@@ -84,6 +135,7 @@ class StepGraph:
     clip_norm: float | None = None
     scaled: bool = False
     parameter_order: tuple[str, ...] = field(default=())
+    read_batch: Callable[[int], Callable[[int, int], TensorDict]] | None = None
 
     def key(self, kind: str, step: int, stage: int, *more: str | int) -> Key:
         return (f"{kind}-{self.prefix}", step, stage, *more)
@@ -120,20 +172,69 @@ class StepGraph:
                         names.append(use.parameter)
         return found
 
+    @cached_property
+    def neighbours(self) -> tuple[Neighbours, ...]:
+        """Return whom each stage has to do with besides its sources."""
+        return tuple(
+            Neighbours(
+                tuple(self.loans.get(program.stage, {})),
+                self.scaled and program.stage == self.loss_stage,
+                self.read_batch(program.stage) if self.read_batch is not None else None,
+            )
+            for program in self.programs
+        )
+
+    def again(self, prefix: str) -> StepGraph:
+        """Return the same graph under other keys: dask remembers those of tasks that were lost."""
+        return replace(self, prefix=prefix)
+
+    def restore(self, stage: int, step: int, records: Sequence[StepRecord]) -> dict[Key, Task]:
+        """Return the task that brings a stage to its weights after `step` steps."""
+        key = self.key("restore", step, stage)
+        call = (restore, self.refs[stage], step, tuple(records), self.neighbours[stage])
+        return {key: task(key, *call)}
+
+    def progress(self, stage: int, step: int) -> dict[Key, Task]:
+        """Return the task that says how far a stage is on its worker."""
+        key = self.key("progress", step, stage)
+        return {key: task(key, progress, self.refs[stage])}
+
     def step(self, inputs: StepInputs) -> dict[Key, Task]:
         """Return the tasks of one step by key."""
         return _StepBuilder(self, inputs).build()
 
-    def save(self, step: int, *, after_update: bool) -> dict[Key, Task]:
+    def save(
+        self,
+        step: int,
+        *,
+        after_update: bool,
+        before: Sequence[Key] = (),
+        ready: Mapping[int, Key] | None = None,
+    ) -> dict[Key, Task]:
         """Return the tasks that write every stage's state after `step` steps to the store.
 
-        `after_update` tells whether the last step is still in flight, so that they wait for it.
+        A copy is taken first; the step's update waits for that only.
+
+        Parameters
+        ----------
+        after_update : bool
+            Whether the last step is still in flight, so that they wait for it.
+        before
+            Earlier snapshots' tasks: memory holds one copy at a time.
+        ready
+            As in `StepInputs`.
         """
         dsk = {}
         for ref in self.refs:
-            key = self.key("save", step, ref.stage)
-            after = [self.key("update", step - 1, ref.stage)] if after_update else []
-            dsk[key] = task(key, tasks.save, ref, StateRef(step), after=after)
+            after = [key for key in before if key[2] == ref.stage]
+            if after_update:
+                after.append(self.key("update", step - 1, ref.stage))
+            elif ready and ref.stage in ready:
+                after.append(ready[ref.stage])
+            copy, save = self.key("copy", step, ref.stage), self.key("save", step, ref.stage)
+            dsk[copy] = task(copy, tasks.copy_state, ref, StateRef(step), after=after)
+            # The stage's name comes last: the task isn't part of the stage's work, see `tasks.call`.
+            dsk[save] = task(save, save_behind, StateRef(step), ref, after=[copy])
         return dsk
 
 
@@ -145,23 +246,13 @@ class _StepBuilder:
         self.dsk: dict[Key, Task] = {}
 
     def build(self) -> dict[Key, Task]:
-        for owner, borrowers in self.graph.loans.items():
-            for borrower, (names, _) in borrowers.items():
-                self._add(
-                    "lend",
-                    owner,
-                    borrower,
-                    call=(tasks.lend_parameters, self._ref(owner), self._state, names),
-                    after=self._weights_ready(owner),
-                )
         for program in self.graph.programs[:-1]:
             for microbatch in self.inputs.microbatches:
                 self._forward(program, microbatch)
         for program in reversed(self.graph.programs):
             for microbatch in self.inputs.microbatches:
                 self._backward(program, microbatch)
-        self._return_loans()
-        if self.graph.decides:
+        if self.graph.decides and not self._decided_by():
             self._decide()
         for program in self.graph.programs:
             self._update(program)
@@ -177,8 +268,26 @@ class _StepBuilder:
         self.dsk[key] = task(key, *call, after=after)
         return key
 
-    def _at(self, kind: str, stage: int, *more: str | int) -> TaskRef:
-        return TaskRef(self.graph.key(kind, self.k, stage, *more))
+    def _is_done(self, kind: str, stage: int, index: int = 0) -> bool:
+        standing = self.inputs.standing
+        return standing is not None and standing.has_done(kind, self.k, stage, index)
+
+    def _at(self, kind: str, stage: int, index: int, names: Sequence[str] | None = ()) -> TaskRef:
+        """Refer to a task's result, or to what it has sent, if it is done: the named tensors."""
+        if not self._is_done(kind, stage, index):
+            return TaskRef(self.graph.key(kind, self.k, stage, index))
+        wanted = "all" if names is None else "+".join(names)
+        key = self.graph.key("recall", self.k, stage, kind, index, wanted)
+        if key not in self.dsk:
+            asked = None if names is None else tuple(names)
+            call = (recall, self._ref(stage), self.k, kind, index, asked)
+            self._add("recall", stage, kind, index, wanted, call=call)
+        return TaskRef(key)
+
+    def _waiting_for(self, kind: str, stage: int, index: int) -> list[Key]:
+        if self._is_done(kind, stage, index):
+            return []
+        return [self.graph.key(kind, self.k, stage, index)]
 
     def _ref(self, stage: int) -> StageRef:
         return self.graph.refs[stage]
@@ -189,7 +298,10 @@ class _StepBuilder:
 
     def _weights_ready(self, stage: int) -> list[Key]:
         """Keys to wait for before a stage's weights are those of this step."""
-        return [] if self.inputs.first else [self.graph.key("update", self.k - 1, stage)]
+        standing = self.inputs.standing
+        if self.inputs.first or (standing is not None and standing.step(stage) >= self.k):
+            return [self.inputs.ready[stage]] if stage in self.inputs.ready else []
+        return [self.graph.key("update", self.k - 1, stage)]
 
     def _values(self, program: StageProgram, index: int) -> list[Any]:
         parts: list[Any] = [self.inputs.batch(program.stage, index)] if program.batch_inputs else []
@@ -198,39 +310,30 @@ class _StepBuilder:
 
     def _boundary(self, source: int, reader: int, index: int) -> TaskRef:
         """Refer to the part of a stage's forward result that a reader needs."""
-        outputs = self.graph.programs[source].outputs
-        names = [output.value.name for output in outputs if reader in output.readers]
-        if len(names) == len(outputs):
-            return self._at("forward", source, index)
-        key = self.graph.key("select", self.k, source, index, FORWARD, reader)
-        if key not in self.dsk:
-            result = self._at("forward", source, index)
-            self._add(
-                "select", source, index, FORWARD, reader, call=(tasks.select_values, result, names)
-            )
-        return TaskRef(key)
+        program = self.graph.programs[source]
+        names = program.values_for(reader)
+        result = self._at("forward", source, index, names)
+        if self._is_done("forward", source, index) or len(names) == len(program.outputs):
+            return result
+        return self._selected(FORWARD, source, reader, index, tasks.select_values, result, names)
 
     def _gradient(self, source: int, reader: int, index: int) -> TaskRef:
         """Refer to the part of a stage's backward result that another stage's backward needs."""
-        program, wanted = self.graph.programs[source], self.graph.programs[reader]
-        names = [
-            o.value.name for o in wanted.outputs if o.differentiable and o.readers[0] == source
-        ]
-        names += [i.value.name for i in wanted.inputs if i.gradient_from == source]
-        boundary = [i for i in program.inputs if i.source is not None and i.differentiable]
-        if len(names) == len(boundary):
-            return self._at("backward", source, index)
-        key = self.graph.key("select", self.k, source, index, BACKWARD, reader)
+        names = self.graph.programs[reader].gradients_from(source)
+        inputs = self.graph.programs[source].inputs
+        boundary = [i for i in inputs if i.source is not None and i.differentiable]
+        result = self._at("backward", source, index, names)
+        if self._is_done("backward", source, index) or len(names) == len(boundary):
+            return result
+        select = tasks.select_gradients
+        return self._selected(BACKWARD, source, reader, index, select, result, names)
+
+    def _selected(
+        self, kind: str, source: int, reader: int, index: int, select: Any, result: Any, names: Any
+    ) -> TaskRef:
+        key = self.graph.key("select", self.k, source, index, kind, reader)
         if key not in self.dsk:
-            result = self._at("backward", source, index)
-            self._add(
-                "select",
-                source,
-                index,
-                BACKWARD,
-                reader,
-                call=(tasks.select_gradients, result, names),
-            )
+            self._add("select", source, index, kind, reader, call=(select, result, names))
         return TaskRef(key)
 
     def _before(self, program: StageProgram, index: int) -> TaskRef | None:
@@ -247,18 +350,27 @@ class _StepBuilder:
         return index >= self.graph.halved_from[stage]
 
     def _tied(self, program: StageProgram) -> list[Any]:
-        owners = sorted(set(program.borrowed_parameters.values()))
-        return [self._at("lend", owner, program.stage) for owner in owners]
+        return [
+            self._lent(o, program.stage) for o in sorted({*program.borrowed_parameters.values()})
+        ]
+
+    def _lent(self, owner: int, borrower: int) -> TaskRef:
+        found = self._at("lend", owner, borrower, None)
+        if found.key[0] == self.graph.key("lend", 0, 0)[0] and found.key not in self.dsk:
+            names, _ = self.graph.loans[owner][borrower]
+            call = (tasks.lend_parameters, self._ref(owner), self._state, names, borrower)
+            self._add("lend", owner, borrower, call=call, after=self._weights_ready(owner))
+        return found
 
     # Tasks
 
     def _forward(self, program: StageProgram, microbatch: Microbatch) -> None:
         stage, index = program.stage, microbatch.index
+        if self._is_done("forward", stage, index):
+            return
         after = self._weights_ready(stage)
         if index >= self.graph.limits[stage]:
-            after.append(
-                self.graph.key("backward", self.k, stage, index - self.graph.limits[stage])
-            )
+            after += self._waiting_for("backward", stage, index - self.graph.limits[stage])
         call = (
             tasks.forward,
             self._ref(stage),
@@ -274,27 +386,50 @@ class _StepBuilder:
     def _backward(self, program: StageProgram, microbatch: Microbatch) -> None:
         stage, index = program.stage, microbatch.index
         halved = self._is_halved(stage, index)
-        where = (self._ref(stage), self._state, microbatch, self._values(program, index))
-        gradients = [self._gradient(source, stage, index) for source in program.gradient_sources]
-        previous = self._sums(stage, index - 1) if index else None
-        recompute = (self._before(program, index), self._tied(program), self._scaling(stage))
-        last = stage == len(self.graph.programs) - 1
+        if not self._is_done("backward", stage, index):
+            self._whole_or_first_half(program, microbatch, halved)
+        if halved and not self._is_done("weights", stage, index):
+            call = (
+                tasks.backward_weights,
+                *self._inputs_of_backward(program, microbatch),
+                self._there(stage, index),
+                self._sums(stage, index - 1) if index else None,
+                *self._for_recomputing(program, index),
+            )
+            after = self._waiting_for("backward", stage, index)
+            self._add("weights", stage, index, call=call, after=after)
+
+    def _whole_or_first_half(
+        self, program: StageProgram, microbatch: Microbatch, halved: bool
+    ) -> None:
+        stage, index = program.stage, microbatch.index
+        previous = self._sums(stage, index - 1) if index and not halved else None
+        recompute = self._for_recomputing(program, index)
+        after: list[Key] = []
         call: tuple[Any, ...]
-        if last:
-            before = None if halved else previous
-            call = (tasks.forward_backward, *where, before, *recompute, halved)
-        elif halved:
-            call = (tasks.backward, *where, [*gradients], None, None, *recompute, True)
+        if stage == len(self.graph.programs) - 1:
+            where = (self._ref(stage), self._state, microbatch, self._values(program, index))
+            call = (tasks.forward_backward, *where, previous, *recompute, halved)
+            after = self._weights_ready(stage)
         else:
-            this = self._there(stage, index)
-            call = (tasks.backward, *where, [*gradients], this, previous, *recompute)
-        after = self._weights_ready(stage) if last else []
+            where = self._inputs_of_backward(program, microbatch)
+            this = None if halved else self._there(stage, index)
+            call = (tasks.backward, *where, this, previous, *recompute, halved)
+            if self._is_done("forward", stage, index):
+                after = self._weights_ready(stage)
+            elif halved and self.inputs.standing is not None:
+                # A gradient that is recalled doesn't come by way of this stage's forward.
+                after = self._waiting_for("forward", stage, index)
         self._add("backward", stage, index, call=call, after=after)
-        if halved:
-            this = self._there(stage, index)
-            call = (tasks.backward_weights, *where, [*gradients], this, previous, *recompute)
-            first_half = self.graph.key("backward", self.k, stage, index)
-            self._add("weights", stage, index, call=call, after=[first_half])
+
+    def _inputs_of_backward(self, program: StageProgram, microbatch: Microbatch) -> Any:
+        stage, index = program.stage, microbatch.index
+        gradients = [self._gradient(source, stage, index) for source in program.gradient_sources]
+        values = self._values(program, index)
+        return (self._ref(stage), self._state, microbatch, values, [*gradients])
+
+    def _for_recomputing(self, program: StageProgram, index: int) -> Any:
+        return (self._before(program, index), self._tied(program), self._scaling(program.stage))
 
     def _scaling(self, stage: int) -> Any:
         if not self.graph.scaled or stage != self.graph.loss_stage:
@@ -313,14 +448,22 @@ class _StepBuilder:
         index %= len(self.inputs.microbatches)
         return self._at("weights" if self._is_halved(stage, index) else "backward", stage, index)
 
-    def _return_loans(self) -> None:
-        for owner, borrowers in self.graph.loans.items():
-            for borrower, (_, uses) in borrowers.items():
-                call = (tasks.return_gradients, self._ref(borrower), self._sums(borrower), uses)
-                self._add("return", borrower, owner, call=call)
-
     def _borrowed(self, stage: int) -> list[Any]:
-        return [self._at("return", b, stage) for b in self.graph.loans.get(stage, {})]
+        found = []
+        for borrower, (_, uses) in self.graph.loans.get(stage, {}).items():
+            returned = self._at("return", borrower, stage, None)
+            if not self._is_done("return", borrower) and returned.key not in self.dsk:
+                sums = self._sums(borrower)
+                call = (tasks.return_gradients, self._ref(borrower), sums, uses, stage)
+                self._add("return", borrower, stage, call=call)
+            found.append(returned)
+        return [*found]
+
+    def _decided_by(self) -> list[int]:
+        """Stages that know what was decided on this step: those that have gone on."""
+        standing = self.inputs.standing
+        stages = [program.stage for program in self.graph.programs]
+        return [s for s in stages if standing is not None and standing.step(s) > self.k]
 
     def _decide(self) -> None:
         norms = []
@@ -348,10 +491,19 @@ class _StepBuilder:
         )
 
     def _decision(self) -> TaskRef | None:
-        return TaskRef(self.graph.decision_key(self.k)) if self.graph.decides else None
+        if not self.graph.decides:
+            return None
+        key = self.graph.decision_key(self.k)
+        knowing = self._decided_by()
+        if knowing and key not in self.dsk:
+            # Under the decision's own key: the next step asks for that.
+            self.dsk[key] = task(key, recall_decision, self._ref(knowing[0]), self.k)
+        return TaskRef(key)
 
     def _update(self, program: StageProgram) -> None:
         stage = program.stage
+        if self._is_done("update", stage):
+            return
         last = len(self.inputs.microbatches) - 1
         call = (
             tasks.update,
@@ -363,15 +515,20 @@ class _StepBuilder:
             self._there(stage, last) if program.mutated_buffers else None,
             self._decision(),
         )
-        saved = [self.graph.key("save", self.k, stage)] if self.inputs.saved else []
+        saved = [self.graph.key("copy", self.k, stage)] if self.inputs.saved else []
         self._add("update", stage, call=call, after=saved)
 
     def _report(self) -> None:
         stage = self.graph.loss_stage
         weights = [microbatch.weight for microbatch in self.inputs.microbatches]
-        updates = [self._at("update", p.stage) for p in self.graph.programs]
+        updates = [self._updated(p.stage) for p in self.graph.programs]
         call = (tasks.report, self.k, weights, self._sums(stage), [*updates], self._decision())
         self._add("report", stage, call=call)
+
+    def _updated(self, stage: int) -> TaskRef:
+        if self._is_done("update", stage):
+            return self._at("update", stage, 0)
+        return TaskRef(self.graph.key("update", self.k, stage))
 
 
 def task(key: Key, function: Callable[..., Any], *args: Any, after: Sequence[Key] = ()) -> Task:
@@ -416,7 +573,7 @@ class Priorities:
         elif name == "select":
             start = -1.0  # a message, hardly any work: at once
         else:
-            start = -1.0 if name in ("lend", "batch", "save") else self._span - 3
+            start = -1.0 if name in _AT_ONCE else self._span - 3
         return -(int(str(step)) * self._span + start)
 
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dagflow.errors import NotFound, ProgramInvalid
+from dagflow.errors import DamagedData, NotFound, ProgramInvalid
 from dagflow.graph.dag import FORMAT as DAG_FORMAT
 from dagflow.graph.dag import OperatorDag, dtype_bytes
 from dagflow.graph.show import amount
+from dagflow.run.runs import open_store
 from dagflow_storage import RunDirectory, Snapshot, Store, list_snapshots
 from dagflow_tasks.program import StageProgram
 
@@ -27,7 +28,7 @@ def describe_run(url: str) -> str:
     NotFound
         If there is no run.
     """
-    store = Store(url)
+    store = open_store(url)
     run = RunDirectory(store)
     if not run.exists():
         raise NotFound(f"{url} holds no run of dagflow: there is no run.json.")
@@ -38,8 +39,7 @@ def describe_run(url: str) -> str:
     if metrics:
         lines += _progress_lines(metrics)
     lines.append(f"snapshots: {', '.join(map(str, steps)) or 'none'}")
-    if steps:
-        lines.append(_snapshot_line(Snapshot.open(store, steps[-1])))
+    lines += [_snapshot_line(store, step) for step in steps]
     return "\n".join(lines)
 
 
@@ -81,10 +81,18 @@ def chart(values: Sequence[float]) -> str:
     return "".join(_BARS[int((mean - low) * scale)] for mean in means)
 
 
-def _snapshot_line(snapshot: Snapshot) -> str:
+def _snapshot_line(store: Store, step: int) -> str:
+    try:
+        snapshot = Snapshot.open(store, step)
+    except DamagedData as error:
+        return f"  step {step}: DAMAGED, {error}"
     total = sum(s.num_elements * dtype_bytes(s.dtype) for s in snapshot.arrays.values())
+    stored = sum(found.size_bytes for found in snapshot.objects.values())
     roles = ", ".join(f"{len(snapshot.names(role))} {role}" for role in snapshot.roles)
-    return f"newest: step {snapshot.step}, {amount(total, 'B')} ({roles})"
+    loss = snapshot.meta.get("loss")
+    shown = f", loss {loss:.4f}" if isinstance(loss, float) else ""
+    packed = f" in {amount(stored, 'B')}" if stored else ""
+    return f"  step {step}{shown}: {amount(total, 'B')}{packed} ({roles})"
 
 
 def describe_file(path: Path, dot: str | None) -> str:

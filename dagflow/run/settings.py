@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from dagflow.errors import SettingsInvalid
 from dagflow.run.clusters import ClusterSettings
+from dagflow_storage import Retention
 from dagflow_tasks.optimizer import Optimizer, Schedule
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -36,7 +37,8 @@ class Config:
         Steps handed to the scheduler before the oldest is done.
     in_flight_slack : int
         Micro-batches in flight beyond 1F1B's, against slow messages; costs their activations.
-    keep_snapshots : int
+    retention : Retention
+        Which snapshots are kept.
     force : bool
         Resume though settings differ from the store's that change the mathematics.
     """
@@ -49,11 +51,11 @@ class Config:
     batch_size: int | None = None
     lookahead_steps: int = 2
     in_flight_slack: int = 0
-    keep_snapshots: int = 3
+    retention: Retention = field(default_factory=Retention)
     force: bool = False
 
     def __post_init__(self) -> None:
-        at_least = {"lookahead_steps": 1, "in_flight_slack": 0, "keep_snapshots": 1}
+        at_least = {"lookahead_steps": 1, "in_flight_slack": 0}
         for name, minimum in at_least.items():
             if getattr(self, name) < minimum:
                 raise SettingsInvalid(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import hashlib
 import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +22,50 @@ from dagflow.graph.capture import LossFunction, capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
-from dagflow.run.clusters import open_cluster, roster
+from dagflow.run.clusters import ask_workers, open_cluster, roster
 from dagflow.run.data import BatchStream, TokenDataset, fingerprint, num_rows, split_rows, take_rows
-from dagflow.run.driver import Driver
+from dagflow.run.driver import Disturbed, Driver
 from dagflow.run.events import Callback, ProgressLine, StepEvent, notify
-from dagflow.run.feed import Feed, StreamFeed, TokenFeed
+from dagflow.run.export import model_facts
+from dagflow.run.feed import Feed, StreamFeed, TokenFeed, TokenRows
 from dagflow.run.graph import Priorities, StepGraph
+from dagflow.run.ledger import Ledger
+from dagflow.run.membership import Membership
+from dagflow.run.runs import foreign
 from dagflow.run.settings import Config, Mathematics
 from dagflow.run.weights import Leftovers, initial_shard, read_state_dict
 from dagflow.run.workers import WorkerFacts
 from dagflow_storage import (
+    Lease,
+    NotFound,
+    RetryPolicy,
     RunDirectory,
     Snapshot,
+    SnapshotFacts,
     Store,
+    apply_retention,
     commit_snapshot,
+    first_journal_step,
+    hold_lease,
     list_snapshots,
+    newest_whole_snapshot,
+    set_aside_newer,
     settings_diff,
 )
+from dagflow_storage.journal import trim_journal
+from dagflow_storage.lease import Waiting
 from dagflow_tasks.cache import CACHE
+from dagflow_tasks.journal import JOURNAL
 from dagflow_tasks.optimizer import Optimizer, Schedule
 from dagflow_tasks.references import StageRef, TaskSettings
+from dagflow_tasks.replay import StepRecord, reach
 from dagflow_tasks.results import Decision
 
 # A run whose workers keep leaving before it gets anywhere is given up after so many attempts.
 _MAX_FRUITLESS_ATTEMPTS = 5
+_FLUSH_SECONDS = 20.0
+# A store that is away for some minutes holds a run up; it doesn't end it.
+_PATIENT = RetryPolicy(total_seconds=600.0)
 
 
 @dataclass(frozen=True)
@@ -101,6 +123,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     config: Config | None = None,
     state_dict: str | Path | None = None,
+    journal: bool | int = True,
 ) -> TrainResult:
     """Train a model on a swarm, and return its losses and weights.
 
@@ -148,6 +171,11 @@ def train(
         Objects with ``on_step(event)``, or functions of a `StepEvent`.
     config : Config, optional
         What few runs need.
+    journal : bool or int
+        Write what crosses stages' boundaries to the store, behind the computation, so that a lost
+        worker's stage is rebuilt alone. That is as many bytes as the stages send each other. A number
+        n writes n steps at a time: fewer, larger objects, and n steps' worth of them in the workers'
+        memory. Without a journal, a lost worker sends the whole run back to its newest snapshot.
 
     Raises
     ------
@@ -155,6 +183,8 @@ def train(
         Before any task runs.
     StoreNotWritable, StoreHoldsAnotherRun
         Before any task runs.
+    StoreInUse, LeaseLost
+        If another driver trains the same run, or has taken over because this one was away.
     WorkersLost
         If no worker joins in time, or all have left.
     NonFiniteLoss
@@ -173,40 +203,61 @@ def train(
         precision=precision,
         seed=seed,
     )
-    where = Store(str(store) if store is not None else _new_folder(model))
-    where.probe()
+    url = str(store) if store is not None else _new_folder(model)
+    Store(url).probe()
+    where = Store(url, retry=_PATIENT)
     modes = {module: module.training for module in model.modules()}
     model.train()
     try:
         first = data.rows(0, 0, data.batch_size) if stream is None else stream.peek()
         dag = capture(model, _example(first, num_microbatches), loss=loss, dynamic=config.dynamic)
-        run = _open_run(where, dag, mathematics, fingerprint(first), config, line)
-        if not list_snapshots(where):
-            shard = initial_shard(where, dag, model, state_dict)
-            commit_snapshot(where, 0, [shard], {"decision": None})
     finally:
         for module, training in modes.items():
             module.training = training
-    session = _Session(
-        dag=dag,
-        mathematics=mathematics,
-        run=run,
-        data=data,
-        stream=stream,
-        total=total,
-        config=config,
-        num_stages=num_stages,
-        snapshot_every=snapshot_every,
-        line=line,
-        callbacks=tuple(callbacks),
-        epochs=epochs,
-        names=tuple(model.state_dict()),
-    )
-    try:
-        with open_cluster(client, config.cluster, where) as connected:
-            return session.train(connected)
-    finally:
-        line.close()
+    names = tuple(model.state_dict())
+    with hold_lease(where, on_wait=_waiting_for_the_other(line)) as lease:
+        run = _open_run(where, dag, mathematics, fingerprint(first), names, config, line)
+        if not list_snapshots(where):
+            shard = initial_shard(where, dag, model, state_dict)
+            meta = {"decision": None, "run_id": run.run_id, "loss": None}
+            commit_snapshot(where, 0, [shard], meta)
+        session = _Session(
+            dag=dag,
+            mathematics=mathematics,
+            run=run,
+            lease=lease,
+            data=data,
+            stream=stream,
+            total=total,
+            config=config,
+            num_stages=num_stages,
+            snapshot_every=snapshot_every,
+            line=line,
+            callbacks=tuple(callbacks),
+            epochs=epochs,
+            names=names,
+            journal=_journal_steps(journal),
+        )
+        try:
+            with open_cluster(client, config.cluster, where) as connected:
+                return session.train(connected)
+        finally:
+            line.close()
+
+
+def _waiting_for_the_other(line: ProgressLine) -> Callable[[Waiting], None]:
+    """Return what says, once, that another driver's lease is waited out."""
+    told: set[int] = set()
+
+    def tell(waiting: Waiting) -> None:
+        if waiting.holder.epoch not in told:
+            told.add(waiting.holder.epoch)
+            line.note(
+                f"{waiting.holder} has trained this run and has fallen silent; taking over once that "
+                f"has lasted {waiting.patience_seconds:g} s."
+            )
+
+    return tell
 
 
 @dataclass
@@ -216,6 +267,7 @@ class _Session:
     dag: OperatorDag
     mathematics: Mathematics
     run: RunDirectory
+    lease: Lease
     data: Any
     stream: BatchStream | None
     total: int | None
@@ -226,7 +278,9 @@ class _Session:
     callbacks: tuple[Callback, ...]
     epochs: int
     names: tuple[str, ...]
+    journal: int
     plan: Plan | None = None
+    kept: dict[int, SnapshotFacts] = field(default_factory=dict)
 
     def train(self, client: Client) -> TrainResult:
         self.line.total = self.total
@@ -236,10 +290,10 @@ class _Session:
         finally:
             # The workers stay, and have other things to remember.
             with contextlib.suppress(OSError):
-                client.run(_forget, self.run.run_id, on_error="ignore")
+                ask_workers(client, _forget, self.run.run_id)
         metrics = self.run.read_metrics()
         assert self.plan is not None
-        aliases = {alias: p.name for p in self.dag.parameters for alias in p.aliases}
+        aliases = _aliases(self.dag)
         return TrainResult(
             [row["loss"] for row in metrics if row["step"] <= step],
             step,
@@ -252,77 +306,151 @@ class _Session:
 
     def _until_done(self, client: Client) -> int:
         fruitless = 0
+        furthest = -1
         while True:
-            start = list_snapshots(self.run.store)[-1]
             embedded = self.config.cluster.num_workers
             # Outside the try: who has waited for workers in vain needn't wait again.
             workers = roster(client, embedded or 1, self.config.cluster.wait_seconds)
             try:
-                return self._attempt(client, workers, start)
+                return self._attempt(client, workers)
             except TransientError as error:
-                newest = list_snapshots(self.run.store)[-1]
-                fruitless = fruitless + 1 if newest == start else 1
+                newest = self._newest()
+                fruitless = fruitless + 1 if newest <= furthest else 1
+                furthest = max(furthest, newest)
                 if fruitless >= _MAX_FRUITLESS_ATTEMPTS:
                     raise
-                self.line.note(f"{error} Going on from the snapshot of step {newest}.")
+                self.line.note(f"{error} Going on from an earlier step.")
 
-    def _attempt(self, client: Client, workers: Sequence[WorkerFacts], start: int) -> int:
+    def _newest(self) -> int:
+        """Return the step of the newest snapshot that is whole and of this run."""
+        settings, run_id = self.run.settings(), self.run.run_id
+        newest = newest_whole_snapshot(
+            self.run.store, note=self.line.note, check=lambda s: foreign(s, settings, run_id)
+        )
+        set_aside_newer(self.run.store, newest)
+        return newest
+
+    def _attempt(self, client: Client, workers: Sequence[WorkerFacts]) -> int:
         """Plan for the workers that are there, and run until the end or until one is lost."""
         self.plan = make_plan(self.dag, workers, self.num_stages, self.mathematics, self.config)
-        name = uuid.uuid4().hex[:8]
-        programs = self.plan.partition.programs
-        self.run.write_programs(name, [program.to_json() for program in programs])
-        client.run(_forget, self.run.run_id, name, on_error="ignore")
-        driver = self._driver(client, workers, name, start)
+        name = self._write_programs(self.plan)
+        graph = self._graph(self.plan, name)
+        ask_workers(client, _settle, self.run.run_id, name, seconds=2 * _FLUSH_SECONDS)
+        start, ledger = self._start(graph)
+        addresses = [workers[index].address for index in self.plan.placement]
         if self.total is None or start < self.total:
             self.line.note(str(self.plan))
         self.line.begin(start)
-        with driver.cleaning_up(), driver.interrupts.noted():
-            try:
-                return driver.go(start, self.total)
-            except KeyboardInterrupt:
-                self._stop(driver, start)
-                raise
+        with Membership(client) as membership, ledger.writing():
+            driver = self._driver(client, graph, addresses, membership, ledger, start)
+            with driver.cleaning_up(), driver.interrupts.noted():
+                try:
+                    return driver.go(start, self.total)
+                except KeyboardInterrupt:
+                    self._stop(driver, start)
+                    raise
 
-    def _driver(
-        self, client: Client, workers: Sequence[WorkerFacts], name: str, start: int
-    ) -> Driver:
-        assert self.plan is not None
+    def _write_programs(self, plan: Plan) -> str:
+        """Store the plan's programs under a name that says what is computed, and return it.
+
+        Whatever the journal holds under that name is of use to this attempt.
+        """
+        programs = [program.to_json() for program in plan.partition.programs]
+        settings = json.dumps([self.mathematics.to_json(), programs], sort_keys=True)
+        name = hashlib.sha256(settings.encode()).hexdigest()[:12]
+        try:
+            self.run.read_programs(name)
+        except NotFound:
+            self.run.write_programs(name, programs)
+        return name
+
+    def _start(self, graph: StepGraph) -> tuple[int, Ledger]:
+        """Return the step that all stages can be brought to, and the ledger up to there."""
+        newest = self._newest()
+        rows = self.run.ledger.read() if self.journal else []
+        records = {row["step"]: StepRecord.from_json(row) for row in rows}
+        since = first_journal_step(list_snapshots(self.run.store)) or 0
+        kept = {step: record for step, record in records.items() if step >= since}
+        start = reach(graph.refs[0], graph.programs, graph.neighbours, newest, kept)
+        if start > newest:
+            self.line.note(
+                f"Going on from step {start}: the snapshot of step {newest} and the journal."
+            )
+        return start, Ledger(self.run, {k: r for k, r in kept.items() if k < start})
+
+    def _graph(self, plan: Plan, name: str) -> StepGraph:
         m = self.mathematics
         settings = TaskSettings(m.seed, m.precision, m.optimizer)
         run_id = self.run.run_id
         refs = [
-            StageRef(self.run.store, run_id, name, stage, settings)
-            for stage in range(self.plan.num_stages)
+            StageRef(self.run.store, run_id, name, stage, settings, self.journal)
+            for stage in range(plan.num_stages)
         ]
-        graph = StepGraph(
-            prefix=name,
-            programs=self.plan.partition.programs,
+        return StepGraph(
+            prefix=uuid.uuid4().hex[:8],
+            programs=plan.partition.programs,
             refs=refs,
-            limits=self.plan.limits,
-            halved_from=self.plan.halved_from,
+            limits=plan.limits,
+            halved_from=plan.halved_from,
             clip_norm=m.clip_grad_norm,
             scaled=m.precision == "fp16",
             parameter_order=tuple(p.name for p in self.dag.parameters if p.trainable),
+            read_batch=self._read_batch(plan),
         )
-        addresses = [workers[index].address for index in self.plan.placement]
-        stored = Snapshot.open(self.run.store, start).meta.get("decision")
-        leftovers = Leftovers(self.run.store, start, self.plan.partition.programs)
+
+    def _read_batch(self, plan: Plan) -> Callable[[int], TokenRows] | None:
+        if not isinstance(self.data, TokenDataset):
+            return None
+        feed = TokenFeed(self.data, self.dag, self.mathematics.num_microbatches)
+        return lambda stage: feed.rows(plan.partition.programs[stage])
+
+    def _driver(
+        self,
+        client: Client,
+        graph: StepGraph,
+        addresses: list[str],
+        membership: Membership,
+        ledger: Ledger,
+        start: int,
+    ) -> Driver:
+        assert self.plan is not None
+        leftovers = Leftovers(self.run.store, self._newest(), self.plan.partition.programs)
         return Driver(
             client=client,
             graph=graph,
             priorities=Priorities(self.plan.schedule()),
             addresses=addresses,
             feed=self._feed(client, addresses, start),
-            schedule=m.schedule,
+            schedule=self.mathematics.schedule,
             run=self.run,
+            ledger=ledger,
+            membership=membership,
+            lease=self.lease,
             snapshot_every=self.snapshot_every,
             lookahead_steps=self.config.lookahead_steps,
-            keep_snapshots=self.config.keep_snapshots,
             on_step=self._on_step,
+            note=self.line.note,
             write_extra=leftovers.write,
-            decision=Decision(**stored) if stored else None,
+            after_commit=lambda step, saving: self._tidy(ledger, saving),
+            wait_seconds=self.config.cluster.wait_seconds,
+            decision=self._decision(ledger, start),
         )
+
+    def _decision(self, ledger: Ledger, start: int) -> Decision | None:
+        """Return the decision of the step before the first, which holds the loss scale."""
+        if start - 1 in ledger.records:
+            return ledger.records[start - 1].decision
+        stored = Snapshot.open(self.run.store, start).meta.get("decision")
+        return Decision(**stored) if stored else None
+
+    def _tidy(self, ledger: Ledger, saving: Collection[int]) -> None:
+        """After a snapshot: delete what no rebuilding will need."""
+        apply_retention(self.run.store, self.config.retention, self.kept, in_flight=saving)
+        # From the snapshot before the newest on: should the newest turn out damaged, the one before
+        # and the journal lead to the same weights.
+        since = first_journal_step(list_snapshots(self.run.store)) or 0
+        trim_journal(self.run.store, since)
+        ledger.forget(since)
 
     def _feed(self, client: Client, addresses: Sequence[str], start: int) -> Feed:
         count = self.mathematics.num_microbatches
@@ -349,12 +477,16 @@ class _Session:
     def _stop(self, driver: Driver, start: int) -> None:
         """After Ctrl-C: let what is in flight finish, write a snapshot, say how to go on."""
         self.line.note("Stopping: finishing the steps in flight (Ctrl-C again to stop at once).")
-        done = driver.drain()
-        if done is not None and done > start:
-            driver.save_and_commit(done)
+        done = start
+        try:
+            done = driver.drain()
+            if done > start:
+                driver.save_and_commit(done)
+        except Disturbed as error:
+            self.line.note(f"{error} The newest snapshot and the journal are what there is.")
         self.line.close()
         self.line.note(
-            f"Stopped after step {done or start}. Call train again with store={self.run.store.url!r} "
+            f"Stopped after step {done}. Call train again with store={self.run.store.url!r} "
             "to go on from here."
         )
 
@@ -397,6 +529,7 @@ def _open_run(
     dag: OperatorDag,
     mathematics: Mathematics,
     first_batch: str,
+    names: Sequence[str],
     config: Config,
     line: ProgressLine,
 ) -> RunDirectory:
@@ -415,7 +548,7 @@ def _open_run(
     }
     wanted = json.loads(json.dumps(wanted))
     if not run.exists():
-        run.create(wanted)
+        run.create(wanted, model_facts(names, _aliases(dag)))
         return run
     difference = settings_diff(run.settings(), wanted)
     if difference and not config.force:
@@ -429,6 +562,11 @@ def _open_run(
     return run
 
 
+def _aliases(dag: OperatorDag) -> dict[str, str]:
+    """Return the first name of each tied parameter by its further names."""
+    return {alias: p.name for p in dag.parameters for alias in p.aliases}
+
+
 def _model_settings(dag: OperatorDag) -> dict[str, Any]:
     parameters = {p.name: f"{p.dtype}{list(p.shape)}" for p in dag.parameters}
     trainable = sum(p.num_elements for p in dag.parameters if p.trainable)
@@ -439,8 +577,25 @@ def _model_settings(dag: OperatorDag) -> dict[str, Any]:
     }
 
 
-def _forget(run_id: str, but_plan: str | None = None) -> None:
-    CACHE.forget(run_id, but_plan=but_plan)
+def _forget(run_id: str) -> None:
+    CACHE.forget(run_id)
+    JOURNAL.forget(run_id)
+
+
+async def _settle(run_id: str, plan: str) -> None:
+    """Prepare a worker for an attempt: what other attempts left is written, or forgotten."""
+    await asyncio.to_thread(JOURNAL.flush, _FLUSH_SECONDS)
+    CACHE.forget(run_id, but_plan=plan)
+    JOURNAL.forget(run_id, but_plan=plan)
+
+
+def _journal_steps(journal: bool | int) -> int:
+    """Return how many steps are written together; 0 for no journal."""
+    if not isinstance(journal, (bool, int)) or journal < 0:
+        raise SettingsInvalid(
+            f"journal is True, False, or a number of steps to write together; found {journal!r}."
+        )
+    return int(journal)
 
 
 def _check_counts(epochs: int, steps: int | None, snapshot_every: int | None) -> None:

@@ -102,7 +102,8 @@ def initial_shard(
         (PARAMETER, p.name, dtype_of(p.dtype), p.shape) for p in dag.parameters
     ]
     items += [(BUFFER, name, b.dtype, tuple(b.shape)) for name, b in model.named_buffers()]
-    return stream_tensors(store, 0, "initial", items, read)
+    frozen = {p.name for p in dag.parameters if not p.trainable}
+    return stream_tensors(store, 0, "initial", items, read, frozen)
 
 
 def _reader(

@@ -20,6 +20,7 @@ import torch
 from dask.sizeof import sizeof
 from distributed.protocol import dask_deserialize, dask_serialize
 
+from dagflow_tasks.journal import in_memory_order
 from dagflow_tasks.operators import dtype_of
 from dagflow_tasks.results import BackwardResult, ForwardResult, TensorDict
 
@@ -122,7 +123,7 @@ def pack_tensors(
     host = urlsplit(recipient).hostname or ""
     headers, frames = [], []
     for name, tensor in tensors.items():
-        tensor, order = _in_memory_order(tensor.detach().cpu())
+        tensor, order = in_memory_order(tensor.detach().cpu())
         frame: Any = memory_of(tensor)
         packed = POLICY.pays(tensor, host)
         if packed:
@@ -134,19 +135,6 @@ def pack_tensors(
         )
         frames.append(frame)
     return headers, frames
-
-
-def _in_memory_order(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """Return a contiguous tensor, and its dimensions' places in the one given.
-
-    A transposed tensor arrives transposed: a sum over it runs in the order of its memory.
-    """
-    strides = tuple(tensor.stride())
-    order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
-    permuted = tensor.permute(order)
-    if permuted.is_contiguous():
-        return permuted, order
-    return tensor.contiguous(), list(range(tensor.dim()))
 
 
 def unpack_tensors(headers: list[Header], frames: list[Any]) -> dict[str, torch.Tensor]:

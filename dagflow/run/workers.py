@@ -13,18 +13,26 @@ import os
 import platform
 import signal
 import threading
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from distributed import SchedulerPlugin, Worker, WorkerPlugin
+from tornado.ioloop import PeriodicCallback
 
 from dagflow.run import wire
-from dagflow.run.dask_internals import set_scheduler_send_interval, set_worker_send_interval
+from dagflow.run.dask_internals import (
+    executing_seconds,
+    set_scheduler_send_interval,
+    set_worker_send_interval,
+)
+from dagflow.run.watch import TOPIC, StallWatch, is_ours
 from dagflow_tasks.device import choose_device, current_device
 from dagflow_tasks.references import DAGFLOW_VERSION
 
 SEND_INTERVAL_SECONDS = 0.0002
+_LOOK_EVERY_SECONDS = 0.25
 
 # glibc's own limits for its adaptive thresholds (malloc.c, DEFAULT_MMAP_THRESHOLD_MAX).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -125,17 +133,63 @@ class StageWorker(WorkerPlugin):  # type: ignore[misc]
 
 
 class StageScheduler(SchedulerPlugin):  # type: ignore[misc]
-    """Lets the scheduler send tasks at once instead of collecting them for 5 ms."""
+    """Lets the scheduler send tasks at once instead of collecting them for 5 ms, and watches them.
+
+    Tells on the topic `watch.TOPIC` of tasks that failed and of workers that have stalled.
+    """
 
     name = "dagflow-stage-scheduler"
     idempotent = True
 
+    def __init__(self) -> None:
+        self._given: dict[Any, str] = {}
+
     async def start(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._watch = StallWatch(lambda message: scheduler.log_event(TOPIC, dict(message)))
         for address in list(scheduler.workers):
             set_scheduler_send_interval(scheduler, address, SEND_INTERVAL_SECONDS)
+        self._looking = PeriodicCallback(self._look, 1000 * _LOOK_EVERY_SECONDS)
+        self._looking.start()
+
+    async def close(self) -> None:
+        self._looking.stop()
 
     def add_worker(self, scheduler: Any, worker: str) -> None:
         set_scheduler_send_interval(scheduler, worker, SEND_INTERVAL_SECONDS)
+
+    def remove_worker(self, scheduler: Any, worker: str, **_: Any) -> None:
+        self._watch.gone(worker)
+
+    def transition(self, key: Any, start: str, finish: str, *_: Any, **kwargs: Any) -> None:
+        if "processing" not in (start, finish) or not is_ours(key):
+            return
+        if finish == "processing":
+            worker = self._scheduler.tasks[key].processing_on
+            if worker is not None:
+                self._given[key] = worker.address
+                self._watch.given(worker.address, key)
+            return
+        address = self._given.pop(key, "")
+        spans = kwargs.get("startstops") or () if finish == "memory" else ()
+        seconds = [s["stop"] - s["start"] for s in spans if s["action"] == "compute"]
+        self._watch.back(address, key, sum(seconds) if seconds else None)
+        if finish == "erred":
+            self._scheduler.log_event(
+                TOPIC, {"action": "erred", "key": [*map(str, key)], "worker": address}
+            )
+
+    def _look(self) -> None:
+        now = time.time()
+        workers = self._scheduler.workers
+
+        def silence(address: str) -> float:
+            return now - workers[address].last_seen if address in workers else 0.0
+
+        def running(address: str) -> float:
+            return executing_seconds(self._scheduler, address, is_ours)
+
+        self._watch.look(silence, running)
 
 
 def describe(dask_worker: Worker) -> dict[str, Any]:

@@ -42,10 +42,11 @@ class ChunkFiles:
         """The file of a chunk."""
         return self._folder / "c" / str(number)
 
-    def write(self, number: int, data: NDArray[Any]) -> None:
+    def write(self, number: int, data: NDArray[Any]) -> tuple[int, int]:
         """Put a chunk, which is on disk afterwards, complete, or not there at all.
 
-        The last one may be short of elements; zarr wants it filled up with zeros.
+        The last one may be short of elements; zarr wants it filled up with zeros. Returns the
+        file's size in bytes, and the checksum that it ends in.
         """
         if data.size < self._chunk_elements:
             whole = np.zeros(self._chunk_elements, self._dtype)
@@ -55,12 +56,14 @@ class ChunkFiles:
         target = self.place(number)
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+        checksum = _checksum(data)
         try:
-            _write_synced(unfinished, _bytes_of(data), _checksum(data))
+            _write_synced(unfinished, _bytes_of(data), checksum)
             os.replace(unfinished, target)
         except OSError:
             unfinished.unlink(missing_ok=True)
             raise
+        return data.nbytes + CHECKSUM_BYTES, int.from_bytes(checksum, "little")
 
     def read(self, number: int, first: int, out: NDArray[Any]) -> None:
         """Fill `out` with the chunk's elements from `first` on.

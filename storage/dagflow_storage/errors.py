@@ -4,7 +4,8 @@
 
     DagflowError
     ├── TransientError          another worker, or later, may succeed: retried
-    │   └── StoreUnreachable    the store did not answer, or not as it should
+    │   ├── StoreUnreachable    the store did not answer, or not as it should
+    │   └── LeaseUnconfirmed    for too long nobody could see whether the lease is still ours
     └── PermanentError          the same inputs fail again: stop
         ├── StoreNotWritable    permission, read-only, no such bucket, disk full
         ├── StoreNotReadable    permission, wrong credentials
@@ -12,7 +13,9 @@
         ├── NotFound            nothing is stored under that name
         ├── DamagedData         what is stored is not what was written
         ├── FormatTooNew        written by a newer dagflow
-        └── StoreHoldsAnotherRun
+        ├── StoreHoldsAnotherRun
+        ├── StoreInUse          another driver writes to this store
+        └── LeaseLost           another driver has taken this store over
 
 The floors above add their own branches. Errors cross processes, so every class takes one
 positional message with a default, and a test pickles them all.
@@ -36,6 +39,14 @@ class PermanentError(DagflowError):
 
 class StoreUnreachable(TransientError):
     """The store did not answer, or its answer was lost or garbled on the way."""
+
+
+class LeaseUnconfirmed(TransientError):
+    """The store has been away for so long that another driver may have taken over.
+
+    Nothing may be written until it answers and shows that nobody has: `Lease.check` then passes
+    again, or raises `LeaseLost`.
+    """
 
 
 class StoreNotWritable(PermanentError):
@@ -73,3 +84,11 @@ class FormatTooNew(PermanentError):
 
 class StoreHoldsAnotherRun(PermanentError):
     """A run was to be created where one exists already."""
+
+
+class StoreInUse(PermanentError):
+    """Another driver holds the lease of this store, and lives."""
+
+
+class LeaseLost(PermanentError):
+    """Another driver has taken over this store; this one must not write to it any more."""

@@ -187,7 +187,8 @@ class FlatArray:
         def write(number: int) -> None:
             begin = number * chunk - start
             with writing(f"{self._where}/c/{number}"):
-                files.write(number, data[begin : begin + chunk])
+                size_bytes, checksum = files.write(number, data[begin : begin + chunk])
+            self._store.written(f"{self._path}/c/{number}", size_bytes, checksum)
 
         numbers = range(start // chunk, -(-(start + data.size) // chunk))
         each(lambda number: self._store.retries.run(lambda: write(number)), numbers)

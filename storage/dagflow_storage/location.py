@@ -186,6 +186,9 @@ class Store:
         has_limits = not _is_folder(self._url)
         return RetryingZarrStore(inner, self._retries, shown, has_limits)
 
+    def written(self, path: str, size_bytes: int, crc32c: int) -> None:
+        """Hear of an object that was put past this store's own methods."""
+
     def probe(self) -> ProbeReport:
         """Write, read back and delete a small object, to fail now and not in an hour.
 

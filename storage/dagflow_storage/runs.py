@@ -4,39 +4,53 @@
 
     run.json                       settings and the run's id, written once
     programs/NAME/stage-000.json   one a stage; programs/NAME/programs.json last
-    metrics/part-00000040.jsonl    named after its first step
+    metrics/, ledger/              rows by step, see dagflow_storage.rows
+    journal/                       see dagflow_storage.journal
     snapshots/                     see dagflow_storage.snapshots
 """
 
-import json
-import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
 from dagflow_storage.documents import JSON, encode_document, read_document
-from dagflow_storage.errors import DamagedData, NotFound, StoreHoldsAnotherRun
+from dagflow_storage.errors import DamagedData, StoreHoldsAnotherRun
 from dagflow_storage.location import Store
+from dagflow_storage.rows import RowLog
 
 RUN_FORMAT = 1
 _RUN_FILE = "run.json"
-_PART = re.compile(r"part-(\d{8,})\.jsonl")
 _ABSENT = object()
 
 
 class RunDirectory:
-    """The files of one run. It holds nothing but the store: make as many as you like."""
+    """The files of one run.
+
+    Attributes
+    ----------
+    store : Store
+    ledger : RowLog
+        What each step was computed from.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.ledger = RowLog(store, "ledger")
+        self._metrics = RowLog(store, "metrics")
 
     def exists(self) -> bool:
         """Whether a run was created here."""
         return self.store.exists(_RUN_FILE)
 
-    def create(self, settings: Mapping[str, JSON]) -> None:
+    def create(self, settings: Mapping[str, JSON], facts: Mapping[str, JSON] | None = None) -> None:
         """Create the run; of several creators one wins.
+
+        Parameters
+        ----------
+        settings
+            What decides the result; who resumes compares it.
+        facts
+            What else later readers must know; nobody compares it.
 
         Raises
         ------
@@ -44,7 +58,7 @@ class RunDirectory:
             If there is one already, naming the settings that differ.
         """
         run_id = uuid.uuid4().hex
-        content = {"run_id": run_id, "settings": dict(settings)}
+        content = {"run_id": run_id, "settings": dict(settings), "facts": dict(facts or {})}
         if self.store.create_bytes(_RUN_FILE, encode_document(RUN_FORMAT, content)):
             return
         # The answer to a put that succeeded can get lost, and its repetition then fails: what
@@ -60,6 +74,10 @@ class RunDirectory:
     def settings(self) -> dict[str, Any]:
         """The settings the run was created with."""
         return dict(self._run_file()["settings"])
+
+    def facts(self) -> dict[str, Any]:
+        """What else was told about the run; empty if an older dagflow created it."""
+        return dict(self._run_file().get("facts", {}))
 
     @property
     def run_id(self) -> str:
@@ -90,51 +108,22 @@ class RunDirectory:
         return [self.store.read_bytes(_program_path(folder, stage)).decode() for stage in stages]
 
     def append_metrics(self, rows: Sequence[Mapping[str, JSON]]) -> None:
-        """Add rows, each with an integer ``"step"``; one object a call, one writer at a time.
-
-        Rows already there of the first new step or later are superseded: after a rollback
-        those steps have not happened.
-        """
-        if not rows:
-            return
-        first = min(_step_of(row) for row in rows)
-        # Outdated parts first: a crash between here and the put loses rows of steps that will
-        # be run again. The other way round it would leave rows that never come true.
-        for start in self._parts():
-            if start > first:
-                self.store.delete(_part_path(start))
-        text = "".join(json.dumps(dict(row)) + "\n" for row in rows)
-        self.store.write_bytes(_part_path(first), text.encode())
+        """Add rows, each with an integer ``"step"``; see `RowLog.append`."""
+        self._metrics.append(rows)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All rows that hold, by step; rows of one step as they were appended."""
-        starts = self._parts()
-        rows: list[dict[str, Any]] = []
-        for start, end in zip_longest(starts, starts[1:]):
-            # A part that starts later was written later, so it has the say from its start on.
-            rows += [row for row in self._rows(start) if end is None or row["step"] < end]
-        return sorted(rows, key=lambda row: int(row["step"]))
+        """All metrics that hold, by step."""
+        return self._metrics.read()
+
+    def read_last_metrics(self) -> dict[str, Any] | None:
+        """The row of the latest step, without reading those before; None if there is none."""
+        return self._metrics.last()
 
     def _run_file(self) -> dict[str, Any]:
         document = read_document(self.store, _RUN_FILE, RUN_FORMAT)
         if not {"run_id", "settings"} <= document.keys():
             raise DamagedData(f"{_RUN_FILE} in {self.store!r} lacks run_id or settings")
         return document
-
-    def _parts(self) -> list[int]:
-        matches = (_PART.fullmatch(name) for name in self.store.list("metrics"))
-        return sorted(int(match[1]) for match in matches if match)
-
-    def _rows(self, start: int) -> Iterator[dict[str, Any]]:
-        path = _part_path(start)
-        try:
-            data = self.store.read_bytes(path)
-        except NotFound:
-            return  # superseded since it was listed
-        try:
-            yield from [json.loads(line) for line in data.splitlines()]
-        except ValueError as error:
-            raise DamagedData(f"{path} in {self.store!r}: {error}") from error
 
 
 def settings_diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -159,17 +148,6 @@ def _flattened(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 
 def _shown(flattened: Mapping[str, Any], name: str) -> str:
     return repr(flattened[name]) if name in flattened else "(absent)"
-
-
-def _step_of(row: Mapping[str, JSON]) -> int:
-    step = row.get("step")
-    if not isinstance(step, int) or step < 0:
-        raise ValueError(f"a row of metrics needs an integer 'step' of at least 0: {dict(row)}")
-    return step
-
-
-def _part_path(first_step: int) -> str:
-    return f"metrics/part-{first_step:08d}.jsonl"
 
 
 def _program_path(folder: str, stage: int) -> str:

@@ -3,47 +3,33 @@
 ::
 
     snapshots/step-00000012/stage-0-3f9a.../float32/...    one folder a written shard
+    snapshots/step-00000012/stage-0-3f9a...-frozen/...     its frozen arrays, written once
     snapshots/step-00000012/manifest.json                  written last
 
 Nothing is overwritten: a shard that is written twice lies there twice, and the manifest names
-one of the two.
+one of the two. A later manifest may name a frozen folder again.
 """
 
 import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from dagflow_storage.arrays import ArraySpec, StoredArray, read_arrays, write_arrays
-from dagflow_storage.documents import JSON, encode_document, read_document
+from dagflow_storage.documents import JSON
 from dagflow_storage.errors import DamagedData, NotFound
 from dagflow_storage.flat import AnyArray
 from dagflow_storage.location import Store
+from dagflow_storage.manifest import (
+    Manifest,
+    ShardRecord,
+    StoredObject,
+    borrowed,
+    read_manifest,
+)
+from dagflow_storage.recording import RecordingStore
 
-SNAPSHOT_FORMAT = 1
-_FOLDER = "snapshots"
+SNAPSHOTS_FOLDER = "snapshots"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """One worker's part of a snapshot, written but not committed: what the manifest needs."""
-
-    shard: str
-    path: str
-    arrays: tuple[StoredArray, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """As it goes into the manifest."""
-        arrays = [stored.to_json() for stored in self.arrays]
-        return {"shard": self.shard, "path": self.path, "arrays": arrays}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "ShardRecord":
-        """As it comes out of the manifest."""
-        arrays = tuple(StoredArray.from_json(stored) for stored in data["arrays"])
-        return cls(shard=data["shard"], path=data["path"], arrays=arrays)
 
 
 def write_shard(
@@ -52,6 +38,9 @@ def write_shard(
     shard: str,
     specs: Sequence[ArraySpec],
     read: Callable[[str], AnyArray],
+    *,
+    frozen: Collection[str] = (),
+    earlier: "Snapshot | None" = None,
 ) -> ShardRecord:
     """Write one shard of the snapshot of `step`; it counts once a manifest names it.
 
@@ -62,61 +51,134 @@ def write_shard(
     ----------
     specs, read
         As for `write_arrays`.
+    frozen
+        Names of arrays that don't change during the run. They are written beside the others, so
+        that later snapshots can refer to them.
+    earlier
+        A committed snapshot of this run. A frozen array that it holds, with the same role, dtype
+        and shape, is referred to and not asked for; nobody looks whether it has changed.
     """
-    path = f"{_step_folder(step)}/{shard}-{uuid.uuid4().hex}"
-    index = write_arrays(store, path, specs, read)
+    path = f"{step_folder(step)}/{shard}-{uuid.uuid4().hex}"
+    kept = _kept(specs, frozen, earlier)
+    new = [spec for spec in specs if spec.name not in kept]
+    changing = [spec for spec in new if spec.name not in frozen]
+    resting = [spec for spec in new if spec.name in frozen]
+    record = _write_part(store, path, shard, changing, read)
+    parts = [_write_part(store, f"{path}-frozen", shard, resting, read)] if resting else []
+    if earlier is not None:
+        parts += _references(shard, set(kept.values()), earlier)
+    return ShardRecord(shard, path, record.arrays, record.objects, tuple(parts))
+
+
+def _write_part(
+    store: Store,
+    path: str,
+    shard: str,
+    specs: Sequence[ArraySpec],
+    read: Callable[[str], AnyArray],
+) -> ShardRecord:
+    recorder = RecordingStore(store)
+    index = write_arrays(recorder, path, specs, read)
     # On disk before any manifest can say so.
     store.flush(path)
-    return ShardRecord(shard, path, tuple(index))
+    return ShardRecord(shard, path, tuple(index), recorder.written_below(path))
+
+
+def _kept(
+    specs: Sequence[ArraySpec], frozen: Collection[str], earlier: "Snapshot | None"
+) -> dict[str, tuple[str, str]]:
+    """The frozen arrays that `earlier` holds: (role, name) by name."""
+    if earlier is None:
+        return {}
+    kept = {}
+    for spec in specs:
+        stored = earlier.arrays.get((spec.role, spec.name))
+        same = stored is not None and (stored.dtype, stored.shape) == (spec.dtype, spec.shape)
+        if same and spec.name in frozen:
+            kept[spec.name] = (spec.role, spec.name)
+    return kept
+
+
+def _references(
+    shard: str, kept: Collection[tuple[str, str]], earlier: "Snapshot"
+) -> list[ShardRecord]:
+    """Records that name arrays where an earlier snapshot has them."""
+    found = []
+    for record in earlier.shards:
+        arrays = tuple(s for s in record.arrays if (s.role, s.name) in kept)
+        labels = {stored.array for stored in arrays}
+        objects = tuple(o for o in record.objects if o.path.partition("/")[0] in labels)
+        if arrays:
+            found.append(ShardRecord(shard, record.path, arrays, objects))
+    return found
 
 
 def commit_snapshot(
     store: Store, step: int, shards: Sequence[ShardRecord], meta: Mapping[str, JSON]
-) -> None:
+) -> bool:
     """Make the snapshot of `step` exist.
 
     Safe to run twice: the first manifest of a step wins, and a later call returns quietly.
+
+    Returns
+    -------
+    bool
+        Whether it is these shards that the snapshot consists of. False for who came later; a
+        lost answer to the put isn't mistaken for that.
 
     Raises
     ------
     ValueError
         If two shards hold an array of the same role and name.
+    NotFound
+        If something that the manifest would name was deleted meanwhile: the snapshot must be
+        written again, or left out.
     """
-    _locate(shards)
-    content = {
-        "step": step,
-        "meta": dict(meta),
-        "shards": [record.to_json() for record in shards],
-    }
+    records = tuple(part for record in shards for part in record.flattened())
+    _locate(records)
+    _check_presence(store, step, records)
+    manifest = Manifest(step, dict(meta), records, nonce=uuid.uuid4().hex)
     # Manifest last: a snapshot without one does not exist, so a worker that dies above this
     # line leaves garbage, never a lie.
-    if not store.create_bytes(_manifest_path(step), encode_document(SNAPSHOT_FORMAT, content)):
-        Snapshot.open(store, step)
+    if store.create_bytes(manifest_path(step), manifest.encode()):
+        return True
+    return Snapshot.open(store, step).nonce == manifest.nonce
 
 
 def list_snapshots(store: Store) -> list[int]:
     """The steps that have a complete snapshot, ascending."""
-    return [step for step in _step_folders(store) if store.exists(_manifest_path(step))]
+    return [step for step in list_step_folders(store) if store.exists(manifest_path(step))]
 
 
-def delete_old_snapshots(store: Store, keep: int) -> None:
-    """Delete all but the newest `keep` complete snapshots, and unfinished ones older than those.
+def delete_snapshot(store: Store, step: int, spare: Collection[str] | None = None) -> None:
+    """Delete the snapshot of `step`, so that it may be written anew; absent is fine.
 
-    Unfinished ones that are newer are left alone: somebody may be writing them.
+    Parameters
+    ----------
+    spare
+        Folders that other manifests name, which stay; by default the manifests are read.
     """
-    if keep < 1:
-        raise ValueError(f"keep is {keep}, at least 1 snapshot must be kept")
-    kept = list_snapshots(store)[-keep:]
-    for step in _step_folders(store):
-        if kept and step < kept[0]:
-            delete_snapshot(store, step)
-
-
-def delete_snapshot(store: Store, step: int) -> None:
-    """Delete the snapshot of `step`, so that it may be written anew; absent is fine."""
+    if spare is None:
+        spare = folders_in_use(store, but=step)
     # Manifest first: from here on the snapshot does not exist, however far the rest gets.
-    store.delete(_manifest_path(step))
-    store.delete(_step_folder(step))
+    store.delete(manifest_path(step))
+    _delete_but(store, step_folder(step), spare)
+
+
+def folders_in_use(store: Store, but: int | None = None) -> set[str]:
+    """The folders of all arrays that readable manifests name, except those of one step.
+
+    A manifest that can't be read is passed over: neither can what it refers to.
+    """
+    found: set[str] = set()
+    for step in list_snapshots(store):
+        if step == but:
+            continue
+        try:
+            found |= Snapshot.open(store, step).array_folders
+        except (DamagedData, NotFound):
+            continue
+    return found
 
 
 class Snapshot:
@@ -132,15 +194,16 @@ class Snapshot:
         The shards that make it up.
     arrays
         Every array, by (role, name).
+    nonce
+        A random number from who committed it; empty if that was an older dagflow.
     """
 
-    def __init__(
-        self, store: Store, step: int, meta: dict[str, Any], shards: Sequence[ShardRecord]
-    ) -> None:
-        self.step = step
-        self.meta = meta
-        self.shards = tuple(shards)
-        self.arrays = {key: stored for key, (_, stored) in _locate(shards).items()}
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self.step = manifest.step
+        self.meta = manifest.meta
+        self.shards = manifest.shards
+        self.nonce = manifest.nonce
+        self.arrays = {key: stored for key, (_, stored) in _locate(manifest.shards).items()}
         self._store = store
 
     @classmethod
@@ -154,23 +217,37 @@ class Snapshot:
         DamagedData, FormatTooNew
             If its manifest is no good, or too new.
         """
-        path = _manifest_path(step)
+        path = manifest_path(step)
         try:
-            manifest = read_document(store, path, SNAPSHOT_FORMAT)
+            manifest = read_manifest(store, path)
+            snapshot = cls(store, manifest)
         except NotFound as error:
             complete = list_snapshots(store)
             raise NotFound(
                 f"{store!r} has no complete snapshot of step {step}; complete are: {complete}"
             ) from error
-        try:
-            shards = [ShardRecord.from_json(record) for record in manifest["shards"]]
-            found_step, meta = int(manifest["step"]), dict(manifest["meta"])
-            snapshot = cls(store, found_step, meta, shards)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DamagedData(f"{path} in {store!r} is no manifest: {error!r}") from error
-        if found_step != step:
-            raise DamagedData(f"{path} in {store!r} is the manifest of step {found_step}")
+        except ValueError as error:
+            raise DamagedData(f"{path} in {store!r} is no manifest: {error}") from error
+        if manifest.step != step:
+            raise DamagedData(f"{path} in {store!r} is the manifest of step {manifest.step}")
         return snapshot
+
+    @property
+    def array_folders(self) -> set[str]:
+        """The folders, from the store's root, that its arrays lie in."""
+        return {folder for record in self.shards for folder in record.array_folders}
+
+    @property
+    def objects(self) -> dict[str, StoredObject]:
+        """Every object that it consists of, by path from the store's root, without the manifest.
+
+        Those of a snapshot that an older dagflow wrote aren't known.
+        """
+        return {
+            f"{record.path}/{stored.path}": stored
+            for record in self.shards
+            for stored in record.objects
+        }
 
     @property
     def roles(self) -> list[str]:
@@ -220,16 +297,44 @@ def _locate(shards: Sequence[ShardRecord]) -> dict[tuple[str, str], tuple[str, S
     return located
 
 
-def _step_folder(step: int) -> str:
+def _check_presence(store: Store, step: int, records: Sequence[ShardRecord]) -> None:
+    """Notice shards that retention or a garbage collector took for abandoned."""
+    there = {f"{step_folder(step)}/{name}" for name in store.list(step_folder(step))}
+    lent = borrowed(records, step_folder(step))
+    gone = [record.path for record in records if record not in lent and record.path not in there]
+    for record in lent:
+        folders = sorted(record.array_folders)
+        gone += [folder for folder in folders if not store.exists(f"{folder}/zarr.json")]
+    if gone:
+        raise NotFound(
+            f"the snapshot of step {step} in {store!r} can't be committed: {gone[0]} was deleted "
+            "after it was written; write the shard again, and without earlier="
+        )
+
+
+def _delete_but(store: Store, path: str, spare: Collection[str]) -> None:
+    if path in spare:
+        return
+    if not any(folder.startswith(f"{path}/") for folder in spare):
+        store.delete(path)
+        return
+    for name in store.list(path):
+        _delete_but(store, f"{path}/{name}", spare)
+
+
+def step_folder(step: int) -> str:
+    """Where the snapshot of `step` lies."""
     if step < 0:
         raise ValueError(f"step is {step}, must be at least 0")
-    return f"{_FOLDER}/step-{step:08d}"
+    return f"{SNAPSHOTS_FOLDER}/step-{step:08d}"
 
 
-def _manifest_path(step: int) -> str:
-    return f"{_step_folder(step)}/manifest.json"
+def manifest_path(step: int) -> str:
+    """Where the manifest of `step` lies."""
+    return f"{step_folder(step)}/manifest.json"
 
 
-def _step_folders(store: Store) -> list[int]:
-    matches = (_STEP_FOLDER.fullmatch(name) for name in store.list(_FOLDER))
+def list_step_folders(store: Store) -> list[int]:
+    """The steps of which there is a snapshot, or the beginning of one, ascending."""
+    matches = (_STEP_FOLDER.fullmatch(name) for name in store.list(SNAPSHOTS_FOLDER))
     return sorted(int(match[1]) for match in matches if match)

@@ -55,6 +55,12 @@ class WorkerCache:
     kept: dict[tuple[StageKey, str], tuple[tuple[int, int], Any]] = field(default_factory=dict)
     recomputed: int = 0
     lock: Any = field(default_factory=threading.RLock)
+    working: dict[StageKey, Any] = field(default_factory=dict)
+
+    def stage_lock(self, ref: StageRef) -> Any:
+        """Return the lock that whoever works on a stage holds, so that nobody sees half a task."""
+        with self.lock:
+            return self.working.setdefault(ref.key, threading.RLock())
 
     def clear(self) -> None:
         """Forget everything."""
@@ -97,15 +103,29 @@ class WorkerCache:
         Raises
         ------
         StateLost
-            If it is neither here nor in the store.
+            If it is neither here nor in the store; or if the stage has moved on here: whoever asks
+            for an earlier step is a task that nobody waits for any more, run again by dask.
         """
         with self.lock:
             found = self.states.get(ref.key)
+            if found is not None and found.step > step:
+                raise StateLost(
+                    f"Stage {ref.stage} has done step {found.step} on this worker; its weights after "
+                    f"step {step} are gone."
+                )
             if found is None or found.step != step:
                 executable = self.executable(ref)
                 found = load_state(ref, executable.program, step, executable.device)
                 self.states[ref.key] = found
             return found
+
+    def begin_again(self, ref: StageRef) -> None:
+        """Forget what is half done in a stage: it will be taken up at a step's beginning."""
+        with self.lock:
+            for graph_key in [key for key in self.graphs if key[0] == ref.key]:
+                del self.graphs[graph_key]
+            for kept_key in [key for key in self.kept if key[0] == ref.key]:
+                del self.kept[kept_key]
 
     def save_graph(self, ref: StageRef, step: int, microbatch: int, graph: SavedGraph) -> None:
         """Keep a graph for its backward, dropping what a cancelled step may have left."""

@@ -4,7 +4,8 @@
 
     DagflowError
     ├── TransientError            another worker, or later, may succeed
-    │   └── StateLost             a stage's weights are neither on this worker nor in the store
+    │   ├── StateLost             a stage's weights are neither on this worker nor in the store
+    │   └── GarbageReceived       another worker's result can't be right
     └── PermanentError            the same inputs fail again
         ├── ProgramInvalid        a program file that can't be read as one
         │   ├── OperatorNotAllowed
@@ -21,6 +22,20 @@ from dagflow_storage.errors import PermanentError, TransientError
 
 class StateLost(TransientError):
     """A stage's weights of a step are neither cached on this worker nor in the store."""
+
+
+class GarbageReceived(TransientError):
+    """What a stage sent can't be right: NaN, or another shape than its program says.
+
+    Attributes
+    ----------
+    stage : int
+        Who sent it, or computed it; -1 if unknown.
+    """
+
+    def __init__(self, message: str = "", stage: int = -1) -> None:
+        super().__init__(message)
+        self.stage = stage
 
 
 class ProgramInvalid(PermanentError):

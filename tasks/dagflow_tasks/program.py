@@ -208,6 +208,15 @@ class StageProgram:
         later = {i.gradient_from for i in self.inputs if i.gradient_from is not None}
         return tuple(sorted(later | {o.readers[0] for o in self.outputs if o.differentiable}))
 
+    def values_for(self, reader: int) -> list[str]:
+        """Return the boundary values that another stage reads."""
+        return [output.value.name for output in self.outputs if reader in output.readers]
+
+    def gradients_from(self, source: int) -> list[str]:
+        """Return the values whose gradients another stage's backward sends to this one."""
+        names = [o.value.name for o in self.outputs if o.differentiable and o.readers[0] == source]
+        return names + [i.value.name for i in self.inputs if i.gradient_from == source]
+
     def to_json(self) -> str:
         body = {
             "format": FORMAT,

@@ -22,13 +22,21 @@ class TaskSettings:
 
 @dataclass(frozen=True)
 class StageRef:
-    """One stage of one run under one plan."""
+    """One stage of one run under one plan.
+
+    Attributes
+    ----------
+    store, run_id, plan, stage, settings
+    journal : int
+        Steps whose boundary tensors are written to the journal together; 0 for no journal.
+    """
 
     store: Store
     run_id: str
     plan: str
     stage: int
     settings: TaskSettings
+    journal: int = 0
 
     @property
     def key(self) -> tuple[str, str, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -113,14 +114,57 @@ class Decision:
     loss_scale: float = 1.0
     good_steps: int = 0
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Decision:
+        return cls(**body)
+
+
+@dataclass(frozen=True)
+class JournalStats:
+    """How a process's journal fares.
+
+    Attributes
+    ----------
+    process : str
+        Whose journal it is.
+    num_bytes : int
+        Written so far, uncompressed.
+    seconds : float
+        Spent writing.
+    waiting_bytes : int
+        Not written yet.
+    trouble : str
+        Why nothing can be written at present, or "".
+    """
+
+    process: str = ""
+    num_bytes: int = 0
+    seconds: float = 0.0
+    waiting_bytes: int = 0
+    trouble: str = ""
+
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Result of `update`: where the stage stands, and what went wrong on the way."""
+    """Result of `update`: where the stage stands, and what went wrong on the way.
+
+    Attributes
+    ----------
+    state : StateRef
+    stage : int
+    non_finite : tuple of int
+        Micro-batches whose forward left the finite numbers in this stage.
+    journal : JournalStats or None
+        How the journal of the stage's worker fares, in a run that keeps one.
+    """
 
     state: StateRef
     stage: int
     non_finite: tuple[int, ...] = ()
+    journal: JournalStats | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +182,8 @@ class StepReport:
         In a run that clips or scales.
     non_finite : mapping
         By stage the micro-batches whose values left the finite numbers there.
+    journal : mapping
+        How the journals of the stages' workers fare, by stage.
     """
 
     step: int
@@ -145,3 +191,4 @@ class StepReport:
     losses: tuple[float, ...] = ()
     decision: Decision | None = None
     non_finite: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    journal: Mapping[int, JournalStats] = field(default_factory=dict)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from dagflow_storage import ArraySpec, NotFound, ShardRecord, Snapshot, write_shard
+from dagflow_storage import (
+    ArraySpec,
+    NotFound,
+    ShardRecord,
+    Snapshot,
+    Store,
+    list_snapshots,
+    write_shard,
+)
 from dagflow_tasks.errors import StateLost
 from dagflow_tasks.optimizer import restore_slots, slots
 from dagflow_tasks.program import StageProgram
@@ -73,8 +81,8 @@ def _optimizer(
     return optimizer
 
 
-def save_state(ref: StageRef, program: StageProgram, state: StageState) -> ShardRecord:
-    """Write a stage's state as one shard; it counts once the manifest is committed."""
+def state_tensors(program: StageProgram, state: StageState) -> dict[tuple[str, str], torch.Tensor]:
+    """Return what a snapshot holds of a stage, by (role, name)."""
     owned_buffers = [use.buffer for use in program.buffers if use.owner == program.stage]
     tensors: dict[tuple[str, str], torch.Tensor] = {
         (PARAMETER, name): tensor for name, tensor in state.parameters.items()
@@ -83,28 +91,45 @@ def save_state(ref: StageRef, program: StageProgram, state: StageState) -> Shard
     if state.optimizer is not None:
         names = {id(tensor): name for name, tensor in state.parameters.items()}
         tensors |= {(OPTIMIZER, n): t for n, t in slots(state.optimizer, names).items()}
-    return write_tensors(ref.store, state.step, f"stage-{ref.stage}", tensors)
+    return tensors
+
+
+def frozen_parameters(program: StageProgram) -> set[str]:
+    """Return the parameters that a stage owns and training leaves as they are."""
+    return {use.parameter for use in program.owned_parameters if not use.trainable}
 
 
 def write_tensors(
-    store: Any, step: int, shard: str, tensors: Mapping[tuple[str, str], torch.Tensor]
+    store: Store,
+    step: int,
+    shard: str,
+    tensors: Mapping[tuple[str, str], torch.Tensor],
+    frozen: Collection[str] = (),
 ) -> ShardRecord:
-    """Write tensors by (role, name) as one shard of a snapshot."""
+    """Write tensors by (role, name) as one shard of a snapshot.
+
+    Parameters
+    ----------
+    frozen
+        Names of those that don't change during the run; written once, referred to afterwards.
+    """
     return stream_tensors(
         store,
         step,
         shard,
         [(role, name, t.dtype, tuple(t.shape)) for (role, name), t in tensors.items()],
         lambda role, name: tensors[(role, name)],
+        frozen,
     )
 
 
 def stream_tensors(
-    store: Any,
+    store: Store,
     step: int,
     shard: str,
     items: Iterable[tuple[str, str, torch.dtype, tuple[int, ...]]],
     read: Callable[[str, str], torch.Tensor],
+    frozen: Collection[str] = (),
 ) -> ShardRecord:
     """Write tensors as one shard, asking for one at a time, so that memory holds only one."""
     # Within a shard the store tells arrays apart by name alone, so names carry their role, too.
@@ -113,7 +138,16 @@ def stream_tensors(
         for role, name, dtype, shape in items
     ]
     roles = {spec.name: spec.role for spec in specs}
-    return write_shard(store, step, shard, specs, lambda name: to_array(read(roles[name], name)))
+    committed = list_snapshots(store) if frozen else []
+    return write_shard(
+        store,
+        step,
+        shard,
+        specs,
+        lambda name: to_array(read(roles[name], name)),
+        frozen=frozen,
+        earlier=Snapshot.open(store, committed[-1]) if committed else None,
+    )
 
 
 def read_tensors(snapshot: Snapshot, role: str, names: Iterable[str]) -> dict[str, torch.Tensor]:

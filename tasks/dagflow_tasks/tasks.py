@@ -17,9 +17,11 @@ import torch
 from dagflow_storage import ShardRecord
 from dagflow_tasks.cache import CACHE, SavedGraph, state_lost
 from dagflow_tasks.deferred import DeferredWeights
-from dagflow_tasks.errors import WeightsNotFinite
+from dagflow_tasks.errors import GarbageReceived, StateLost, WeightsNotFinite
 from dagflow_tasks.interpreter import AUTOCAST_DTYPES, Executable, RandomAddress
-from dagflow_tasks.program import ParameterUse
+from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
+from dagflow_tasks.operators import evaluate_size
+from dagflow_tasks.program import ParameterUse, ValueSpec
 from dagflow_tasks.references import Microbatch, StageRef, StateRef
 from dagflow_tasks.results import (
     BackwardResult,
@@ -32,7 +34,7 @@ from dagflow_tasks.results import (
     Tensors,
     UpdateResult,
 )
-from dagflow_tasks.state import StageState, save_state
+from dagflow_tasks.state import StageState, frozen_parameters, state_tensors, write_tensors
 
 SUMS, BUFFERS = "gradient sums", "buffers"
 
@@ -67,7 +69,9 @@ def forward(
     """
     graph, buffers = _run(ref, state, microbatch, values, before, tied, halves)
     CACHE.save_graph(ref, microbatch.step, microbatch.index, graph)
-    return _forward_result(ref, state, microbatch, graph, buffers)
+    result = _forward_result(ref, state, microbatch, graph, buffers)
+    send(ref, "forward", result.place, result.values, {"finite": result.finite})
+    return result
 
 
 def backward(
@@ -108,9 +112,13 @@ def backward(
         CACHE.recomputed += 1
         graph, _ = _run(ref, state, microbatch, values, before, tied, halves)
     if halves:
-        return _first_half(ref, microbatch, graph, gradients, scaling)
-    assert this is not None
-    return _backward(ref, microbatch, graph, gradients, forward_part(this), previous, scaling)
+        result = _first_half(ref, microbatch, graph, gradients, scaling)
+    else:
+        assert this is not None
+        there = forward_part(this)
+        result = _backward(ref, microbatch, graph, gradients, there, previous, scaling)
+    _send_backward(ref, result)
+    return result
 
 
 def backward_weights(
@@ -130,10 +138,16 @@ def backward_weights(
     Takes what the first half left in the cache; if that is gone, the whole backward runs again.
     Parameters are those of `backward`.
     """
-    whole = backward(
-        ref, state, microbatch, values, gradients, this, previous, before, tied, scaling
-    )
-    return replace(whole, gradients={})
+    graph = CACHE.take_graph(ref, microbatch.step, microbatch.index)
+    if graph is None:
+        CACHE.recomputed += 1
+        graph, _ = _run(ref, state, microbatch, values, before, tied, False)
+    there = forward_part(this)
+    whole = _backward(ref, microbatch, graph, gradients, there, previous, scaling)
+    result = replace(whole, gradients={})
+    facts = {"non_finite": result.non_finite, "losses": result.losses}
+    send(ref, "weights", result.place, {}, facts)
+    return result
 
 
 def forward_backward(
@@ -157,7 +171,30 @@ def forward_backward(
         back = _first_half(ref, microbatch, graph, (), scaling)
     else:
         back = _backward(ref, microbatch, graph, (), there, previous, scaling)
-    return replace(back, forward=there)
+    result = replace(back, forward=there)
+    _send_backward(ref, result)
+    return result
+
+
+def send(
+    ref: StageRef,
+    kind: str,
+    place: tuple[int, int],
+    tensors: Tensors,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Have the journal keep what a task sends to other stages."""
+    step, index = place
+    JOURNAL.put(ref, step, EntryKey(kind, ref.stage, index), Sent(dict(tensors), facts or {}))
+
+
+def _send_backward(ref: StageRef, result: BackwardResult) -> None:
+    facts: dict[str, Any] = {"non_finite": result.non_finite, "losses": result.losses}
+    if result.forward is not None:
+        loss = CACHE.executable(ref).program.loss
+        assert loss is not None
+        facts |= {"finite": result.forward.finite, "loss": float(result.forward.values[loss])}
+    send(ref, "backward", result.place, result.gradients, facts)
 
 
 def forward_part(result: StageResult) -> ForwardResult:
@@ -186,6 +223,8 @@ def _run(
         given.update(part.values if isinstance(part, ForwardResult) else part)
     inputs = {}
     for item in program.inputs:
+        if ref.journal and item.source is not None:
+            check_received(ref, item.value, item.source, given, microbatch)
         tensor = given[item.value.name].to(executable.device)
         inputs[item.value.name] = (
             tensor.detach().requires_grad_() if item.differentiable else tensor
@@ -199,6 +238,46 @@ def _run(
         {**inputs, **uses, **buffers}, dict(microbatch.sizes), random, deferred
     )
     return SavedGraph(inputs, uses, outputs, deferred), written
+
+
+def check_received(
+    ref: StageRef,
+    value: ValueSpec,
+    source: int,
+    given: Mapping[str, torch.Tensor],
+    microbatch: Microbatch,
+) -> None:
+    """Refuse a boundary value that can't be right, so that it is computed again by somebody else.
+
+    Raises
+    ------
+    GarbageReceived
+        Naming the stage it came from.
+    """
+    tensor = given.get(value.name)
+    what = f"Stage {source} sent stage {ref.stage} in step {microbatch.step}, micro-batch "
+    what += f"{microbatch.index},"
+    if tensor is None:
+        raise GarbageReceived(f"{what} no {value.name!r}.", source)
+    sizes = dict(microbatch.sizes)
+    shape = tuple(evaluate_size(size, sizes) for size in value.shape)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    # Under autocast values are in half precision that the program, captured without, has in fp32.
+    other_dtype = dtype != value.dtype and ref.settings.precision == "fp32"
+    if tuple(tensor.shape) != shape or other_dtype:
+        raise GarbageReceived(
+            f"{what} {value.name!r} as {dtype}{list(tensor.shape)} instead of "
+            f"{value.dtype}{list(shape)}.",
+            source,
+        )
+    _check_numbers(ref, tensor, f"{what} NaN in {value.name!r}.", source)
+
+
+def _check_numbers(ref: StageRef, tensor: torch.Tensor, message: str, source: int) -> None:
+    # Infinities are no garbage (masks have them); under loss scaling, NaN isn't either.
+    scaled = ref.settings.precision == "fp16"
+    if tensor.is_floating_point() and not scaled and bool(torch.isnan(tensor).any()):
+        raise GarbageReceived(message, source)
 
 
 def _forward_result(
@@ -215,6 +294,12 @@ def _forward_result(
         if tensor.is_floating_point()
     )
     place = (microbatch.step, microbatch.index)
+    loss = CACHE.executable(ref).program.loss
+    if ref.journal and loss is not None and not bool(torch.isfinite(boundary[loss])):
+        # Before any gradient of it is added anywhere: whoever is to blame, the step can be repeated.
+        what = f"The loss of step {place[0]}, micro-batch {place[1]}, is {float(boundary[loss])}."
+        if ref.settings.precision != "fp16":
+            raise GarbageReceived(what, ref.stage)
     if buffers is not None:
         CACHE.keep(ref, BUFFERS, place, buffers)
     return ForwardResult(boundary, buffers, finite, place)
@@ -291,7 +376,7 @@ def _input_gradients(
 ) -> dict[str, torch.Tensor]:
     """Run autograd, and return the gradients of the boundary inputs."""
     scale = scaling.loss_scale if scaling is not None else 1.0
-    roots, seeds = _roots(CACHE.executable(ref), graph, gradients, microbatch.weight * scale)
+    roots, seeds = _roots(ref, CACHE.executable(ref), graph, gradients, microbatch.weight * scale)
     boundary: dict[str, torch.Tensor] = {}
     for name, leaf in graph.inputs.items():
         if leaf.requires_grad:
@@ -346,7 +431,25 @@ def _buffers(
     return values, written or None
 
 
+def _check_gradient(ref: StageRef, gradient: torch.Tensor, value: torch.Tensor, name: str) -> None:
+    if not ref.journal:
+        return
+    program = CACHE.executable(ref).program
+    source = next(
+        (s for s in program.gradient_sources if name in program.gradients_from(s)), ref.stage
+    )
+    if gradient.shape != value.shape:
+        raise GarbageReceived(
+            f"Stage {source} sent stage {ref.stage} a gradient of {name!r} with shape "
+            f"{list(gradient.shape)} instead of {list(value.shape)}.",
+            source,
+        )
+    message = f"Stage {source} sent stage {ref.stage} a gradient of {name!r} with NaN."
+    _check_numbers(ref, gradient, message, source)
+
+
 def _roots(
+    ref: StageRef,
     executable: Executable,
     graph: SavedGraph,
     results: Sequence[BackwardResult],
@@ -368,6 +471,7 @@ def _roots(
         seeds.append(torch.full_like(tensors[program.loss], loss_gradient))
     for name in wanted:
         if name in given and tensors[name].requires_grad:
+            _check_gradient(ref, given[name], tensors[name], name)
             roots.append(tensors[name])
             seeds.append(given[name].to(executable.device))
     return roots, seeds
@@ -475,11 +579,14 @@ def update(
     UpdateResult
         Refers to the state after the step; run again, the same.
     """
-    done = UpdateResult(StateRef(state.step + 1), ref.stage, gradients.non_finite)
+    facts = {
+        "non_finite": gradients.non_finite,
+        "decision": decision.to_json() if decision is not None else None,
+    }
     with CACHE.lock:
         cached = CACHE.states.get(ref.key)
         if cached is not None and cached.step == state.step + 1:
-            return done
+            return _updated(ref, state, gradients)
     current = CACHE.state(ref, state.step)
     try:
         if decision is None or decision.apply:
@@ -494,7 +601,14 @@ def update(
     CACHE.drop(ref, BUFFERS)
     current.casts.clear()
     current.step += 1
-    return done
+    send(ref, "update", (state.step, 0), {}, facts)
+    JOURNAL.end_step(ref, state.step)
+    return _updated(ref, state, gradients)
+
+
+def _updated(ref: StageRef, state: StateRef, gradients: BackwardResult) -> UpdateResult:
+    stats = JOURNAL.stats() if ref.journal else None
+    return UpdateResult(StateRef(state.step + 1), ref.stage, gradients.non_finite, stats)
 
 
 def _step(
@@ -567,21 +681,32 @@ def select_gradients(result: BackwardResult, names: Sequence[str]) -> BackwardRe
     return BackwardResult(present)
 
 
-def lend_parameters(ref: StageRef, state: StateRef, names: Sequence[str]) -> Tensors:
+def lend_parameters(
+    ref: StageRef, state: StateRef, names: Sequence[str], borrower: int = -1
+) -> Tensors:
     """Return copies of parameters that another stage uses, too (tied weights)."""
     # Copies: `update` moves the cached weights on in place, and a result must not move with them.
     parameters = CACHE.state(ref, state.step).parameters
-    return TensorDict({name: parameters[name].detach().clone() for name in names})
+    lent = TensorDict({name: parameters[name].detach().clone() for name in names})
+    send(ref, "lend", (state.step, borrower), lent)
+    return lent
 
 
-def return_gradients(ref: StageRef, gradients: BackwardResult, uses: Sequence[str]) -> Tensors:
+def return_gradients(
+    ref: StageRef, gradients: BackwardResult, uses: Sequence[str], owner: int = -1
+) -> Tensors:
     """Return the gradients of borrowed parameters to their owner, by use."""
     sums = _sums(ref, gradients)
-    return TensorDict({use: sums[use] for use in uses if use in sums})
+    returned = TensorDict({use: sums[use] for use in uses if use in sums})
+    send(ref, "return", (gradients.place[0], owner), returned)
+    return returned
 
 
-def save(ref: StageRef, state: StateRef) -> ShardRecord:
-    """Write a stage's state to the run's store, as one shard of a snapshot.
+COPY = "copy for a snapshot"
+
+
+def copy_state(ref: StageRef, state: StateRef) -> None:
+    """Copy a stage's state, to be written by `save_copy` while `update` moves the state on.
 
     Raises
     ------
@@ -596,7 +721,32 @@ def save(ref: StageRef, state: StateRef) -> ShardRecord:
                 "The weights of the last snapshot are good. Lower the learning rate or clip gradients "
                 "(clip_grad_norm=1.0); then train again with the same store."
             )
-    return save_state(ref, CACHE.executable(ref).program, current)
+    program = CACHE.executable(ref).program
+    frozen = frozen_parameters(program)
+    copies = {
+        (role, name): tensor.detach() if name in frozen else tensor.detach().clone()
+        for (role, name), tensor in state_tensors(program, current).items()
+    }
+    CACHE.keep(ref, COPY, (state.step, 0), copies)
+
+
+def save_copy(ref: StageRef, state: StateRef) -> ShardRecord:
+    """Write what `copy_state` has copied to the run's store, as one shard of a snapshot.
+
+    Raises
+    ------
+    StateLost
+        If the copy was on another worker.
+    """
+    try:
+        copies = CACHE.recall(ref, COPY, (state.step, 0))
+    except StateLost:
+        copy_state(ref, state)
+        copies = CACHE.recall(ref, COPY, (state.step, 0))
+    frozen = frozen_parameters(CACHE.executable(ref).program)
+    record = write_tensors(ref.store, state.step, f"stage-{ref.stage}", copies, frozen)
+    CACHE.drop(ref, COPY)
+    return record
 
 
 def report(
@@ -617,7 +767,8 @@ def report(
     """
     loss = sum(weight * value for weight, value in zip(weights, last.losses, strict=True))
     non_finite = {u.stage: u.non_finite for u in updates if u.non_finite}
-    return StepReport(step, loss, last.losses, decision, non_finite)
+    journal = {u.stage: u.journal for u in updates if u.journal is not None}
+    return StepReport(step, loss, last.losses, decision, non_finite, journal)
 
 
 def tensors_of(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -644,7 +795,11 @@ def call(function: Callable[..., Any], layout: tuple[Any, ...], *results: Any) -
     Results that no slot asks for are those of tasks that only had to be done before.
     """
 
-    return function(*(_filled(argument, results) for argument in layout))
+    filled = [_filled(argument, results) for argument in layout]
+    if not filled or type(filled[0]) is not StageRef:
+        return function(*filled)
+    with CACHE.stage_lock(filled[0]):
+        return function(*filled)
 
 
 def _filled(argument: Any, results: tuple[Any, ...]) -> Any:

@@ -22,7 +22,7 @@ def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", ["train", "join", "demo", "inspect"])
+@pytest.mark.parametrize("command", ["train", "join", "demo", "inspect", "runs"])
 def test_every_help_text_has_examples(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
@@ -33,7 +33,7 @@ def test_help_is_there_under_dask_too() -> None:
     done = subprocess.run(
         [BIN / "dask", "dagflow", "--help"], capture_output=True, text=True, timeout=120, check=True
     )
-    for command in ("train", "join", "demo", "inspect"):
+    for command in ("train", "join", "demo", "inspect", "runs"):
         assert command in done.stdout
 
 
@@ -57,6 +57,24 @@ def test_inspect_shows_a_run_and_its_programs(client: Client, tmp_path: Path) ->
     assert shown.exit_code == 0
     for words in ("stage 1 of 2", "inputs: in.1 (batch)", "loss", "aten.cross_entropy_loss"):
         assert words in shown.output
+
+
+def test_a_trained_run_verifies_and_exports_what_was_trained(
+    client: Client, tmp_path: Path
+) -> None:
+    of = example()
+    run = tmp_path / "run"
+    result = train(of, batches(of, 5), run, client=client, num_stages=2, snapshot_every=2)
+    verified = invoke("runs", "verify", run)
+    assert verified.exit_code == 0, verified.output
+    assert "whole snapshots: 2, 4, 5" in verified.output
+    assert "deleted: 0 objects" in invoke("runs", "gc", run, "--idle", "--dry-run").output
+    exported = invoke("runs", "export", run, "--format", "torch", "--to", tmp_path / "out.pt")
+    assert exported.exit_code == 0, exported.output
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    wanted = result.state_dict()
+    assert sorted(found) == sorted(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(client: Client, tmp_pat
     heard: list[dagflow.StepEvent] = []
     result = train(
         of, data, run, client=client, precision="fp16", num_stages=2,
-        snapshot_every=1, callbacks=[heard.append], config=dagflow.Config(keep_snapshots=20),
+        snapshot_every=1, callbacks=[heard.append], config=dagflow.Config(retention=dagflow.Retention(20)),
     )  # fmt: skip
     scales = [INITIAL_LOSS_SCALE, *(decision(run, step)["loss_scale"] for step in range(1, 13))]
     skipped = [k for k in range(12) if scales[k + 1] == scales[k] / 2]

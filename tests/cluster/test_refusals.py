@@ -120,7 +120,7 @@ def test_settings_that_make_no_sense(
     ("options", "words"),
     [
         ({"lookahead_steps": 0}, "lookahead_steps"),
-        ({"keep_snapshots": 0}, "keep_snapshots"),
+        ({"in_flight_slack": -1}, "in_flight_slack"),
         ({"granularity": "module"}, "found 'module'"),
     ],
 )

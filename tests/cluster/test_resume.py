@@ -59,7 +59,7 @@ def test_snapshots_are_written_as_often_as_asked_and_the_oldest_deleted(
     client: Client, tmp_path: Path
 ) -> None:
     of = example()
-    config = dagflow.Config(keep_snapshots=2)
+    config = dagflow.Config(retention=dagflow.Retention(newest=2))
     train(of, batches(of, 7), tmp_path / "run", client=client, snapshot_every=2, config=config)
     assert list_snapshots(Store(str(tmp_path / "run"))) == [6, 7]
     train(of, batches(of, 3), tmp_path / "last", client=client, snapshot_every=None)

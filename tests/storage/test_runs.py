@@ -104,6 +104,17 @@ def test_half_written_programs_are_not_found(store: Store, monkeypatch: pytest.M
         run.read_programs("train")
 
 
+def test_facts_are_kept_beside_the_settings_and_compared_by_nobody(store: Store) -> None:
+    RunDirectory(store).create(SETTINGS, {"tied": {"head": "table"}})
+    assert RunDirectory(store).facts() == {"tied": {"head": "table"}}
+    assert RunDirectory(store).settings() == SETTINGS
+
+
+def test_a_run_of_an_older_dagflow_has_no_facts(memory: Store) -> None:
+    memory.write_bytes("run.json", b'{"format_version": 1, "run_id": "a", "settings": {}}')
+    assert RunDirectory(memory).facts() == {}
+
+
 def rows(*steps: int, by: str = "") -> list[dict[str, Any]]:
     return [{"step": step, "by": by} for step in steps]
 
@@ -117,6 +128,25 @@ def test_metrics_are_read_by_step(store: Store) -> None:
     assert [row["step"] for row in run.read_metrics()] == [0, 1, 2, 3, 3]
 
 
+def test_the_last_row_is_found_without_reading_those_before(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory(store)
+    assert run.read_last_metrics() is None
+    for start in (0, 10, 20):
+        RunDirectory(store).append_metrics(rows(*range(start, start + 10)))
+    read: list[str] = []
+    original = Store.read_bytes
+
+    def recording(self: Store, path: str) -> bytes:
+        read.append(path)
+        return original(self, path)
+
+    monkeypatch.setattr(Store, "read_bytes", recording)
+    assert run.read_last_metrics() == rows(29)[0]
+    assert read == ["metrics/part-00000020.jsonl"]
+
+
 def test_a_rollback_supersedes_what_did_not_happen(store: Store) -> None:
     run = RunDirectory(store)
     for start in (0, 10, 20, 30):
@@ -125,6 +155,14 @@ def test_a_rollback_supersedes_what_did_not_happen(store: Store) -> None:
     found = run.read_metrics()
     assert [row["step"] for row in found] == list(range(17))
     assert [row["by"] for row in found] == ["before"] * 15 + ["after"] * 2
+
+
+def test_small_additions_share_a_part_until_it_is_long_enough(store: Store) -> None:
+    run = RunDirectory(store)
+    for step in range(100):
+        run.append_metrics(rows(step))
+    assert run.read_metrics() == rows(*range(100))
+    assert store.list("metrics") == ["part-00000000.jsonl", "part-00000064.jsonl"]
 
 
 def test_the_same_first_step_replaces(store: Store) -> None:
@@ -137,9 +175,9 @@ def test_the_same_first_step_replaces(store: Store) -> None:
 def test_a_crash_in_a_rollback_leaves_no_row_that_never_came_true(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for start in (0, 10, 20):  # a writer each, so that each has a part
+        RunDirectory(store).append_metrics(rows(*range(start, start + 10)))
     run = RunDirectory(store)
-    for start in (0, 10, 20):
-        run.append_metrics(rows(*range(start, start + 10)))
 
     def crash(*_: object) -> None:
         raise KeyboardInterrupt

@@ -163,9 +163,9 @@ def test_a_record_survives_json(memory: Store) -> None:
 def test_a_newer_format_is_refused_with_both_numbers(store: Store) -> None:
     take(store, 4)
     path = "snapshots/step-00000004/manifest.json"
-    newer = store.read_bytes(path).replace(b'"format_version": 1', b'"format_version": 7')
+    newer = store.read_bytes(path).replace(b'"format_version": 2', b'"format_version": 7')
     store.write_bytes(path, newer)
-    with pytest.raises(FormatTooNew, match=r"version 7.*up to 1"):
+    with pytest.raises(FormatTooNew, match=r"version 7.*up to 2"):
         Snapshot.open(store, 4)
 
 

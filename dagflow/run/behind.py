@@ -1,0 +1,20 @@
+"""Work that a worker does beside its stages: writing snapshots while training goes on."""
+
+from __future__ import annotations
+
+from distributed import get_worker, secede
+
+from dagflow_storage import ShardRecord
+from dagflow_tasks import tasks
+from dagflow_tasks.references import StageRef, StateRef
+
+
+def save_behind(state: StateRef, ref: StageRef) -> ShardRecord:
+    """Write a copy of a stage's state to the store, outside the worker's queue of tasks."""
+    try:
+        get_worker()
+    except ValueError:
+        pass  # not in a worker: in a test that runs graphs by itself
+    else:
+        secede()
+    return tasks.save_copy(ref, state)

@@ -1,0 +1,140 @@
+"""Who is in the swarm, as the scheduler tells it, and who of them runs which stage."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from distributed import Client, Future
+
+from dagflow.run.watch import TOPIC
+
+STALLED = "it has stalled"
+_COMINGS_AND_GOINGS = "all"  # the scheduler's own topic
+
+
+@dataclass
+class Membership:
+    """The workers that are present, kept up to date by the scheduler's own events.
+
+    Attributes
+    ----------
+    present : set of str
+        Addresses.
+    excluded : dict
+        Why a worker that is present gets no stage, by address.
+    stalled : dict
+        What the scheduler's watch says of workers that have stalled, by address.
+    failures : deque of (key, address)
+        Tasks that failed lately, and where.
+    """
+
+    client: Client
+    present: set[str] = field(default_factory=set)
+    excluded: dict[str, str] = field(default_factory=dict)
+    stalled: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    failures: deque[tuple[tuple[str, ...], str]] = field(default_factory=partial(deque, maxlen=64))
+    _news: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Membership:
+        self.client.subscribe_topic(_COMINGS_AND_GOINGS, self._heard)
+        self.client.subscribe_topic(TOPIC, self._heard)
+        self.refresh()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.client.unsubscribe_topic(_COMINGS_AND_GOINGS)
+        self.client.unsubscribe_topic(TOPIC)
+
+    def refresh(self) -> None:
+        """Ask the scheduler who is there: events can get lost with a connection."""
+        self.present = set(self.client.scheduler_info()["workers"])
+
+    def usable(self) -> list[str]:
+        """Return the workers that may get a stage, in a fixed order."""
+        frozen = {address for address, news in self.stalled.items() if news["silent"]}
+        return sorted(self.present - self.excluded.keys() - frozen)
+
+    def exclude(self, address: str, why: str) -> None:
+        """Give a worker no stage any more, for as long as it stays connected."""
+        self.excluded[address] = why
+
+    def forgive(self) -> None:
+        """Let excluded workers take part again: without them there is nobody."""
+        self.excluded.clear()
+        self.stalled.clear()
+
+    def wait(self, future: Future | None, seconds: float) -> None:
+        """Return when the future is done, somebody has come or gone, or time is up."""
+        if future is not None:
+            future.add_done_callback(lambda _: self._news.set())
+            if future.done():
+                return
+        self._news.wait(seconds)
+        self._news.clear()
+
+    def _heard(self, event: tuple[float, Any]) -> None:
+        message = event[1]
+        if not isinstance(message, Mapping):
+            return
+        action, worker = message.get("action"), message.get("worker")
+        if action == "add-worker" and worker:
+            self.excluded.pop(worker, None)
+            self.present = self.present | {worker}
+        elif action == "remove-worker" and worker:
+            self.present = self.present - {worker}
+            self.stalled.pop(worker, None)
+        elif action == "stalled":
+            self.stalled = {**self.stalled, str(worker): message}
+        elif action == "recovered":
+            self.stalled = {w: m for w, m in self.stalled.items() if w != worker}
+            if self.excluded.get(str(worker)) == STALLED:
+                del self.excluded[str(worker)]
+        elif action == "erred":
+            self.failures.append((tuple(message["key"]), str(worker)))
+        else:
+            return
+        self._news.set()
+
+
+def place_again(
+    addresses: Sequence[str], lost: Iterable[int], usable: Sequence[str], warm: Mapping[int, str]
+) -> list[str]:
+    """Return the stages' workers after some stages have lost theirs.
+
+    A stage goes to a spare, one that has its weights at hand if there is one, or to the worker with
+    the fewest stages. Stages whose workers are well stay where they are.
+
+    Parameters
+    ----------
+    addresses
+        The worker of each stage so far.
+    lost
+        Stages to be placed.
+    usable
+        Workers that may get a stage; at least one.
+    warm
+        By stage a worker that keeps its weights at hand.
+
+    >>> place_again(["a", "b", "c"], [1], ["a", "c", "d", "e"], {1: "e"})
+    ['a', 'e', 'c']
+    >>> place_again(["a", "b", "c"], [1, 2], ["a"], {})
+    ['a', 'a', 'a']
+    """
+    found = list(addresses)
+    waiting = sorted(lost)
+    load = dict.fromkeys(usable, 0)
+    for stage, address in enumerate(addresses):
+        if address in load and stage not in waiting:
+            load[address] += 1
+    for stage in waiting:
+        least = min(load.values())
+        free = [address for address in usable if load[address] == least]
+        chosen = warm[stage] if warm.get(stage) in free else free[0]
+        load[chosen] += 1
+        found[stage] = chosen
+    return found

@@ -1,0 +1,314 @@
+"""A worker's side of the journal: what its tasks send is written behind them, and found again.
+
+Tasks put what crosses a stage's boundary here, as they return it; a thread writes it to the store
+while the next ones run. Until it is written it is kept, so what a task has sent can be sent again
+(`tasks.recall`): to a stage that was lost and is being rebuilt elsewhere.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dagflow_storage import PermanentError, Store, TransientError
+from dagflow_storage.journal import Entry, EntryKey, Segment, read_segments, write_segment
+from dagflow_tasks.references import StageRef
+from dagflow_tasks.results import JournalStats
+from dagflow_tasks.state import from_array, to_array
+
+# Gathered before they are written: a segment costs a handful of requests, whatever its size.
+_SEGMENT_BYTES = 4 << 20
+# Beyond this the tasks wait for the store: it slows the run, and doesn't break it.
+_SPOOL_BYTES = 512 << 20
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
+
+_Where = tuple[str, str, int]  # run, plan, step
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one task sent: tensors by name, and facts that fit into JSON."""
+
+    tensors: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+@dataclass
+class _Batch:
+    """Entries of one step and stage that will be written together."""
+
+    ref: StageRef
+    step: int
+    entries: dict[EntryKey, Sent] = field(default_factory=dict)
+    num_bytes: int = 0
+
+
+class Journal:
+    """The journal of one process, for all stages that run in it. Safe to use from any thread.
+
+    Parameters
+    ----------
+    write : callable
+        As `write_segment`.
+    """
+
+    def __init__(self, write: Callable[..., Segment] = write_segment) -> None:
+        self.name = uuid.uuid4().hex[:12]
+        self._write = write
+        self._changed = threading.Condition()
+        self._open: dict[tuple[tuple[str, str, int], int], _Batch] = {}
+        self._sealed: deque[_Batch] = deque()
+        self._segments: dict[_Where, dict[EntryKey, Segment]] = {}
+        self._waiting_bytes = 0
+        self._written_bytes = 0
+        self._seconds = 0.0
+        self._trouble = ""
+        self._refused = False
+        self._hurry = False
+        self._thread: threading.Thread | None = None
+
+    # What tasks do
+
+    def put(self, ref: StageRef, step: int, key: EntryKey, sent: Sent) -> None:
+        """Keep what a task sent, and have it written; once is enough.
+
+        Waits while more than `_SPOOL_BYTES` are unwritten.
+        """
+        if not ref.journal:
+            return
+        where = (ref.run_id, ref.plan, step)
+        with self._changed:
+            batch = self._open.get((ref.key, step))
+            if key in self._segments.get(where, ()) or (batch and key in batch.entries):
+                return
+            if any(
+                b.ref.key == ref.key and b.step == step and key in b.entries for b in self._sealed
+            ):
+                return
+            self._make_room()
+            batch = self._open.setdefault((ref.key, step), _Batch(ref, step))
+            batch.entries[key] = sent
+            batch.num_bytes += sent.num_bytes
+            self._waiting_bytes += sent.num_bytes
+            if batch.num_bytes >= _SEGMENT_BYTES and ref.journal == 1:
+                self._seal(ref, step)
+
+    def end_step(self, ref: StageRef, step: int) -> None:
+        """Have what is left of a stage's step written: nothing more will come."""
+        if not ref.journal or (step + 1) % ref.journal:
+            return
+        with self._changed:
+            for key, open_step in [k for k in self._open if k[0] == ref.key and k[1] <= step]:
+                assert key == ref.key
+                self._seal(ref, open_step)
+
+    def find(
+        self, ref: StageRef, step: int, key: EntryKey, names: Collection[str] | None = None
+    ) -> Sent | None:
+        """What a task sent, or the tensors with these names of it; None if nobody knows."""
+        with self._changed:
+            found = self._in_memory(ref, step, key)
+        if found is None:
+            segment = self._segment(ref, step, key)
+            return None if segment is None else read_sent(ref.store, segment, key, names)
+        if names is None:
+            return found
+        return Sent({n: t for n, t in found.tensors.items() if n in names}, found.facts)
+
+    def forget(self, run_id: str, *, but_plan: str | None = None, before_step: int = 0) -> None:
+        """Forget where entries are: of a run, of its other plans, or of its earlier steps."""
+
+        def outdated(run: str, plan: str, step: int) -> bool:
+            return run == run_id and (plan != but_plan or step < before_step)
+
+        with self._changed:
+            for where in [w for w in self._segments if outdated(*w)]:
+                del self._segments[where]
+            for open_key in [k for k in self._open if outdated(k[0][0], k[0][1], k[1])]:
+                self._waiting_bytes -= self._open.pop(open_key).num_bytes
+            for batch in [b for b in self._sealed if outdated(b.ref.run_id, b.ref.plan, b.step)]:
+                self._sealed.remove(batch)
+                self._waiting_bytes -= batch.num_bytes
+            self._changed.notify_all()
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Have everything written now; False if that took longer than `timeout` seconds."""
+        with self._changed:
+            for ref, step in [(batch.ref, batch.step) for batch in self._open.values()]:
+                self._seal(ref, step)
+            self._hurry = True
+            self._changed.notify_all()
+            done = self._changed.wait_for(lambda: not self._sealed, timeout)
+            self._hurry = False
+            return done
+
+    def stats(self) -> JournalStats:
+        with self._changed:
+            return JournalStats(
+                self.name,
+                self._written_bytes,
+                self._seconds,
+                self._waiting_bytes,
+                self._trouble,
+            )
+
+    # Looking
+
+    def _in_memory(self, ref: StageRef, step: int, key: EntryKey) -> Sent | None:
+        batches = [self._open.get((ref.key, step)), *self._sealed]
+        for batch in batches:
+            if batch is not None and (batch.ref.key, batch.step) == (ref.key, step):
+                found = batch.entries.get(key)
+                if found is not None:
+                    return found
+        return None
+
+    def _segment(self, ref: StageRef, step: int, key: EntryKey) -> Segment | None:
+        where = (ref.run_id, ref.plan, step)
+        with self._changed:
+            known = self._segments.get(where, {}).get(key)
+        if known is None:
+            self.look(ref, step)
+            with self._changed:
+                known = self._segments.get(where, {}).get(key)
+        return known
+
+    def look(self, ref: StageRef, step: int) -> None:
+        """Learn from the store what others have written of a step."""
+        where = (ref.run_id, ref.plan, step)
+        found = read_segments(ref.store, ref.plan, step)
+        with self._changed:
+            known = self._segments.setdefault(where, {})
+            for segment in found:
+                known.update(dict.fromkeys(segment.facts, segment))
+
+    # Writing
+
+    def _make_room(self) -> None:
+        """Wait for the store, or, if it refuses, give up on the oldest entries."""
+        if self._waiting_bytes < _SPOOL_BYTES:
+            return
+        for ref, step in [(batch.ref, batch.step) for batch in self._open.values()]:
+            self._seal(ref, step)
+        self._changed.wait_for(lambda: self._waiting_bytes < _SPOOL_BYTES or self._refused)
+        while self._waiting_bytes >= _SPOOL_BYTES and self._sealed:
+            self._waiting_bytes -= self._sealed.popleft().num_bytes
+
+    def _seal(self, ref: StageRef, step: int) -> None:
+        batch = self._open.pop((ref.key, step), None)
+        if batch is None:
+            return
+        self._sealed.append(batch)
+        self._changed.notify_all()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="dagflow-journal", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._sealed))
+                batch = self._sealed[0]
+            begin = time.perf_counter()
+            try:
+                segment = self._write_batch(batch)
+            except (TransientError, PermanentError) as error:
+                # Permanent for this request, not for the run: disks are emptied, rights granted.
+                with self._changed:
+                    self._trouble = f"{type(error).__name__}: {error}"
+                    self._refused = isinstance(error, PermanentError)
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._hurry, pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                continue
+            pause = _FIRST_PAUSE_SECONDS
+            self._written(batch, segment, time.perf_counter() - begin)
+
+    def _write_batch(self, batch: _Batch) -> Segment:
+        entries = [encode(key, sent) for key, sent in batch.entries.items()]
+        ref = batch.ref
+        return self._write(ref.store, ref.plan, batch.step, ref.stage, entries)
+
+    def _written(self, batch: _Batch, segment: Segment, seconds: float) -> None:
+        where = (batch.ref.run_id, batch.ref.plan, batch.step)
+        with self._changed:
+            self._trouble, self._refused = "", False
+            self._seconds += seconds
+            if batch in self._sealed:  # it may have been forgotten meanwhile
+                self._sealed.remove(batch)
+                self._waiting_bytes -= batch.num_bytes
+                self._written_bytes += batch.num_bytes
+                known = self._segments.setdefault(where, {})
+                known.update(dict.fromkeys(segment.facts, segment))
+            self._changed.notify_all()
+
+
+def encode(key: EntryKey, sent: Sent) -> Entry:
+    """Turn what was sent into what is stored.
+
+    A tensor's memory order is kept: a later sum over it runs in the order of its memory.
+    """
+    arrays, dtypes, orders = {}, {}, {}
+    for name, tensor in sent.tensors.items():
+        tensor, order = in_memory_order(tensor.detach())
+        arrays[name] = to_array(tensor)
+        dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+        if order != list(range(len(order))):
+            orders[name] = order
+    facts = {**sent.facts, **({"orders": orders} if orders else {})}
+    return Entry(key, arrays, dtypes, facts)
+
+
+def read_sent(
+    store: Store, segment: Segment, key: EntryKey, names: Collection[str] | None = None
+) -> Sent:
+    """Read what was sent from a segment.
+
+    Raises
+    ------
+    NotFound, DamagedData, StoreUnreachable
+    """
+    facts = dict(segment.facts[key])
+    orders = facts.pop("orders", {})
+    dtypes = segment.dtypes(key)
+    tensors = {}
+    for name, array in segment.read(store, key, names).items():
+        tensor = from_array(array, dtypes[name])
+        if name in orders:
+            tensor = tensor.permute([orders[name].index(dim) for dim in range(tensor.dim())])
+        tensors[name] = tensor
+    return Sent(tensors, facts)
+
+
+def in_memory_order(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """Return a contiguous tensor, and its dimensions' places in the one given."""
+    strides = tuple(tensor.stride())
+    order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
+    permuted = tensor.permute(order)
+    if permuted.is_contiguous():
+        return permuted, order
+    return tensor.contiguous(), list(range(tensor.dim()))
+
+
+JOURNAL = Journal()
+
+__all__ = [
+    "JOURNAL",
+    "EntryKey",
+    "Journal",
+    "Sent",
+    "in_memory_order",
+    "read_sent",
+]

@@ -1,0 +1,210 @@
+"""`dagflow join` in real processes: it comes back, and it leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from distributed import Client
+from processes import BIN, kill_group, start, swarm
+from small import wait_until
+
+from dagflow.cli import main
+
+JOIN: list[str | Path] = [BIN / "dagflow", "join", "ADDRESS", "--torch-threads", "1"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Kill a process at the end of the block."""
+    try:
+        yield process
+    finally:
+        kill_group(process)
+        process.communicate()
+
+
+def scheduler(port: int, log: Path) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    options = ["--host", "127.0.0.1", "--port", str(port), "--dashboard-address", "127.0.0.1:0"]
+    return ended(start([BIN / "dask", "scheduler", *options], log))
+
+
+def connected(port: int) -> Client:
+    return Client(f"tcp://127.0.0.1:{port}", set_as_default=False, timeout=60)
+
+
+def worker_pids(client: Client) -> set[int]:
+    """Return the process numbers of all workers and their nannies."""
+    # A nanny answers once it has started completely.
+    nannies: dict[str, int] = client.run(os.getpid, nanny=True)
+    return {*client.run(os.getpid).values(), *nannies.values()}
+
+
+def all_gone(pids: set[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_machine_comes_back_when_its_scheduler_does(tmp_path: Path) -> None:
+    port = free_port()
+    log = tmp_path / "join.log"
+    command = [f"tcp://127.0.0.1:{port}" if part == "ADDRESS" else part for part in JOIN]
+    with ended(start(command, log)) as joined:
+        wait_until(lambda: "No scheduler answers" in log.read_text(), "it says that it waits")
+        with scheduler(port, tmp_path / "first.log") as first:
+            with connected(port) as client:
+                client.wait_for_workers(1, timeout=60)
+                before = worker_pids(client)
+            first.kill()
+        wait_until(lambda: all_gone(before), "the first worker has ended")
+        wait_until(lambda: "went away; trying again in" in log.read_text(), "it says what happened")
+        with scheduler(port, tmp_path / "second.log"), connected(port) as client:
+            client.wait_for_workers(1, timeout=60)
+            assert client.submit(sum, (1, 2, 3)).result(timeout=60) == 6
+            pids = worker_pids(client)
+            kill_group(joined, signal.SIGINT)
+            assert joined.wait(timeout=20) == 0
+            wait_until(lambda: all_gone(pids), "no process is left", 5)
+    assert "Traceback" not in log.read_text()
+
+
+def test_what_only_a_leaving_machine_has_is_handed_over(tmp_path: Path) -> None:
+    with swarm({n: [*JOIN, "--name", n] for n in ("first", "second")}, tmp_path) as (
+        client,
+        workers,
+    ):
+        names = {info["name"]: a for a, info in client.scheduler_info()["workers"].items()}
+        result = client.submit(list, range(3), workers=[names["first"]], key="unique")
+        wait_until(lambda: result.status == "finished", "it is computed")
+        assert client.who_has([result])["unique"] == (names["first"],)
+        began = time.monotonic()
+        kill_group(workers["first"], signal.SIGINT)
+        assert workers["first"].wait(timeout=30) == 0
+        assert time.monotonic() - began < 6
+        (other,) = client.scheduler_info()["workers"]
+        assert client.who_has([result])["unique"] == (other,)
+        assert other == names["second"]
+        assert result.result(timeout=10) == [0, 1, 2]
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    with swarm({"worker": JOIN}, tmp_path) as (client, workers):
+        joined, pids = workers["worker"], worker_pids(client)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)  # it can't leave
+        kill_group(joined, signal.SIGINT)
+        log = tmp_path / "worker.log"
+        wait_until(lambda: "Ctrl-C again leaves at once" in log.read_text(), "it says so")
+        kill_group(joined, signal.SIGINT)
+        assert joined.wait(timeout=5) == 130
+        wait_until(lambda: all_gone(pids), "no process is left", 5)
+
+
+def test_a_killed_parent_takes_the_worker_along(tmp_path: Path) -> None:
+    with swarm({"worker": JOIN}, tmp_path) as (client, workers):
+        pids = worker_pids(client)
+        workers["worker"].kill()
+        wait_until(lambda: all_gone(pids), "no process is left", 20)
+        assert client.scheduler_info()["workers"] == {}
+
+
+def test_a_retired_machine_stays_away(tmp_path: Path) -> None:
+    with swarm({"worker": JOIN}, tmp_path) as (client, workers):
+        client.retire_workers(list(client.scheduler_info()["workers"]))
+        assert workers["worker"].wait(timeout=20) == 0
+    assert "let this machine go" in (tmp_path / "worker.log").read_text()
+
+
+def test_a_machine_whose_time_is_over_has_left_for_good(tmp_path: Path) -> None:
+    with swarm({"worker": [*JOIN, "--lifetime", "8 s"]}, tmp_path) as (client, workers):
+        pids = worker_pids(client)
+        assert workers["worker"].wait(timeout=30) == 0
+        wait_until(lambda: all_gone(pids), "no process is left", 5)
+    assert "This machine's time is over" in (tmp_path / "worker.log").read_text()
+
+
+def test_leaving_while_the_worker_starts_is_as_quiet(tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "join.log"
+    command = [f"tcp://127.0.0.1:{port}" if part == "ADDRESS" else part for part in JOIN]
+    with scheduler(port, tmp_path / "scheduler.log"), ended(start(command, log)) as joined:
+        wait_until(lambda: "Start Nanny at" in log.read_text(), "the worker is starting")
+        kill_group(joined, signal.SIGINT)
+        assert joined.wait(timeout=20) == 0
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_removed_worker_comes_back(tmp_path: Path) -> None:
+    """As one does that was frozen for longer than the scheduler waits."""
+    with swarm({"worker": JOIN}, tmp_path) as (client, _):
+        before = worker_pids(client)
+        (address,) = client.scheduler_info()["workers"]
+        client.run_on_scheduler(remove, address)
+        wait_until(lambda: all_gone(before), "the worker that was removed has ended")
+        client.wait_for_workers(1, timeout=60)
+        assert not worker_pids(client) & before
+
+
+async def remove(address: str, dask_scheduler: object = None) -> None:
+    await dask_scheduler.remove_worker(address, stimulus_id="test")  # type: ignore[attr-defined]
+
+
+def test_once_ends_with_the_scheduler(tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "join.log"
+    command = [f"tcp://127.0.0.1:{port}" if part == "ADDRESS" else part for part in JOIN]
+    with (
+        scheduler(port, tmp_path / "first.log") as first,
+        ended(start([*command, "--once"], log)) as joined,
+    ):
+        with connected(port) as client:
+            client.wait_for_workers(1, timeout=60)
+            worker_pids(client)
+        first.kill()
+        assert joined.wait(timeout=30) == 0
+    assert "trying again" not in log.read_text()
+
+
+def test_an_interrupted_dask_worker_with_the_preload_leaves_quickly(tmp_path: Path) -> None:
+    """A terminal interrupts the worker and its nanny alike."""
+    with swarm({"worker": [*JOIN, "--once"]}, tmp_path) as (client, workers):
+        pids = worker_pids(client)
+        began = time.monotonic()
+        kill_group(workers["worker"], signal.SIGINT)
+        assert workers["worker"].wait(timeout=30) == 0
+        # dask's nanny kills what hasn't ended after eight seconds.
+        assert time.monotonic() - began < 6
+        wait_until(lambda: all_gone(pids), "no process is left", 5)
+    assert "killing" not in (tmp_path / "worker.log").read_text()
+
+
+def test_join_gives_up_after_wait(tmp_path: Path) -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+    done = subprocess.run(
+        [BIN / "dagflow", "join", address, "--wait", "1 s"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"No scheduler answers at {address} (connection refused); giving up" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["host"], ["http://host:1"], ["host:1", "--lifetime", "x"], ["host:1", "--wait", "-"]],
+)
+def test_join_refuses_what_it_cannot_read_at_once(arguments: list[str]) -> None:
+    refused = CliRunner().invoke(main, ["join", *arguments])
+    assert refused.exit_code == 2
+    assert repr(arguments[-1]) in refused.output
