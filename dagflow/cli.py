@@ -106,6 +106,25 @@ def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float 
 
 
 @main.command()
+@click.argument("store")
+@click.option("--scheduler", help="Address of a dask scheduler; a local cluster by default.")
+@_clear_errors
+def resume(store: str, scheduler: str | None) -> None:
+    """Go on with a run that `dagflow train` or `dagflow demo` began, whatever ended it.
+
+    \b
+    dagflow resume runs/train
+    dagflow resume s3://bucket/run --scheduler tcp://10.0.0.1:8786
+
+    A run that a Python program began goes on when that program calls dagflow.train with the same
+    store again: only it knows the data.
+    """
+    from dagflow.demo.language import resume_run
+
+    resume_run(store, scheduler)
+
+
+@main.command()
 @click.argument("scheduler", callback=_scheduler_address)
 @click.option("--torch-threads", type=int, help="Threads inside an operator; all cores by default.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda:0, ... or auto.")
@@ -135,8 +154,6 @@ def join(
     only this machine has is handed over first; a second Ctrl-C leaves at once.
     Whoever runs the scheduler can run code here: join swarms of people you trust.
     """
-    from dagflow.run.allocator import with_allocator
-
     worker = [sys.executable, "-m", "dask", "worker", scheduler]
     worker += ["--nthreads", "1", "--nworkers", "1", "--memory-limit", memory_limit]
     worker += ["--name", name] if name else []
@@ -148,7 +165,11 @@ def join(
     # is in, where anything may lie.
     ends = ["" if seconds is None else str(seconds) for seconds in (wait, lifetime)]
     parent = [sys.executable, "-P", "-m", "dagflow.run.join", scheduler, *ends, *worker]
-    os.execve(sys.executable, worker if once else parent, with_allocator(os.environ))
+    if not once:
+        os.execv(sys.executable, parent)
+    from dagflow.run.allocator import with_allocator
+
+    os.execve(sys.executable, worker, with_allocator(os.environ))
 
 
 @main.command()

@@ -4,10 +4,11 @@
 
     DagflowError
     ├── TransientError                 another worker, or later, may succeed
-    │   ├── StoreUnreachable, DamagedData
+    │   ├── StoreUnreachable, LeaseUnconfirmed
     │   ├── StateLost                  a stage's weights were on a worker that left
     │   ├── GarbageReceived            another worker's result can't be right
     │   ├── WorkersLost                too few workers are left, or none came in time
+    │   │   └── SchedulerLost          the scheduler went away
     │   └── ...
     └── PermanentError                 the same inputs fail again
         ├── CaptureFailed              the model can't become an operator DAG
@@ -19,18 +20,26 @@
         ├── NonFiniteLoss              the loss became NaN or infinite
         ├── WeightsNotFinite           an update destroyed the weights; no snapshot of those
         ├── ProgramInvalid, OptimizerInvalid, TaskFailed
-        └── StoreNotWritable, StoreHoldsAnotherRun, FormatTooNew, NotFound
+        ├── StoreInUse, LeaseLost          another driver trains this run, or has taken over
+        ├── StoreNotWritable, StoreNotReadable, StoreHoldsAnotherRun
+        ├── CredentialsExpired             new ones are needed
+        └── DamagedData, FormatTooNew, NotFound
 """
 
 from __future__ import annotations
 
 from dagflow_storage.errors import (
+    CredentialsExpired,
     DagflowError,
     DamagedData,
     FormatTooNew,
+    LeaseLost,
+    LeaseUnconfirmed,
     NotFound,
     PermanentError,
     StoreHoldsAnotherRun,
+    StoreInUse,
+    StoreNotReadable,
     StoreNotWritable,
     StoreUnreachable,
     TransientError,
@@ -71,6 +80,10 @@ class WorkersLost(TransientError):
     """No worker came in time, or too few are left to go on."""
 
 
+class SchedulerLost(WorkersLost):
+    """The scheduler has gone away; the run goes on from the store when there is one again."""
+
+
 class WorkerIncompatible(PermanentError):
     """A worker runs another dagflow, or a torch that can't run the programs."""
 
@@ -82,10 +95,13 @@ class NonFiniteLoss(PermanentError):
 __all__ = [
     "BatchInvalid",
     "CaptureFailed",
+    "CredentialsExpired",
     "DagflowError",
     "DamagedData",
     "FormatTooNew",
     "GarbageReceived",
+    "LeaseLost",
+    "LeaseUnconfirmed",
     "NonFiniteLoss",
     "NotFound",
     "OperatorNotAllowed",
@@ -94,10 +110,13 @@ __all__ = [
     "PlanInvalid",
     "ProgramInvalid",
     "ProgramTooNew",
+    "SchedulerLost",
     "SettingsInvalid",
     "StageTooLarge",
     "StateLost",
     "StoreHoldsAnotherRun",
+    "StoreInUse",
+    "StoreNotReadable",
     "StoreNotWritable",
     "StoreUnreachable",
     "TaskFailed",

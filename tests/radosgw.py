@@ -210,6 +210,8 @@ def main() -> None:
             time.sleep(POLL_SECONDS)
     finally:
         cluster.stop()
+    # Only if all went well: a start that failed leaves its logs.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def radosgw_running(folder: Path) -> Iterator[S3Server]:
             mark.unlink(missing_ok=True)
             if not radosgw_script.is_used(folder):
                 _wait_until(lambda: not _is_up(folder), "radosgw to stop")
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _shared_folder() -> Path:

@@ -11,9 +11,10 @@ import torch
 
 import dagflow
 from dagflow.demo.gpt import GPT
+from dagflow.demo.run import run_demo
 from dagflow.demo.text import ByteTokenizer, find_files, python_library, tokens_of
 from dagflow.errors import SettingsInvalid
-from dagflow_storage import Store
+from dagflow_storage import RunDirectory, Store
 
 
 def train_language_model(
@@ -35,6 +36,21 @@ def train_language_model(
 ) -> None:
     """Train a byte-level GPT, or a Hugging Face model folder, and say where the result is."""
     paths = find_files(files) if files else python_library()
+    origin = {
+        "command": "train",
+        "files": [str(path.resolve()) for path in paths] if files else [],
+        "model": str(Path(model).resolve()) if model is not None else None,
+        "layers": layers,
+        "width": width,
+        "steps": steps,
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "lr": lr,
+        "microbatches": microbatches,
+        "stages": stages,
+        "precision": precision,
+        "seed": seed,
+    }
     tokens_url = Store(store).child("tokens").url
     network, shifted = _network(model, layers, width, sequence_length, seed)
     _write_tokens(tokens_url, paths, model)
@@ -58,6 +74,7 @@ def train_language_model(
         seed=seed,
         store=store,
         client=scheduler,
+        config=dagflow.Config(origin=origin),
     )
     if result.losses:
         print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} in {result.step} steps")
@@ -67,6 +84,30 @@ def train_language_model(
         network.load_state_dict(result.state_dict())
         network.save_pretrained(target)  # type: ignore[operator]
         print(f"trained model: {target}")
+
+
+def resume_run(store: str, scheduler: str | None) -> None:
+    """Go on with a run as the command that began it would.
+
+    Raises
+    ------
+    SettingsInvalid
+        If no command began it, or there is no run.
+    """
+    run = RunDirectory(Store(store))
+    if not run.exists():
+        raise SettingsInvalid(f"There is no run at {store}. `dagflow runs ls` lists runs.")
+    origin = dict(run.facts().get("origin") or {})
+    command = origin.pop("command", None)
+    if command == "demo":
+        run_demo(store, client=scheduler)
+    elif command == "train":
+        train_language_model(origin.pop("files"), store=store, scheduler=scheduler, **origin)
+    else:
+        raise SettingsInvalid(
+            f"The run at {store} was begun by a Python program, and only that knows its data: call "
+            f"dagflow.train there again with store={store!r}."
+        )
 
 
 def _network(

@@ -127,6 +127,7 @@ def _train(
         store=store.url,
         client=client,
         progress=progress,
+        config=dagflow.Config(origin={"command": "demo"} if settings == DemoSettings() else None),
     )
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import torch
 from distributed import Client, LocalCluster
 from distributed.comm import CommClosedError
 
-from dagflow.errors import SettingsInvalid, WorkerIncompatible, WorkersLost
+from dagflow.errors import SchedulerLost, SettingsInvalid, WorkerIncompatible, WorkersLost
 from dagflow.run import wire
 from dagflow.run.allocator import with_allocator
 from dagflow.run.interrupts import Interrupts
@@ -31,6 +32,7 @@ from dagflow_tasks.references import DAGFLOW_VERSION
 
 _DASHBOARD_PORT = 8787
 _ANSWER_SECONDS = 10.0
+_LOOK_EVERY_SECONDS = 0.2
 
 # An embedded cluster runs one thing only. Nothing is stolen, moved, spilled or profiled.
 _EMBEDDED_SETTINGS = {
@@ -142,6 +144,26 @@ def _embedded(settings: ClusterSettings, store: Store) -> Iterator[Client]:
             wire.register()
             _register_plugins(client, StageWorker(threads, embedded=processes))
         yield client
+
+
+def reconnect(client: Client, seconds: float) -> None:
+    """Wait until a client's scheduler, or another at its address, is there, and prepare it.
+
+    Raises
+    ------
+    SchedulerLost
+        If none comes in time.
+    """
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while client.status != "running":
+        if client.status in ("closed", "closing") or time.monotonic() > deadline:
+            raise SchedulerLost(
+                f"No scheduler has come back at {client.scheduler.address} within {seconds:g} s. "
+                "Start it again, and call train again with the same store."
+            )
+        pause.wait(_LOOK_EVERY_SECONDS)
+    _register_plugins(client, StageWorker())
 
 
 def _restore_environment(before: Mapping[str, str | None]) -> None:

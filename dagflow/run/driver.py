@@ -20,7 +20,13 @@ from typing import Any, NoReturn
 import dask
 from distributed import Client, Future, KilledWorker
 
-from dagflow.errors import GarbageReceived, NonFiniteLoss, TransientError, WorkersLost
+from dagflow.errors import (
+    GarbageReceived,
+    NonFiniteLoss,
+    SchedulerLost,
+    TransientError,
+    WorkersLost,
+)
 from dagflow.run.events import StepEvent
 from dagflow.run.feed import Feed, StepBatch
 from dagflow.run.graph import Key, Places, Priorities, Standing, StepGraph, StepInputs
@@ -60,6 +66,10 @@ _WHAT_TO_DO = (
     "The weights of the last snapshot are good. Lower the learning rate, clip gradients "
     "(clip_grad_norm=1.0), or look at that step's data; then train again with the same store."
 )
+
+
+# What dask says of every future of a client whose scheduler is gone.
+_CONNECTION_LOST = "scheduler-connection-lost"
 
 
 class Disturbed(Exception):
@@ -384,7 +394,8 @@ class Driver:
         try:
             return future.result()
         except (CancelledError, KilledWorker, OSError) as error:
-            self._check_workers()
+            if _CONNECTION_LOST not in str(error):
+                self._check_workers()
             raise Disturbed(f"{type(error).__name__}: {error}") from error
         except GarbageReceived as error:
             self._check_workers()
@@ -398,6 +409,8 @@ class Driver:
 
     def _look_around(self) -> None:
         self.interrupts.heed()
+        if self.client.status != "running":
+            raise Disturbed(_CONNECTION_LOST)
         self._check_workers()
         self._check_stalls()
 
@@ -564,6 +577,7 @@ class Driver:
             If that can't be done: all stages must go back to an earlier step.
         """
         while True:
+            self._check_scheduler(disturbance)
             self.note(str(disturbance))
             self._let_go()
             lost = self._stages_of_the_missing()
@@ -575,6 +589,17 @@ class Driver:
                 return
             except Disturbed as another:
                 disturbance = another
+
+    def _check_scheduler(self, disturbance: Disturbed) -> None:
+        """Refuse to ask a scheduler that isn't there, or is another than the one we knew.
+
+        Raises
+        ------
+        SchedulerLost
+        """
+        if self.client.status != "running" or _CONNECTION_LOST in str(disturbance):
+            address = self.client.scheduler.address
+            raise SchedulerLost(f"The scheduler at {address} went away.") from disturbance
 
     def _count(self, lost: Collection[int], disturbance: Disturbed) -> None:
         counter = self._losses if lost else self._troubles
@@ -752,7 +777,7 @@ class Driver:
         """
         while True:
             try:
-                self.lease.check()
+                self.lease.verify()
                 return
             except LeaseUnconfirmed as error:
                 self.note(str(error))

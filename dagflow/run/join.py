@@ -2,7 +2,7 @@
 
 It starts the ``dask worker`` process, and starts it again when it ends without having been asked
 to; `dagflow.run.supervision` decides, and this module carries it out. It imports neither torch nor
-dask: all it costs is 10 MB.
+dask: all it costs is 20 MB.
 
 The worker's processes are in a session of their own. A terminal sends Ctrl-C to every process of
 the foreground, and a dask worker that gets it itself can't close any more: its nanny kills it after
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from dagflow.run.allocator import with_allocator
 from dagflow.run.supervision import (
     AskedToLeave,
     Begun,
@@ -180,7 +181,7 @@ class _Parent:
         self._worker = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=subprocess.PIPE,
-            env={**os.environ, FAREWELL_VARIABLE: str(self._farewell)},
+            env={**with_allocator(os.environ), FAREWELL_VARIABLE: str(self._farewell)},
             **options,
         )
         self._spawn(self._watch(self._worker))

@@ -39,6 +39,8 @@ class Config:
         Micro-batches in flight beyond 1F1B's, against slow messages; costs their activations.
     retention : Retention
         Which snapshots are kept.
+    origin : mapping, optional
+        The command that started the run, for `dagflow resume`; the store remembers it.
     force : bool
         Resume though settings differ from the store's that change the mathematics.
     """
@@ -52,6 +54,7 @@ class Config:
     lookahead_steps: int = 2
     in_flight_slack: int = 0
     retention: Retention = field(default_factory=Retention)
+    origin: Mapping[str, Any] | None = None
     force: bool = False
 
     def __post_init__(self) -> None:

@@ -16,13 +16,19 @@ from typing import Any
 import torch
 from distributed import Client
 
-from dagflow.errors import BatchInvalid, SettingsInvalid, StoreHoldsAnotherRun, TransientError
+from dagflow.errors import (
+    BatchInvalid,
+    SchedulerLost,
+    SettingsInvalid,
+    StoreHoldsAnotherRun,
+    TransientError,
+)
 from dagflow.graph.batch import flatten_batch, rebuilder
 from dagflow.graph.capture import LossFunction, capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
-from dagflow.run.clusters import ask_workers, open_cluster, roster
+from dagflow.run.clusters import ask_workers, open_cluster, reconnect, roster
 from dagflow.run.data import BatchStream, TokenDataset, fingerprint, num_rows, split_rows, take_rows
 from dagflow.run.driver import Disturbed, Driver
 from dagflow.run.events import Callback, ProgressLine, StepEvent, notify
@@ -237,10 +243,16 @@ def train(
             epochs=epochs,
             names=names,
             journal=_journal_steps(journal),
+            has_own_client=isinstance(client, str),
         )
         try:
-            with open_cluster(client, config.cluster, where) as connected:
-                return session.train(connected)
+            while True:
+                with open_cluster(client, config.cluster, where) as connected:
+                    try:
+                        return session.train(connected)
+                    except SchedulerLost:
+                        if not session.has_own_client:
+                            raise
         finally:
             line.close()
 
@@ -279,6 +291,7 @@ class _Session:
     epochs: int
     names: tuple[str, ...]
     journal: int
+    has_own_client: bool
     plan: Plan | None = None
     kept: dict[int, SnapshotFacts] = field(default_factory=dict)
 
@@ -289,8 +302,9 @@ class _Session:
             step = self._until_done(client)
         finally:
             # The workers stay, and have other things to remember.
-            with contextlib.suppress(OSError):
-                ask_workers(client, _forget, self.run.run_id)
+            if client.status == "running":
+                with contextlib.suppress(OSError):
+                    ask_workers(client, _forget, self.run.run_id)
         metrics = self.run.read_metrics()
         assert self.plan is not None
         aliases = _aliases(self.dag)
@@ -320,6 +334,10 @@ class _Session:
                 if fruitless >= _MAX_FRUITLESS_ATTEMPTS:
                     raise
                 self.line.note(f"{error} Going on from an earlier step.")
+                if isinstance(error, SchedulerLost):
+                    if self.has_own_client:
+                        raise  # a fresh client is there at once, one that reconnects after seconds
+                    reconnect(client, self.config.cluster.wait_seconds)
 
     def _newest(self) -> int:
         """Return the step of the newest snapshot that is whole and of this run."""
@@ -549,7 +567,8 @@ def _open_run(
     }
     wanted = json.loads(json.dumps(wanted))
     if not run.exists():
-        run.create(wanted, model_facts(names, _aliases(dag)))
+        facts = model_facts(names, _aliases(dag))
+        run.create(wanted, {**facts, "origin": dict(config.origin) if config.origin else None})
         return run
     difference = settings_diff(run.settings(), wanted)
     if difference and not config.force:

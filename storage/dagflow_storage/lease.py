@@ -137,6 +137,11 @@ class Lease:
                 + (self._trouble or "it has not answered yet")
             )
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether another driver has taken over, as far as this one has heard."""
+        return bool(self._lost)
+
     def verify(self) -> None:
         """Like `check`, after asking the store now: for what must not be written twice."""
         self.beat()
@@ -297,7 +302,9 @@ class _Challenger:
             if self._files.create(holder):
                 lease = Lease(self._store, holder, self._clock)
                 lease.beat()
-                return lease
+                # Others may have come and gone, and tidied up, since the newest was read.
+                if not lease.is_lost:
+                    return lease
 
     def wait_for_older_holders(self, lease: Lease) -> None:
         """Return once nobody else holds the lease, then remove what older holders left."""
@@ -305,7 +312,7 @@ class _Challenger:
         for older in filter(epoch.__gt__, self._files.epochs()):
             with contextlib.suppress(NotFound):
                 self._wait_until_free(self._files.read(older), must_yield=True)
-        lease.check()
+        lease.verify()
         self._files.delete_below(epoch)
 
     def _wait_until_free(self, holder: Holder, *, must_yield: bool) -> None:
@@ -313,6 +320,10 @@ class _Challenger:
         new = _Watch(patience)
         watch = self._watches.setdefault(holder.nonce, new)
         while not holder.process.has_ended():
+            epochs = self._files.epochs()
+            # Somebody else was faster, and may have removed what this one would go on watching.
+            if holder.epoch not in epochs or not (must_yield or holder.epoch == epochs[-1]):
+                return
             watch.look(self._files.read_beat(holder), self._clock())
             if watch.is_free:
                 return

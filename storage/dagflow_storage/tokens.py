@@ -19,6 +19,8 @@ CHUNK_TOKENS = 2**20
 # 64 MB of uint16, 128 MB of uint32.
 NUM_CACHED_CHUNKS = 32
 _MARK = "dagflow_tokens"
+# Written once, read often: worth six times the work of level 1, see docs/storage.md.
+_CODEC = Blosc2Codec(clevel=5)
 
 
 def write_tokens(
@@ -57,7 +59,7 @@ def write_tokens(
     _make_room(store)
     pieces = [tokens] if isinstance(tokens, np.ndarray) else tokens
     array = FlatArray.create(
-        store, "", dtype, CHUNK_TOKENS, CHUNK_TOKENS, {_MARK: None}, codec=Blosc2Codec()
+        store, "", dtype, CHUNK_TOKENS, CHUNK_TOKENS, {_MARK: None}, codec=_CODEC
     )
     num_tokens = 0
     for chunk in _rechunked(pieces, np.dtype(dtype)):

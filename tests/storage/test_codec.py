@@ -1,10 +1,15 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagflow_storage import ArraySpec, Blosc2Codec, Store, write_arrays
+from dagflow_storage import ArraySpec, Blosc2Codec, Store, write_arrays, write_tokens
+from dagflow_storage.flat import FlatArray
 
 
 @given(
@@ -59,6 +64,54 @@ def test_plain_zarr_reads_our_arrays(folder: Store) -> None:
     specs = [ArraySpec("w", "parameter", "float32", (10,))]
     write_arrays(folder, "set", specs, lambda _: data)
     np.testing.assert_array_equal(zarr.open(f"{folder.url}/set/float32", mode="r")[:], data)
+
+
+def test_a_process_that_never_heard_of_dagflow_reads_our_arrays(folder: Store) -> None:
+    specs = [ArraySpec("w", "parameter", "float32", (10,))]
+    write_arrays(folder, "plain", specs, lambda _: np.arange(10, dtype=np.float32))
+    write_tokens(folder.child("packed"), np.arange(10))
+    code = (
+        "import sys, zarr\n"
+        "for path in sys.argv[1:]:\n"
+        "    assert not any(name.startswith('dagflow') for name in sys.modules)\n"
+        "    print(zarr.open(path, mode='r')[:].astype(int).tolist())\n"
+    )
+    paths = [f"{folder.url}/plain/float32", f"{folder.url}/packed"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code, *paths],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.splitlines() == [str(list(range(10)))] * 2
+
+
+def test_arrays_written_by_plain_zarr_calls_are_read_past_zarr(folder: Store) -> None:
+    data = np.arange(10, dtype=np.float32)
+    array = zarr.create_array(
+        f"{folder.url}/set", shape=(10,), chunks=(4,), dtype="float32",
+        compressors=[zarr.codecs.Crc32cCodec()], filters=None,
+    )  # fmt: skip
+    array[:] = data
+    found = FlatArray.open(folder, "set")
+    assert found._files is not None
+    for start, stop in [(0, 10), (3, 9), (8, 10), (5, 5)]:
+        np.testing.assert_array_equal(found.read(start, stop), data[start:stop])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "bool", "int16", "float64", "complex64"])
+def test_what_is_written_past_zarr_is_what_zarr_reads(folder: Store, dtype: str) -> None:
+    data = np.random.default_rng(0).integers(0, 2, 10).astype(dtype)
+    written = FlatArray.create(folder, "set", dtype, 10, 4)
+    assert written._files is not None
+    written.write(0, data)
+    np.testing.assert_array_equal(zarr.open(f"{folder.url}/set", mode="r")[:], data)
+
+
+def test_compressed_arrays_go_through_zarr(folder: Store) -> None:
+    assert FlatArray.create(folder, "set", "float32", 10, 4, codec=Blosc2Codec())._files is None
 
 
 @pytest.mark.parametrize(

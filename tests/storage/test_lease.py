@@ -294,6 +294,50 @@ def test_newer_holders_tidy_up_after_older_ones(store: Store) -> None:
         assert all(f"{lease.holder.epoch:08d}" in name for name in store.list("lease"))
 
 
+@pytest.mark.parametrize("tidied_before_the_first_look", [True, False])
+def test_a_challenger_that_others_overtake_is_told_of_the_newest_holder(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tidied_before_the_first_look: bool
+) -> None:
+    old = abandoned(store, Time())
+    newer: list[Lease] = []
+
+    def overtake() -> None:
+        if not newer:
+            newer.append(abandoned(store, Time()))
+        newer[0].beat()
+
+    if tidied_before_the_first_look:
+        overtake()
+        newest = lease_module._LeaseFiles.newest
+        stale = iter([old.holder])
+        monkeypatch.setattr(
+            lease_module._LeaseFiles, "newest", lambda files: next(stale, None) or newest(files)
+        )
+    challenger = Time(overtake)
+    with pytest.raises(StoreInUse, match="epoch 2"), hold(store, challenger):
+        pytest.fail("two hold it")
+    assert challenger.paused < BEAT
+    newer[0].verify()
+
+
+def test_an_epoch_below_the_newest_is_no_lease(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two holders came and went while a challenger made up its mind."""
+    for _ in range(3):
+        with hold(store, Time()):
+            pass
+    newest = lease_module._LeaseFiles.newest
+    stale = iter([None])
+    monkeypatch.setattr(
+        lease_module._LeaseFiles, "newest", lambda files: next(stale, newest(files))
+    )
+    with hold(store, Time()) as lease:
+        assert lease.holder.epoch == 4
+        lease.verify()
+    assert epochs(store) == ["epoch-00000004.json"]
+
+
 def test_a_lost_answer_to_the_creation_is_found_out(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
