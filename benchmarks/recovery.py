@@ -27,8 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests"))
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 import torch
 from chaos import accounting
@@ -84,8 +84,7 @@ def latencies(*, cold: bool, num_kills: int) -> list[Recovery]:
         harness = Harness(Path(folder), recipe, kills, num_volunteers=volunteers, cold=cold)
         outcome = harness.run()
         notes = _notes(Path(folder) / "driver.log")
-        found = [_recovery(outcome, notes, n, kills[n].stages[0]) for n in range(num_kills)]
-    return found
+        return [_recovery(outcome, notes, n, kills[n].stages[0]) for n in range(num_kills)]
 
 
 def _notes(log: Path) -> list[tuple[float, str]]:

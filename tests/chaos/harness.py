@@ -63,6 +63,8 @@ class Outcome:
     hits : list of Hit
     alarms : list of Hit
         When the driver took a worker to be stalled.
+    reruns : list of Execution
+        What dask ran again by itself before the driver had answered a fault.
     seconds : float
     """
 
@@ -71,6 +73,7 @@ class Outcome:
     executions: list[Execution]
     hits: list[Hit]
     alarms: list[Hit]
+    reruns: list[Execution]
     seconds: float
 
     @property
@@ -79,14 +82,15 @@ class Outcome:
         return len(self.steps) - len({step for step, _ in self.steps})
 
     @property
-    def num_false_alarms(self) -> int:
-        """How often the driver took a worker for stalled to whom nothing had happened."""
+    def num_moved(self) -> int:
+        """How often a stage was moved though nothing had happened: spread out, or a false alarm."""
         happened = frozenset[str]().union(*(hit.volunteers for hit in self.hits))
         return sum(not alarm.volunteers <= happened for alarm in self.alarms)
 
     def unexplained(self) -> list[str]:
         """Say what was computed again for no reason that the faults or an alarm give."""
-        return accounting.unexplained(self.executions, [*self.hits, *self.alarms])
+        counted = [e for e in self.executions if e not in self.reruns]
+        return accounting.unexplained(counted, [*self.hits, *self.alarms])
 
 
 @dataclass
@@ -130,6 +134,7 @@ class Harness:
     _scheduler: BaseProcess | None = None
     _told: Connection | None = None
     _next_kill: float = math.inf
+    _driver_away: bool = False
 
     def __post_init__(self) -> None:
         self._waiting = {incident.number: incident for incident in self.incidents}
@@ -164,7 +169,8 @@ class Harness:
         seconds = time.monotonic() - begin
         executions = accounting.read_executions(self.folder)
         alarms = accounting.alarms(self.folder)
-        return Outcome(self._steps, self._fired, executions, self._hits, alarms, seconds)
+        reruns = accounting.reruns(executions, accounting.reactions(self.folder, self._hits))
+        return Outcome(self._steps, self._fired, executions, self._hits, alarms, reruns, seconds)
 
     def _expects(self, fault: Fault) -> bool:
         return any(incident.fault is fault for incident in self.incidents)
@@ -268,6 +274,13 @@ class Harness:
         if not self._steps:
             self._next_kill = time.monotonic() + self.kill_every_seconds
         self._steps.append((step, loss))
+        if self._driver_away:
+            # Workers went on with what the last driver had handed them until this one came.
+            self._driver_away = False
+            now = time.monotonic()
+            self._hits = [
+                h if h.volunteers else replace(h, end=max(h.end, now)) for h in self._hits
+            ]
         self._end_lasting(lambda last_step, _: last_step <= step)
         for incident in [i for i in self._waiting.values() if _is_due(i, step)]:
             self._fire(incident, None)
@@ -397,6 +410,7 @@ class Harness:
         _kill(self._driver)
         self._told.close()
         self._hit([], sends_back=True)
+        self._driver_away = True
         self._start_driver()
 
     def _kill_scheduler(self) -> None:
