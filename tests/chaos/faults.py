@@ -32,7 +32,7 @@ class Fault(Enum):
     DAMAGED_CHUNK = "damage a chunk of the newest snapshot, then kill a stage's worker"
 
 
-# Those that recovery is up to. Add to them when it learns more.
+# Those that recovery is up to: take out what it has unlearned while that is being mended.
 ENABLED = frozenset(
     {
         Fault.KILL,
@@ -51,6 +51,7 @@ ENABLED = frozenset(
         Fault.OUT_OF_MEMORY,
         Fault.NOT_FINITE,
         Fault.WRONG_SHAPE,
+        Fault.SCHEDULER_KILLED,
         Fault.STORE_AWAY,
         Fault.DAMAGED_CHUNK,
     }
