@@ -112,6 +112,34 @@ def holders(executions: Sequence[Execution]) -> dict[int, str]:
     return {execution.place[2]: execution.volunteer for execution in executions}
 
 
+def reactions(folder: Path, hits: Sequence[Hit]) -> list[Hit]:
+    """Return the time between each fault and the driver's answer to it.
+
+    Meanwhile dask runs again on living workers what led to the results that are lost.
+    """
+    text = (folder / "driver.log").read_text(errors="replace")
+    answers = [float(t) for t in re.findall(r"^\[([\d.]+)\] (?:Rebuilding|Going on)", text, re.M)]
+    found = []
+    for hit in hits:
+        end = min((t for t in answers if t >= hit.end), default=hit.end)
+        found.append(Hit(hit.begin, end, frozenset()))
+    return found
+
+
+def reruns(executions: Sequence[Execution], between: Sequence[Hit]) -> list[Execution]:
+    """Return what dask ran again by itself, on the worker that had done it."""
+    done: dict[Place, Execution] = {}
+    found = []
+    for execution in executions:
+        if execution.place[0] not in COMPUTING:
+            continue
+        earlier = done.get(execution.place)
+        if earlier is not None and earlier.volunteer == execution.volunteer:
+            found += [execution for b in between if b.begin <= execution.begin <= b.end][:1]
+        done[execution.place] = execution
+    return found
+
+
 def unexplained(executions: Sequence[Execution], hits: Sequence[Hit]) -> list[str]:
     """Return what was computed again though no fault gave reason to.
 

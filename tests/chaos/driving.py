@@ -21,12 +21,24 @@ GO_ON = "go on"
 
 
 @dataclass(frozen=True)
+class Size:
+    """The size of the model and of its batches."""
+
+    width: int = 32
+    num_layers: int = 4
+    num_heads: int = 2
+    context: int = CONTEXT
+    rows: int = ROWS
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What is trained: a tiny GPT with dropout, on random tokens.
 
     Attributes
     ----------
     extent : Extent
+    size : Size
     tokens : str
         URL of the tokens, if workers read them; else the driver hands batches out.
     clip_grad_norm : float or None
@@ -35,19 +47,27 @@ class Recipe:
     """
 
     extent: Extent = field(default_factory=Extent)
+    size: Size = field(default_factory=Size)
     tokens: str = ""
     clip_grad_norm: float | None = None
     options: dict[str, Any] = field(default_factory=lambda: {"snapshot_every": 10})
 
     def model(self) -> GPT:
         torch.manual_seed(0)
-        return GPT(VOCABULARY, width=32, num_layers=4, num_heads=2, context=CONTEXT, dropout=0.1)
+        return GPT(
+            VOCABULARY,
+            width=self.size.width,
+            num_layers=self.size.num_layers,
+            num_heads=self.size.num_heads,
+            context=self.size.context,
+            dropout=0.1,
+        )
 
     def data(self) -> Any:
         if self.tokens:
-            return dagflow.TokenDataset(self.tokens, ROWS, CONTEXT, seed=5)
+            return dagflow.TokenDataset(self.tokens, self.size.rows, self.size.context, seed=5)
         generator = torch.Generator().manual_seed(7)
-        shape = (self.extent.num_steps, ROWS, CONTEXT + 1)
+        shape = (self.extent.num_steps, self.size.rows, self.size.context + 1)
         tokens = torch.randint(0, VOCABULARY, shape, generator=generator)
         return [{"input_ids": t[:, :-1], "labels": t[:, 1:].contiguous()} for t in tokens]
 

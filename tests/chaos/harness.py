@@ -7,6 +7,7 @@ flight then is up to chance, and must not matter.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import random
@@ -62,6 +63,8 @@ class Outcome:
     hits : list of Hit
     alarms : list of Hit
         When the driver took a worker to be stalled.
+    reruns : list of Execution
+        What dask ran again by itself before the driver had answered a fault.
     seconds : float
     """
 
@@ -70,6 +73,7 @@ class Outcome:
     executions: list[Execution]
     hits: list[Hit]
     alarms: list[Hit]
+    reruns: list[Execution]
     seconds: float
 
     @property
@@ -78,14 +82,15 @@ class Outcome:
         return len(self.steps) - len({step for step, _ in self.steps})
 
     @property
-    def num_false_alarms(self) -> int:
-        """How often the driver took a worker for stalled to whom nothing had happened."""
+    def num_moved(self) -> int:
+        """How often a stage was moved though nothing had happened: spread out, or a false alarm."""
         happened = frozenset[str]().union(*(hit.volunteers for hit in self.hits))
         return sum(not alarm.volunteers <= happened for alarm in self.alarms)
 
     def unexplained(self) -> list[str]:
         """Say what was computed again for no reason that the faults or an alarm give."""
-        return accounting.unexplained(self.executions, [*self.hits, *self.alarms])
+        counted = [e for e in self.executions if e not in self.reruns]
+        return accounting.unexplained(counted, [*self.hits, *self.alarms])
 
 
 @dataclass
@@ -104,6 +109,10 @@ class Harness:
         Decides what the script leaves open.
     stuck_seconds : float
         How long nothing may happen.
+    kill_every_seconds : float
+        Kill some stage's worker so often; for benchmarks, since it depends on the machine.
+    cold : bool
+        Whether whoever comes back has to import everything first.
     """
 
     folder: Path
@@ -112,6 +121,8 @@ class Harness:
     num_volunteers: int = 5
     seed: int = 0
     stuck_seconds: float = 60.0
+    kill_every_seconds: float = math.inf
+    cold: bool = False
     _waiting: dict[int, Incident] = field(default_factory=dict)
     _lasting: list[tuple[int, float, Any]] = field(default_factory=list)
     _fired: list[Incident] = field(default_factory=list)
@@ -122,6 +133,8 @@ class Harness:
     _driver: BaseProcess | None = None
     _scheduler: BaseProcess | None = None
     _told: Connection | None = None
+    _next_kill: float = math.inf
+    _driver_away: bool = False
 
     def __post_init__(self) -> None:
         self._waiting = {incident.number: incident for incident in self.incidents}
@@ -156,7 +169,8 @@ class Harness:
         seconds = time.monotonic() - begin
         executions = accounting.read_executions(self.folder)
         alarms = accounting.alarms(self.folder)
-        return Outcome(self._steps, self._fired, executions, self._hits, alarms, seconds)
+        reruns = accounting.reruns(executions, accounting.reactions(self.folder, self._hits))
+        return Outcome(self._steps, self._fired, executions, self._hits, alarms, reruns, seconds)
 
     def _expects(self, fault: Fault) -> bool:
         return any(incident.fault is fault for incident in self.incidents)
@@ -172,7 +186,8 @@ class Harness:
         asks, asked = multiprocessing.Pipe()
         moments = frozenset(i.moment for i in self.incidents if isinstance(i.moment, InTask))
         log = self.folder / f"{name}.log"
-        process = warm.start(volunteer, log, self.address, name, self.folder, asked, moments)
+        arguments = (self.address, name, self.folder, asked, moments)
+        process = warm.start(volunteer, log, *arguments, cold=self.cold)
         asked.close()
         self._volunteers.append(Volunteer(name, process, asks))
 
@@ -215,7 +230,10 @@ class Harness:
             [self._told, self._driver.sentinel, *asking, *ended],
             self._seconds_left(),
         )
-        if not ready and not self._lasting:
+        if time.monotonic() >= self._next_kill:
+            self._next_kill += self.kill_every_seconds
+            self._kill(self._workers_of([self._rng.randrange(self.recipe.extent.num_stages)]))
+        elif not ready and not self._lasting:
             raise Stuck(f"Nothing happened for {self.stuck_seconds} s.\n{self._last_words()}")
         self._end_overdue()
         for item in ready:
@@ -229,6 +247,7 @@ class Harness:
 
     def _seconds_left(self) -> float:
         ends = [end for _, end, _ in self._lasting]
+        ends.append(self._next_kill)
         return max(0.0, min([*ends, time.monotonic() + self.stuck_seconds]) - time.monotonic())
 
     def _end_overdue(self) -> None:
@@ -252,7 +271,16 @@ class Harness:
             told.close()
             self._told = _never()
             return
+        if not self._steps:
+            self._next_kill = time.monotonic() + self.kill_every_seconds
         self._steps.append((step, loss))
+        if self._driver_away:
+            # Workers went on with what the last driver had handed them until this one came.
+            self._driver_away = False
+            now = time.monotonic()
+            self._hits = [
+                h if h.volunteers else replace(h, end=max(h.end, now)) for h in self._hits
+            ]
         self._end_lasting(lambda last_step, _: last_step <= step)
         for incident in [i for i in self._waiting.values() if _is_due(i, step)]:
             self._fire(incident, None)
@@ -382,6 +410,7 @@ class Harness:
         _kill(self._driver)
         self._told.close()
         self._hit([], sends_back=True)
+        self._driver_away = True
         self._start_driver()
 
     def _kill_scheduler(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from chaos.driving import Recipe
 from chaos.faults import (
     ENABLED,
     AfterStep,
@@ -36,6 +37,17 @@ def test_one_killed_worker_costs_no_other_stage_anything(tmp_path: Path) -> None
     trial = hold_script([incident], recipe_for(1, tmp_path), tmp_path)
     assert trial.failures == []
     assert {e.place[2] for e in trial.outcome.executions if e.place[0] == "replay"} == {1}
+
+
+def test_garbage_does_not_come_back_out_of_the_journal(tmp_path: Path) -> None:
+    # A new driver has every worker write its journal, and then the garbage's reader is replayed.
+    incidents = [
+        Incident(0, Fault.WRONG_SHAPE, InTask("forward", 6, 0, 1), (0,)),
+        Incident(1, Fault.DRIVER_KILLED, AfterStep(8)),
+        Incident(2, Fault.KILL, AfterStep(9), (1,)),
+    ]
+    trial = hold_script(incidents, Recipe(Extent(num_steps=14)), tmp_path)
+    assert trial.failures == []
 
 
 def test_a_script_follows_from_its_seed() -> None:

@@ -141,7 +141,8 @@ def summary(trial: Trial) -> dict[str, Any]:
         "tasks_again": sum((n - 1) * count for n, count in times.items()),
         "replayed": sum(e.place[0] == "replay" for e in outcome.executions),
         "useful": round(accounting.useful_share(outcome.executions), 3),
-        "false_alarms": outcome.num_false_alarms,
+        "reruns": len(outcome.reruns),
+        "moved": outcome.num_moved,
         "failures": len(trial.failures),
     }
 

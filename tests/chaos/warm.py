@@ -17,9 +17,14 @@ _PRELOADED = ["chaos.warmth"]
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "BLOSC_NTHREADS", "MKL_NUM_THREADS")
 
 
-def start(function: Callable[..., None], log: Path, *arguments: Any) -> BaseProcess:
-    """Start a process that runs a function, with what it says in a file."""
-    context = _warm()
+def start(
+    function: Callable[..., None], log: Path, *arguments: Any, cold: bool = False
+) -> BaseProcess:
+    """Start a process that runs a function, with what it says in a file.
+
+    A cold one imports everything anew, as on a machine that was just switched on.
+    """
+    context = multiprocessing.get_context("spawn") if cold else _warm()
     process = context.Process(target=_begin, args=(function, log, arguments), daemon=True)
     process.start()
     return process
