@@ -426,8 +426,10 @@ class Driver:
         missing = sorted(set(self.addresses) - set(self.membership.usable()))
         if missing:
             stages = [s for s, address in enumerate(self.addresses) if address in missing]
+            silent = [a for a in missing if a in self.membership.stalled]
+            what = "has fallen silent" if len(silent) == len(missing) else "left"
             raise Disturbed(
-                f"The worker {', '.join(missing)} left with stage {', '.join(map(str, stages))}."
+                f"The worker {', '.join(missing)} {what} with stage {', '.join(map(str, stages))}."
             )
 
     # Who is to blame
