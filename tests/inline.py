@@ -20,6 +20,7 @@ from dagflow_tasks import tasks
 from dagflow_tasks.cache import CACHE
 from dagflow_tasks.optimizer import Optimizer
 from dagflow_tasks.references import Microbatch, StageRef, StateRef, TaskSettings
+from dagflow_tasks.replay import StepRecord
 from dagflow_tasks.results import ForwardResult
 from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors, write_tensors
 
@@ -37,6 +38,7 @@ class InlineRun:
         optimizer: Optimizer | None = None,
         precision: str = "fp32",
         clip_norm: float | None = None,
+        journal: int = 0,
         before_task: Callable[[InlineRun], None] = lambda run: None,
     ) -> None:
         self.dag, self.cut = dag, cut
@@ -48,7 +50,11 @@ class InlineRun:
             self.store.write_bytes(f"programs/p/stage-{program.stage:03d}.json", text)
         run_id = uuid.uuid4().hex
         plan = Plan.in_turn(cut, [f"worker-{s}" for s in range(len(cut))], num_microbatches)
-        self.refs = [StageRef(self.store, run_id, "p", s, self.settings) for s in range(len(cut))]
+        self.refs = [
+            StageRef(self.store, run_id, "p", s, self.settings, journal) for s in range(len(cut))
+        ]
+        self.batches: list[list[dict[str, torch.Tensor]]] = []
+        self.records: list[StepRecord] = []
         self.graph = StepGraph(
             uuid.uuid4().hex[:8],
             cut.programs,
@@ -79,11 +85,14 @@ class InlineRun:
             named = tasks.tensors_of(flat[index])
             return {name: named[name] for name in self.cut[stage].batch_inputs}
 
+        self.batches.append(flat)
         inputs = StepInputs(step, microbatches, batch, 1.0, first=step == 0)
         for key, task in in_order(self.graph.step(inputs)):
             self.before_task(self)
             self.results[key] = task(self.results)
-        self.losses.append(self.results[self.graph.report_key(step)].loss)
+        report = self.results[self.graph.report_key(step)]
+        self.losses.append(report.loss)
+        self.records.append(StepRecord(step, microbatches, 1.0, report.decision, {}))
 
     def save(self, step: int) -> None:
         records = [save_now(ref, step) for ref in self.refs]

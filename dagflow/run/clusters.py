@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -224,15 +224,19 @@ def _refuse_process_local(store: Store, client: Client) -> None:
 
 
 def ask_workers(
-    client: Client, function: Callable[..., Any], *args: Any, seconds: float = _ANSWER_SECONDS
+    client: Client,
+    function: Callable[..., Any],
+    *args: Any,
+    seconds: float = _ANSWER_SECONDS,
+    addresses: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """Run a function on every worker, and return the answers, or errors, by address.
+    """Run a function on every worker, or on some, and return the answers, or errors, by address.
 
     Who doesn't answer in time, because it is frozen or has just left, isn't in it.
     """
     loop = client.loop.asyncio_loop
     pending: dict[str, Any] = {}
-    for address in client.scheduler_info()["workers"]:
+    for address in addresses or client.scheduler_info()["workers"]:
         run = client.run(function, *args, workers=[address], on_error="return", asynchronous=True)
         pending[address] = asyncio.run_coroutine_threadsafe(run, loop)
     wait(pending.values(), seconds)

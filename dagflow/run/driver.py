@@ -7,6 +7,7 @@ fast is on the workers.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import time
@@ -24,9 +25,11 @@ from dagflow.errors import (
     GarbageReceived,
     NonFiniteLoss,
     SchedulerLost,
+    TaskFailed,
     TransientError,
     WorkersLost,
 )
+from dagflow.run.clusters import ask_workers
 from dagflow.run.events import StepEvent
 from dagflow.run.feed import Feed, StepBatch
 from dagflow.run.graph import Key, Places, Priorities, Standing, StepGraph, StepInputs
@@ -42,6 +45,7 @@ from dagflow_storage import (
     StoreNotWritable,
     commit_snapshot,
 )
+from dagflow_storage.journal import delete_segments
 from dagflow_tasks.journal import JOURNAL
 from dagflow_tasks.optimizer import Schedule
 from dagflow_tasks.replay import StageProgress, StepRecord
@@ -54,6 +58,7 @@ _LINEAGE_TASKS = 20_000
 _LINEAGE_STEPS = 64
 # Interrupts are heeded and the roster is looked at this often; news wakes the driver at once.
 _TICK_SECONDS = 0.5
+_DISOWN_SECONDS = 5.0
 # Spares may fill this share of their memory with weights; of this much if they don't say.
 _SPARE_SHARE, _ROOM_BYTES = 0.5, 8 << 30
 # A step that so many workers in turn have not survived, or that was taken up again so often without
@@ -134,6 +139,8 @@ class Driver:
         Called with the step of a snapshot that was just committed, and of those under way.
     stage_bytes : sequence of int
         Memory for each stage's weights and optimizer.
+    turns : iterator of int
+        Counts the rebuildings of all attempts at the run.
     wait_seconds : float
         How long to wait for a worker when all are gone.
     decision : Decision | None
@@ -160,13 +167,14 @@ class Driver:
     after_commit: Callable[[int, Collection[int]], None]
     wait_seconds: float
     stage_bytes: Sequence[int]
+    turns: Iterator[int]
     decision: Decision | None = None
     interrupts: Interrupts = field(default_factory=Interrupts)
     _flights: deque[_Flight] = field(default_factory=deque)
     _saves: dict[int, dict[Key, Future]] = field(default_factory=dict)
     _ready: dict[int, Future] = field(default_factory=dict)
     _restored: list[Future] = field(default_factory=list)
-    _turns: int = 0
+    _wrong: set[int] = field(default_factory=set)
     _standing: Standing | None = None
     _lineage: tuple[int, int] = (0, 0)
     _journals: dict[str, JournalStats] = field(default_factory=dict)
@@ -418,8 +426,10 @@ class Driver:
         missing = sorted(set(self.addresses) - set(self.membership.usable()))
         if missing:
             stages = [s for s, address in enumerate(self.addresses) if address in missing]
+            silent = [a for a in missing if a in self.membership.stalled]
+            what = "has fallen silent" if len(silent) == len(missing) else "left"
             raise Disturbed(
-                f"The worker {', '.join(missing)} left with stage {', '.join(map(str, stages))}."
+                f"The worker {', '.join(missing)} {what} with stage {', '.join(map(str, stages))}."
             )
 
     # Who is to blame
@@ -429,17 +439,25 @@ class Driver:
 
         Raises
         ------
-        NonFiniteLoss
-            If another worker has computed the same: the numbers have left the finite range.
+        NonFiniteLoss, TaskFailed
+            If another worker has computed the same: the numbers have left the finite range, or
+            the operators compute something else than their program says.
         """
-        if not 0 <= error.stage < len(self.addresses):
+        stage = error.stage
+        if not 0 <= stage < len(self.addresses):
             raise Disturbed(str(error)) from error
-        task = ("garbage", str(self._done), str(error.stage))
-        if not self._is_first_failure(task, self.addresses[error.stage]):
-            raise NonFiniteLoss(
-                f"{error} It was computed twice, on {' and '.join(self._failed[task])}. "
-                f"{_WHAT_TO_DO}"
-            ) from error
+        task, address = (str(error), str(self._done), str(stage)), self.addresses[stage]
+        if not self._is_first_failure(task, address):
+            twice = f"{error} It was computed twice, on {' and '.join(self._failed[task])}."
+            if error.has_nan:
+                raise NonFiniteLoss(f"{twice} {_WHAT_TO_DO}") from error
+            raise TaskFailed(twice) from error
+        # Whoever is rebuilt must not read it from the journal; the stage is rebuilt even if there is
+        # no other worker for it.
+        self._wrong.add(stage)
+        run_id, plan = self.graph.refs[stage].run_id, self.graph.refs[stage].plan
+        ask_workers(self.client, _disown, run_id, stage, self._done, addresses=[address])
+        delete_segments(self.run.store, plan, self._done, stage)
         raise Disturbed(str(error)) from error
 
     def _blame_worker(self, error: Exception) -> NoReturn:
@@ -452,6 +470,7 @@ class Driver:
         task = (key[0].removesuffix(ours), *key[1:])
         if not self._is_first_failure(task, address):
             raise error
+        self._wrong.add(int(key[2]))
         raise Disturbed(
             f"{task[0]} of stage {task[2]} in step {task[1]} failed on {address}: "
             f"{type(error).__name__}: {error}. It will be tried elsewhere."
@@ -580,12 +599,13 @@ class Driver:
             self._check_scheduler(disturbance)
             self.note(str(disturbance))
             self._let_go()
-            lost = self._stages_of_the_missing()
+            lost = self._stages_of_the_missing() | self._wrong
             self._count(lost, disturbance)
             if not self.graph.refs[0].journal:
                 raise WorkersLost(f"{disturbance} There is no journal to rebuild it from.")
             try:
                 self._rebuild(lost)
+                self._wrong.clear()
                 return
             except Disturbed as another:
                 disturbance = another
@@ -702,8 +722,7 @@ class Driver:
 
     def _turn(self) -> tuple[int, int]:
         """Return a number that grows with every rebuilding of this run, whoever drives it."""
-        self._turns += 1
-        return self.lease.holder.epoch, self._turns
+        return self.lease.holder.epoch, next(self.turns)
 
     def _restore(self, targets: Mapping[int, int]) -> None:
         """Have stages brought to the weights after some step; the next step waits for them."""
@@ -783,6 +802,11 @@ class Driver:
                 self.note(str(error))
                 self.membership.wait(None, _TICK_SECONDS)
                 self.interrupts.heed()
+
+
+async def _disown(run_id: str, stage: int, from_step: int) -> None:
+    """Have a worker's journal drop what a stage sent; runs on the worker."""
+    await asyncio.to_thread(JOURNAL.disown, run_id, stage, from_step, _DISOWN_SECONDS)
 
 
 def _is_save(key: Key) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +296,7 @@ class _Session:
     has_own_client: bool
     plan: Plan | None = None
     kept: dict[int, SnapshotFacts] = field(default_factory=dict)
+    turns: Iterator[int] = field(default_factory=partial(itertools.count, 1))
 
     def train(self, client: Client) -> TrainResult:
         self.line.total = self.total
@@ -451,6 +454,7 @@ class _Session:
             write_extra=leftovers.write,
             after_commit=lambda step, saving: self._tidy(ledger, saving),
             wait_seconds=self.config.cluster.wait_seconds,
+            turns=self.turns,
             stage_bytes=[4 * e.parameter_bytes for e in self.plan.partition.estimates],
             decision=self._decision(ledger, start),
         )

@@ -148,9 +148,14 @@ def trim_journal(store: Store, before_step: int) -> None:
                 store.delete(_step_folder(plan, step))
 
 
-def delete_journal(store: Store) -> None:
-    """Delete the journal: a finished run needs none."""
-    store.delete(_FOLDER)
+def delete_segments(store: Store, plan: str, from_step: int, stage: int) -> None:
+    """Delete what a stage has sent from a step on: it has turned out to be wrong."""
+    for step in journalled_steps(store, plan):
+        if step >= from_step:
+            folder = _step_folder(plan, step)
+            for name in store.list(folder):
+                if name.startswith(f"{stage}-"):
+                    store.delete(f"{folder}/{name}")
 
 
 def _read_index(store: Store, path: str) -> Segment | None:

@@ -31,11 +31,14 @@ class GarbageReceived(TransientError):
     ----------
     stage : int
         Who sent it, or computed it; -1 if unknown.
+    has_nan : bool
+        Whether it is its numbers that are wrong.
     """
 
-    def __init__(self, message: str = "", stage: int = -1) -> None:
+    def __init__(self, message: str = "", stage: int = -1, has_nan: bool = False) -> None:
         super().__init__(message)
         self.stage = stage
+        self.has_nan = has_nan
 
 
 class ProgramInvalid(PermanentError):

@@ -142,6 +142,27 @@ class Journal:
                 self._waiting_bytes -= batch.num_bytes
             self._changed.notify_all()
 
+    def disown(self, run_id: str, stage: int, from_step: int, seconds: float) -> None:
+        """Drop what a stage has sent from a step on: it has turned out to be wrong.
+
+        Waits for what is just being written, so that whoever deletes it afterwards finds it.
+        """
+
+        def is_wrong(batch: _Batch) -> bool:
+            ref = batch.ref
+            return ref.run_id == run_id and ref.stage == stage and batch.step >= from_step
+
+        with self._changed:
+            for key in [k for k, batch in self._open.items() if is_wrong(batch)]:
+                self._waiting_bytes -= self._open.pop(key).num_bytes
+            for batch in [b for b in list(self._sealed)[1:] if is_wrong(b)]:
+                self._sealed.remove(batch)
+                self._waiting_bytes -= batch.num_bytes
+            self._changed.wait_for(lambda: not any(map(is_wrong, self._sealed)), seconds)
+            for where in [w for w in self._segments if w[0] == run_id and w[2] >= from_step]:
+                known = self._segments[where]
+                self._segments[where] = {k: s for k, s in known.items() if k.stage != stage}
+
     def flush(self, timeout: float | None = None) -> bool:
         """Have everything written now; False if that took longer than `timeout` seconds."""
         with self._changed:

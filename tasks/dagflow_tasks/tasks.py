@@ -293,7 +293,7 @@ def _check_numbers(ref: StageRef, tensor: torch.Tensor, message: str, source: in
     # Infinities are no garbage (masks have them); under loss scaling, NaN isn't either.
     scaled = ref.settings.precision == "fp16"
     if tensor.is_floating_point() and not scaled and bool(torch.isnan(tensor).any()):
-        raise GarbageReceived(message, source)
+        raise GarbageReceived(message, source, True)
 
 
 def _forward_result(
@@ -315,7 +315,7 @@ def _forward_result(
         # Before any gradient of it is added anywhere: whoever is to blame, the step can be repeated.
         what = f"The loss of step {place[0]}, micro-batch {place[1]}, is {float(boundary[loss])}."
         if ref.settings.precision != "fp16":
-            raise GarbageReceived(what, ref.stage)
+            raise GarbageReceived(what, ref.stage, True)
     if buffers is not None:
         CACHE.keep(ref, BUFFERS, place, buffers)
     return ForwardResult(boundary, buffers, finite, place)

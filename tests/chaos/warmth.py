@@ -13,6 +13,7 @@ import torch._inductor
 import torch.export
 import torch.onnx
 
+import chaos.away
 import chaos.driving
 import chaos.scheduling
 import chaos.volunteer

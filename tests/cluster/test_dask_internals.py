@@ -6,14 +6,16 @@ import time
 from typing import Any
 
 import dask
+import pytest
 from dask.tokenize import tokenize
 from distributed import Client, Event, LocalCluster
 from distributed.batched import BatchedSend
 from distributed.protocol.pickle import dumps, loads
 from small import wait_until
 
-from dagflow.run.dask_internals import StepTask, Task, TaskRef
+from dagflow.run.dask_internals import StepTask, Task, TaskRef, executing_seconds
 from dagflow.run.graph import Places
+from dagflow.run.watch import TOPIC, is_ours
 from dagflow.run.workers import SEND_INTERVAL_SECONDS, StageScheduler, StageWorker
 
 
@@ -131,3 +133,48 @@ def test_a_chain_of_futures_keeps_its_ancestors_on_the_scheduler(
     wait_until(lambda: sum(task.state == "memory" for task in tasks.values()) == 1, "one result")
     chain.release()
     wait_until(lambda: not tasks, "the chain is forgotten")
+
+
+def test_the_scheduler_knows_how_long_a_worker_has_been_running_a_task(
+    cluster: LocalCluster, client: Client
+) -> None:
+    address = next(iter(client.scheduler_info()["workers"]))
+    gate = Event("gate-of-a-long-task", client=client)
+
+    def block() -> None:
+        Event("gate-of-a-long-task").wait(timeout=60)
+
+    key = ("forward-0123abcd", 0, 0, 0)
+    with dask.annotate(workers=[address]):
+        (blocked,) = client.get({key: Task(key, block)}, [key], sync=False)
+    try:
+        wait_until(
+            lambda: executing_seconds(cluster.scheduler, address, is_ours) > 0.2,
+            "a heartbeat tells of the task",
+        )
+        assert executing_seconds(cluster.scheduler, address, lambda _: False) == 0.0
+        assert executing_seconds(cluster.scheduler, "tcp://nobody:1", is_ours) == 0.0
+    finally:
+        gate.set()
+        blocked.result()
+
+
+def test_a_transition_says_what_the_watch_wants_to_know(
+    cluster: LocalCluster, client: Client
+) -> None:
+    client.register_plugin(StageScheduler())
+    told: list[dict[str, Any]] = []
+    client.subscribe_topic(TOPIC, lambda event: told.append(event[1]))
+    good, bad = ("forward-0123abcd", 5, 1, 0), ("backward-0123abcd", 5, 1, 0)
+    (first,) = client.get({good: Task(good, time.sleep, 0.01)}, [good], sync=False)
+    first.result()
+    watch = cluster.scheduler.plugins["dagflow-stage-scheduler"]._watch
+    assert watch.longest["forward", 1][-1] >= 0.01
+    (second,) = client.get({bad: Task(bad, int, "x")}, [bad], sync=False)
+    with pytest.raises(ValueError, match="invalid literal"):
+        second.result()
+    wait_until(lambda: bool(told), "the failure is told")
+    assert told[0]["action"] == "erred"
+    assert list(told[0]["key"]) == ["backward-0123abcd", "5", "1", "0"]
+    assert told[0]["worker"] in client.scheduler_info()["workers"]
+    client.unsubscribe_topic(TOPIC)

@@ -1,0 +1,78 @@
+"""The journal's segments: whole or absent, read one entry at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dagflow_storage import DamagedData, Store
+from dagflow_storage.journal import (
+    Entry,
+    EntryKey,
+    delete_segments,
+    journalled_steps,
+    read_segments,
+    trim_journal,
+    write_segment,
+)
+
+
+def entry(stage: int, index: int, value: float = 1.0) -> Entry:
+    arrays = {"h": np.full((2, 3), value, np.float32), "half": np.arange(4, dtype=np.uint16)}
+    dtypes = {"h": "float32", "half": "bfloat16"}
+    return Entry(EntryKey("forward", stage, index), arrays, dtypes, {"finite": True})
+
+
+def test_an_entry_is_read_as_it_was_written(store: Store) -> None:
+    write_segment(store, "p", 7, 2, [entry(2, 0, 1.0), entry(2, 1, 5.0)])
+    (segment,) = read_segments(store, "p", 7)
+    key = EntryKey("forward", 2, 1)
+    assert segment.facts[key] == {"finite": True}
+    assert segment.dtypes(key) == {"h": "float32", "half": "bfloat16"}
+    found = segment.read(store, key)
+    np.testing.assert_array_equal(found["h"], np.full((2, 3), 5.0, np.float32), strict=True)
+    np.testing.assert_array_equal(found["half"], np.arange(4, dtype=np.uint16), strict=True)
+    assert list(segment.read(store, key, ["h"])) == ["h"]
+
+
+def test_an_entry_may_be_facts_alone(store: Store) -> None:
+    key = EntryKey("update", 1, 0)
+    write_segment(store, "p", 3, 1, [Entry(key, {}, {}, {"decision": None})])
+    (segment,) = read_segments(store, "p", 3)
+    assert segment.facts[key] == {"decision": None}
+    assert segment.read(store, key) == {}
+
+
+def test_a_segment_without_index_does_not_exist(store: Store) -> None:
+    segment = write_segment(store, "p", 7, 2, [entry(2, 0)])
+    store.delete(f"{segment.path}/index.json")
+    assert read_segments(store, "p", 7) == []
+    assert read_segments(store, "p", 8) == []
+
+
+def test_a_damaged_index_is_named(store: Store) -> None:
+    segment = write_segment(store, "p", 7, 2, [entry(2, 0)])
+    store.write_bytes(f"{segment.path}/index.json", b'{"format_version": 1, "entries": [{}]}')
+    with pytest.raises(DamagedData, match=r"index\.json"):
+        read_segments(store, "p", 7)
+
+
+def test_trimming_keeps_what_is_not_older(store: Store) -> None:
+    for step in (1, 2, 3):
+        write_segment(store, "p", step, 0, [entry(0, 0)])
+    write_segment(store, "q", 1, 0, [entry(0, 0)])
+    trim_journal(store, 2)
+    assert journalled_steps(store, "p") == [2, 3]
+    assert journalled_steps(store, "q") == []
+
+
+def test_what_a_stage_sent_from_a_step_on_can_be_deleted(store: Store) -> None:
+    for step in (1, 2):
+        for stage in (1, 11):
+            write_segment(store, "p", step, stage, [entry(stage, 0)])
+    delete_segments(store, "p", 2, 1)
+
+    def stages(step: int) -> set[int]:
+        return {key.stage for s in read_segments(store, "p", step) for key in s.facts}
+
+    assert (stages(1), stages(2)) == ({1, 11}, {11})

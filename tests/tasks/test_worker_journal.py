@@ -1,0 +1,174 @@
+"""A process's journal: what was sent is found again, written or not, and once."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import Any
+
+import pytest
+import torch
+
+from dagflow_storage import Store, StoreNotWritable, StoreUnreachable
+from dagflow_storage.journal import read_segments, write_segment
+from dagflow_tasks import journal as module
+from dagflow_tasks.journal import EntryKey, Journal, Sent
+from dagflow_tasks.optimizer import Optimizer
+from dagflow_tasks.references import StageRef, TaskSettings
+
+KEY = EntryKey("forward", 0, 0)
+
+
+@pytest.fixture
+def ref() -> StageRef:
+    store = Store(f"memory://journal-{uuid.uuid4().hex}")
+    return StageRef(store, "run", "plan", 0, TaskSettings(0, "fp32", Optimizer("SGD", lr=0.1)), 1)
+
+
+def sent(value: float = 1.0, size: int = 4) -> Sent:
+    return Sent({"h": torch.full((size,), value)}, {"finite": True})
+
+
+class Gate:
+    """Writes segments when it is told to."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.written = 0
+        self.errors: list[Exception] = []
+
+    def __call__(self, *arguments: Any) -> Any:
+        assert self.opened.wait(30)
+        if self.errors:
+            raise self.errors.pop(0)
+        self.written += 1
+        return write_segment(*arguments)
+
+
+def test_what_was_sent_is_found_before_it_is_written_and_after(ref: StageRef) -> None:
+    gate = Gate()
+    journal = Journal(gate)
+    journal.put(ref, 3, KEY, sent(2.0))
+    journal.end_step(ref, 3)
+    assert torch.equal(journal.find(ref, 3, KEY).tensors["h"], torch.full((4,), 2.0))  # type: ignore[union-attr]
+    assert read_segments(ref.store, "plan", 3) == []
+    gate.opened.set()
+    assert journal.flush(30)
+    found = journal.find(ref, 3, KEY)
+    assert found is not None
+    assert torch.equal(found.tensors["h"], torch.full((4,), 2.0))
+    assert found.facts == {"finite": True}
+    assert journal.stats().num_bytes == 16
+    assert journal.stats().waiting_bytes == 0
+
+
+def test_another_process_finds_what_was_written(ref: StageRef) -> None:
+    first, second = Journal(), Journal()
+    first.put(ref, 3, KEY, sent())
+    assert second.find(ref, 3, KEY) is None
+    assert first.flush(30)
+    found = second.find(ref, 3, KEY, ())
+    assert found is not None
+    assert (found.tensors, found.facts) == ({}, {"finite": True})
+
+
+def test_the_same_entry_is_written_once(ref: StageRef) -> None:
+    gate = Gate()
+    gate.opened.set()
+    journal = Journal(gate)
+    for _ in range(3):
+        journal.put(ref, 3, KEY, sent())
+        assert journal.flush(30)
+    assert gate.written == 1
+
+
+def test_without_a_journal_nothing_is_kept(ref: StageRef) -> None:
+    off = StageRef(ref.store, "run", "plan", 0, ref.settings, 0)
+    journal = Journal()
+    journal.put(off, 3, KEY, sent())
+    assert journal.find(off, 3, KEY) is None
+
+
+def test_several_steps_are_written_together_if_asked(ref: StageRef) -> None:
+    every = StageRef(ref.store, "run", "plan", 0, ref.settings, 3)
+    journal = Journal()
+    for step in range(3):
+        journal.put(every, step, KEY, sent())
+        journal.end_step(every, step)
+        assert journal.stats().waiting_bytes in ((step + 1) * 16, 0)
+    assert journal.flush(30)
+    assert journal.stats().num_bytes == 48
+
+
+@pytest.mark.parametrize("permute", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_tensor_comes_back_in_the_order_of_its_memory(
+    ref: StageRef, permute: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    tensor = torch.arange(24).reshape(2, 3, 4).to(dtype).permute(permute)
+    first, second = Journal(), Journal()
+    first.put(ref, 0, KEY, Sent({"h": tensor}, {}))
+    assert first.flush(30)
+    found = second.find(ref, 0, KEY)
+    assert found is not None
+    assert torch.equal(found.tensors["h"], tensor)
+    assert found.tensors["h"].stride() == tensor.stride()
+
+
+def test_a_store_that_is_away_is_waited_for(ref: StageRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FIRST_PAUSE_SECONDS", 0.0)
+    gate = Gate()
+    gate.errors = [StoreUnreachable("away")] * 3
+    journal = Journal(gate)
+    journal.put(ref, 0, KEY, sent())
+    gate.opened.set()
+    assert journal.flush(30)
+    assert len(read_segments(ref.store, "plan", 0)) == 1
+    assert journal.stats().trouble == ""
+
+
+def test_a_full_spool_holds_tasks_up_until_something_is_written(
+    ref: StageRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SPOOL_BYTES", 16)
+    gate = Gate()
+    journal = Journal(gate)
+    journal.put(ref, 0, KEY, sent())
+    second = EntryKey("forward", 0, 1)
+    held = threading.Thread(target=journal.put, args=(ref, 0, second, sent()))
+    held.start()
+    assert held.is_alive()
+    gate.opened.set()
+    held.join(30)
+    assert not held.is_alive()
+    assert journal.flush(30)
+    assert {key for s in read_segments(ref.store, "plan", 0) for key in s.facts} == {KEY, second}
+
+
+def test_a_store_that_refuses_costs_the_oldest_entries_not_the_run(
+    ref: StageRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SPOOL_BYTES", 16)
+    gate = Gate()
+    gate.errors = [StoreNotWritable("disk full")] * 1000
+    gate.opened.set()
+    journal = Journal(gate)
+    for step in range(4):
+        journal.put(ref, step, KEY, sent())
+    assert journal.find(ref, 3, KEY) is not None
+    assert journal.find(ref, 0, KEY) is None
+    assert "disk full" in journal.stats().trouble
+
+
+def test_what_is_disowned_is_neither_found_nor_written(ref: StageRef) -> None:
+    journal = Journal()
+    other = StageRef(ref.store, "run", "plan", 1, ref.settings, 1)
+    theirs = EntryKey("forward", 1, 0)
+    for step in (4, 5):
+        journal.put(ref, step, KEY, sent())
+        journal.put(other, step, theirs, sent())
+    journal.disown("run", 0, 5, 30)
+    assert journal.flush(30)
+    assert journal.find(ref, 4, KEY) is not None
+    assert journal.find(ref, 5, KEY) is None
+    assert journal.find(other, 5, theirs) is not None
