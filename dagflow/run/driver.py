@@ -706,6 +706,8 @@ class Driver:
                 )
             self.membership.wait(None, min(left, _TICK_SECONDS))
             self.interrupts.heed()
+            with contextlib.suppress(OSError):
+                self.membership.refresh()
 
     def _progress(self, stages: Collection[int]) -> dict[int, StageProgress]:
         """Ask the workers of some stages how far these are."""

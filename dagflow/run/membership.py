@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from distributed import Client, Future
 
+from dagflow.errors import SchedulerLost
 from dagflow.run.watch import TOPIC
 
 STALLED = "it has stalled"
@@ -38,6 +39,7 @@ class Membership:
     excluded: dict[str, str] = field(default_factory=dict)
     stalled: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     failures: deque[tuple[tuple[str, ...], str]] = field(default_factory=partial(deque, maxlen=64))
+    _scheduler: str = ""
     _news: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Membership:
@@ -56,8 +58,19 @@ class Membership:
             self.client.unsubscribe_topic(TOPIC)
 
     def refresh(self) -> None:
-        """Ask the scheduler who is there: events can get lost with a connection."""
-        self.present = set(self.client.scheduler_info()["workers"])
+        """Ask the scheduler who is there: events can get lost with a connection.
+
+        Raises
+        ------
+        SchedulerLost
+            If it isn't the one that was asked before: dask's client connects to whoever answers at
+            the address, without a word, and this one tells us of nothing.
+        """
+        found = self.client.scheduler_info()
+        if self._scheduler not in ("", found["id"]):
+            raise SchedulerLost(f"There is a new scheduler at {self.client.scheduler.address}.")
+        self._scheduler = found["id"]
+        self.present = set(found["workers"])
 
     def usable(self) -> list[str]:
         """Return the workers that may get a stage, in a fixed order."""

@@ -194,7 +194,8 @@ class Harness:
     def _start_driver(self) -> None:
         self._told, told = multiprocessing.Pipe()
         log = self.folder / "driver.log"
-        arguments = (self.recipe, self.address, self.store, self.final, told, self.stuck_seconds)
+        wait_seconds = self.stuck_seconds / 2
+        arguments = (self.recipe, self.address, self.store, self.final, told, wait_seconds)
         self._driver = warm.start(drive, log, *arguments)
         told.close()
 
