@@ -68,9 +68,10 @@ def forward(
         Whether the backward will come in two halves.
     """
     graph, buffers = _run(ref, state, microbatch, values, before, tied, halves)
-    CACHE.save_graph(ref, microbatch.step, microbatch.index, graph)
     result = _forward_result(ref, state, microbatch, graph, buffers)
-    send(ref, "forward", result.place, result.values, {"finite": result.finite})
+    if not _will_be_refused(ref, result, microbatch):
+        CACHE.save_graph(ref, microbatch.step, microbatch.index, graph)
+        send(ref, "forward", result.place, result.values, {"finite": result.finite})
     return result
 
 
@@ -188,7 +189,30 @@ def send(
     JOURNAL.put(ref, step, EntryKey(kind, ref.stage, index), Sent(dict(tensors), facts or {}))
 
 
+def _will_be_refused(ref: StageRef, result: ForwardResult, microbatch: Microbatch) -> bool:
+    """Tell whether its readers will refuse a result.
+
+    The journal mustn't keep it: whoever would have it disowned may be gone by then.
+    """
+    if not ref.journal:
+        return False
+    try:
+        for output in CACHE.executable(ref).program.outputs:
+            check_received(ref, output.value, ref.stage, result.values, microbatch)
+    except GarbageReceived:
+        return True
+    return False
+
+
 def _send_backward(ref: StageRef, result: BackwardResult) -> None:
+    try:
+        for name, gradient in result.gradients.items():
+            _check_numbers(ref, gradient, name, ref.stage)
+    except GarbageReceived:
+        # It will be refused; and what is in the sums is no better.
+        with CACHE.lock:
+            CACHE.states.pop(ref.key, None)
+        return
     facts: dict[str, Any] = {"non_finite": result.non_finite, "losses": result.losses}
     if result.forward is not None:
         loss = CACHE.executable(ref).program.loss
