@@ -200,6 +200,10 @@ def _draw_kinds(rng: random.Random, count: int, kinds: Collection[Fault]) -> lis
         if drawn.count(fault) < _AT_MOST.get(fault, count):
             drawn.append(fault)
     rng.shuffle(drawn)
+    kill = next((n for n, fault in enumerate(drawn) if fault in ONE_WORKER_KILLED), None)
+    if kill is not None and Fault.KILL_REBUILDING in drawn[:kill]:
+        rebuilding = drawn.index(Fault.KILL_REBUILDING)
+        drawn[kill], drawn[rebuilding] = drawn[rebuilding], drawn[kill]
     return drawn
 
 
