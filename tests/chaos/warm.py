@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _PRELOADED = ["chaos.warmth"]
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "BLOSC_NTHREADS", "MKL_NUM_THREADS")
 
 
@@ -55,6 +58,9 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 
 def _begin(function: Callable[..., None], log: Path, arguments: tuple[Any, ...]) -> None:
     os.setsid()  # signals to the harness's group aren't for its swarm
+    if sys.platform == "linux":
+        # With the process that it is a copy of, which ends with the harness, however that ends.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
