@@ -59,6 +59,7 @@ _LINEAGE_STEPS = 64
 # Interrupts are heeded and the roster is looked at this often; news wakes the driver at once.
 _TICK_SECONDS = 0.5
 _DISOWN_SECONDS = 5.0
+_WAY_OUT_SECONDS = 10.0
 # Spares may fill this share of their memory with weights; of this much if they don't say.
 _SPARE_SHARE, _ROOM_BYTES = 0.5, 8 << 30
 # A step that so many workers in turn have not survived, or that was taken up again so often without
@@ -238,10 +239,13 @@ class Driver:
         finally:
             # By hand: dask keeps a failed task's exception, its traceback our frames, and these
             # every future of theirs.
+            with contextlib.suppress(Exception):
+                self._commit_on_the_way_out()
             for flight in self._flights:
                 for future in flight.batch.held.values():
                     future.release()
             self._let_go()
+            self._drop_saves()
             for future in self._warming.values():
                 future.release()
             for move in self._moves.values():
@@ -308,7 +312,7 @@ class Driver:
             batch.argument,
             flight.factor,
             first=first,
-            saved=step in self._saves,
+            saved=self.graph.key("copy", step, 0) in self._saves.get(step, ()),
             decision=self.decision,
             ready={s: f.key for s, f in self._ready.items()} if first else {},
             standing=self._standing,
@@ -375,7 +379,7 @@ class Driver:
         num_bytes, seconds = 0, 0.0
         for stats in {s.process: s for s in report.journal.values()}.values():
             before = self._journals.get(stats.process, JournalStats())
-            num_bytes += stats.num_bytes - before.num_bytes
+            num_bytes += max(0, stats.num_bytes - before.num_bytes)
             seconds = max(seconds, stats.seconds - before.seconds)
             if stats.trouble and stats.trouble != before.trouble:
                 self.note(f"A worker's journal can't be written at present: {stats.trouble}")
@@ -600,6 +604,7 @@ class Driver:
             self.note(str(disturbance))
             self._let_go()
             lost = self._stages_of_the_missing() | self._wrong
+            self._drop_saves(lost)
             self._count(lost, disturbance)
             if not self.graph.refs[0].journal:
                 raise WorkersLost(f"{disturbance} There is no journal to rebuild it from.")
@@ -635,11 +640,6 @@ class Driver:
             for future in flight.futures.values():
                 future.release()
             flight.futures = {}
-        for futures in self._saves.values():
-            for future in futures.values():
-                future.release()
-        self._snapshot_due = self._snapshot_due or bool(self._saves)
-        self._saves.clear()
         for future in [*self._ready.values(), *self._restored]:
             future.release()
         self._ready.clear()
@@ -652,6 +652,31 @@ class Driver:
         for future in [f for f in self._warming.values() if not f.done()]:
             future.release()
         self._warming = {p: f for p, f in self._warming.items() if f.done()}
+
+    def _drop_saves(self, lost: Collection[int] | None = None) -> None:
+        """Give up snapshots under way, or those that won't be finished without the lost stages.
+
+        What has been copied from stages that are well is written, whatever becomes of the steps.
+        """
+        for step, futures in list(self._saves.items()):
+            copied = all(f.status == "finished" for k, f in futures.items() if not _is_save(k))
+            written = all(f.status == "finished" for k, f in futures.items() if _is_save(k))
+            if lost is not None and copied and (written or not lost):
+                continue
+            for future in self._saves.pop(step).values():
+                future.release()
+            self._snapshot_due = True
+
+    def _commit_on_the_way_out(self) -> None:
+        """Commit the snapshots that are about to be written: what ended the run isn't in them."""
+        deadline = time.monotonic() + _WAY_OUT_SECONDS
+        for step in [step for step in self._saves if step <= self._done]:
+            futures = self._saves[step].values()
+            while not all(f.done() for f in futures) and time.monotonic() < deadline:
+                self.membership.wait(None, _TICK_SECONDS / 10)
+        if self._saves:
+            self.ledger.flush(_WAY_OUT_SECONDS)
+            self._commit_finished(self._done)
 
     def _stages_of_the_missing(self) -> set[int]:
         self.membership.refresh()
@@ -749,10 +774,10 @@ class Driver:
             futures = self._saves[step]
             if step > done or not (wait_for_all or all(f.done() for f in futures.values())):
                 continue
-            if not self.ledger.flush(self.wait_seconds if wait_for_all else 0.0):
-                if wait_for_all:
-                    raise WorkersLost(f"The ledger can't be written: {self.ledger.trouble}")
-                continue
+            if wait_for_all and not self.ledger.flush(self.wait_seconds):
+                raise WorkersLost(f"The ledger can't be written: {self.ledger.trouble}")
+            if not self.ledger.has_written(step):
+                continue  # the next step will do
             records = self._records(step, must_be=wait_for_all)
             if records is None:
                 continue

@@ -56,6 +56,11 @@ class Ledger:
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting, seconds)
 
+    def has_written(self, before_step: int) -> bool:
+        """Tell whether all earlier steps are in the store."""
+        with self._changed:
+            return all(record.step >= before_step for record, _ in self._waiting)
+
     @contextmanager
     def writing(self) -> Iterator[Ledger]:
         """Write in the background while the block runs, and the rest at its end."""

@@ -116,7 +116,8 @@ class Constant:
         dtype = dtype_of(self.dtype)
         if not self.data:
             return torch.empty(self.shape, dtype=dtype)
-        return torch.frombuffer(bytearray(self.data), dtype=dtype).reshape(self.shape)
+        # A copy, in memory of torch's own, aligned as every other tensor's.
+        return torch.frombuffer(bytearray(self.data), dtype=dtype).reshape(self.shape).clone()
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> Constant:

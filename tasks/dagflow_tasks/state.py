@@ -168,6 +168,10 @@ def to_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def from_array(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
-    """Return the tensor that `to_array` was given."""
-    tensor = torch.from_numpy(np.array(array, copy=True))
+    """Return the tensor that `to_array` was given, in memory of torch's own.
+
+    NumPy aligns to 16 bytes, torch to 64, and kernels may round differently on what isn't aligned to
+    their vectors: a stage that was rebuilt must not.
+    """
+    tensor = torch.from_numpy(array if array.flags.writeable else array.copy()).clone()
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
