@@ -78,7 +78,6 @@ def test_a_machine_comes_back_when_its_scheduler_does(tmp_path: Path) -> None:
             kill_group(joined, signal.SIGINT)
             assert joined.wait(timeout=20) == 0
             wait_until(lambda: all_gone(pids), "no process is left", 5)
-    assert "Traceback" not in log.read_text()
 
 
 def test_what_only_a_leaving_machine_has_is_handed_over(tmp_path: Path) -> None:
