@@ -7,15 +7,14 @@ import logging
 import os
 import signal
 import socket
-import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import wait
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, TypeVar
 
 import dask
 import torch
@@ -29,6 +28,8 @@ from dagflow.run.interrupts import Interrupts
 from dagflow.run.workers import StageScheduler, StageWorker, WorkerFacts, describe, prepare_process
 from dagflow_storage import Store
 from dagflow_tasks.references import DAGFLOW_VERSION
+
+T = TypeVar("T")
 
 _DASHBOARD_PORT = 8787
 _ANSWER_SECONDS = 10.0
@@ -155,14 +156,13 @@ def reconnect(client: Client, seconds: float) -> None:
         If none comes in time.
     """
     deadline = time.monotonic() + seconds
-    pause = threading.Event()
     while client.status != "running":
         if client.status in ("closed", "closing") or time.monotonic() > deadline:
             raise SchedulerLost(
                 f"No scheduler has come back at {client.scheduler.address} within {seconds:g} s. "
                 "Start it again, and call train again with the same store."
             )
-        pause.wait(_LOOK_EVERY_SECONDS)
+        time.sleep(_LOOK_EVERY_SECONDS)
     _register_plugins(client, StageWorker())
 
 
@@ -223,6 +223,11 @@ def _refuse_process_local(store: Store, client: Client) -> None:
         )
 
 
+def in_background(client: Client, doing: Coroutine[Any, Any, T]) -> Future[T]:
+    """Let a client do something that may take for ever, and return at once."""
+    return asyncio.run_coroutine_threadsafe(doing, client.loop.asyncio_loop)
+
+
 def ask_workers(
     client: Client,
     function: Callable[..., Any],
@@ -234,11 +239,10 @@ def ask_workers(
 
     Who doesn't answer in time, because it is frozen or has just left, isn't in it.
     """
-    loop = client.loop.asyncio_loop
-    pending: dict[str, Any] = {}
+    pending: dict[str, Future[Any]] = {}
     for address in addresses or client.scheduler_info()["workers"]:
         run = client.run(function, *args, workers=[address], on_error="return", asynchronous=True)
-        pending[address] = asyncio.run_coroutine_threadsafe(run, loop)
+        pending[address] = in_background(client, run)
     wait(pending.values(), seconds)
     answers: dict[str, Any] = {}
     for future in pending.values():

@@ -13,7 +13,7 @@ import math
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -242,14 +242,11 @@ class Driver:
             with contextlib.suppress(Exception):
                 self._commit_on_the_way_out()
             for flight in self._flights:
-                for future in flight.batch.held.values():
-                    future.release()
+                _release(flight.batch.held.values())
             self._let_go()
             self._drop_saves()
-            for future in self._warming.values():
-                future.release()
-            for move in self._moves.values():
-                move.future.release()
+            _release(self._warming.values())
+            _release(move.future for move in self._moves.values())
             self._warming.clear()
             self._moves.clear()
             self._flights.clear()
@@ -328,10 +325,20 @@ class Driver:
             self._restored.clear()  # nothing descends from them any more
         self._lineage = (self._lineage[0] + len(dsk), self._lineage[1] + 1)
 
-    def _get(self, dsk: Mapping[Key, Any], keys: list[Key]) -> dict[Key, Future]:
-        with dask.annotate(workers=Places(self.addresses), priority=self.priorities):
-            futures: list[Future] = self.client.get(dsk, keys, sync=False)
-        return dict(zip(keys, futures, strict=True))
+    def _get(
+        self,
+        dsk: Mapping[Key, Any],
+        keys: Sequence[Key] | None = None,
+        addresses: Sequence[str] | None = None,
+    ) -> dict[Key, Future]:
+        """Hand tasks to dask, and return the futures of some, or of all, by key."""
+        wanted = list(dsk if keys is None else keys)
+        if not wanted:
+            return {}
+        places = Places(self.addresses if addresses is None else addresses)
+        with dask.annotate(workers=places, priority=self.priorities):
+            futures: list[Future] = self.client.get(dsk, wanted, sync=False)
+        return dict(zip(wanted, futures, strict=True))
 
     def _finish_oldest(self) -> None:
         """Wait for the oldest step in flight, and tell everybody about it."""
@@ -400,9 +407,10 @@ class Driver:
         Disturbed
             If something was lost on the way.
         """
+        self.membership.count_as_news(future)
         while not future.done():
             self._look_around()
-            self.membership.wait(future, _TICK_SECONDS)
+            self.membership.wait(_TICK_SECONDS)
         try:
             return future.result()
         except (CancelledError, KilledWorker, OSError) as error:
@@ -423,6 +431,8 @@ class Driver:
         self.interrupts.heed()
         if self.client.status != "running":
             raise Disturbed(_CONNECTION_LOST)
+        with contextlib.suppress(OSError):  # of a connection that is about to be noticed as lost
+            self.membership.refresh_if_old()
         self._check_workers()
         self._check_stalls()
 
@@ -468,7 +478,7 @@ class Driver:
         """Run a task that failed on another worker; if it fails there, too, the task is to blame."""
         ours = str(self.graph.key("", 0, 0)[0])
         failures = [f for f in self.membership.failures if f[0][0].endswith(ours)]
-        if not failures or not self.graph.refs[0].journal:
+        if not failures or not self.graph.journal:
             raise error
         key, address = failures[-1]
         task = (key[0].removesuffix(ours), *key[1:])
@@ -502,7 +512,7 @@ class Driver:
                 self._moves.pop(stage).future.release()
                 self.note(f"The worker {move.stalled} is back, with stage {stage}.")
         for stage, address in enumerate(self.addresses):
-            if address in stalled and stage not in self._moves and self.graph.refs[0].journal:
+            if address in stalled and stage not in self._moves and self.graph.journal:
                 news = stalled[address]
                 self._move(stage, f"it has stalled for {news['seconds']:.1f} s", address)
         for move in self._moves.values():
@@ -522,7 +532,7 @@ class Driver:
             return
         target = spares[0] if spares else min(others, key=lambda a: used[a])
         self.note(f"Rebuilding stage {stage} of {address} on {target}, too: {because}.")
-        records = [r for r in self.ledger.since(0) if r.step < self._done]
+        records = self.ledger.before(self._done)
         future = self._restored_at(stage, target, self._done, records)
         self._moves[stage] = _Move(target, future, because, stalled)
 
@@ -534,13 +544,12 @@ class Driver:
         dsk = graph.restore(stage, step, records, self._turn())
         places = list(self.addresses)
         places[stage] = address
-        with dask.annotate(workers=Places(places), priority=self.priorities):
-            future: Future = self.client.get(dsk, list(dsk), sync=False)[0]
+        (future,) = self._get(dsk, addresses=places).values()
         return future
 
     def _spread_out(self) -> None:
         """Begin to move a stage off a worker that has several, if somebody has none."""
-        if self._moves or not self.graph.refs[0].journal:
+        if self._moves or not self.graph.journal:
             return
         used = Counter(self.addresses)
         crowded = [s for s, address in enumerate(self.addresses) if used[address] > 1]
@@ -556,11 +565,10 @@ class Driver:
 
     def _warm_up(self, step: int) -> None:
         """Have spares read the weights of the stages most at risk from the newest snapshot."""
-        for future in self._warming.values():
-            future.release()
+        _release(self._warming.values())
         self._warming.clear()
         spares = [a for a in self.membership.usable() if a not in self.addresses]
-        if not spares or not self.graph.refs[0].journal:
+        if not spares or not self.graph.journal:
             return
         at_risk = sorted(range(len(self.addresses)), key=lambda s: (-self._lost_stages[s], s))
         known = self.client.scheduler_info()["workers"]
@@ -606,7 +614,7 @@ class Driver:
             lost = self._stages_of_the_missing() | self._wrong
             self._drop_saves(lost)
             self._count(lost, disturbance)
-            if not self.graph.refs[0].journal:
+            if not self.graph.journal:
                 raise WorkersLost(f"{disturbance} There is no journal to rebuild it from.")
             try:
                 self._rebuild(lost)
@@ -637,21 +645,17 @@ class Driver:
     def _let_go(self) -> None:
         """Release every result that is waited for; dask forgets their tasks."""
         for flight in self._flights:
-            for future in flight.futures.values():
-                future.release()
+            _release(flight.futures.values())
             flight.futures = {}
-        for future in [*self._ready.values(), *self._restored]:
-            future.release()
+        _release([*self._ready.values(), *self._restored])
         self._ready.clear()
         self._restored.clear()
-        for move in self._moves.values():
-            future = move.future
-            if not future.done():
-                future.release()
-        self._moves = {s: m for s, m in self._moves.items() if m.future.done()}
-        for future in [f for f in self._warming.values() if not f.done()]:
-            future.release()
-        self._warming = {p: f for p, f in self._warming.items() if f.done()}
+        moves = {s: m for s, m in self._moves.items() if m.future.done()}
+        _release(m.future for s, m in self._moves.items() if s not in moves)
+        self._moves = moves
+        warm = {place: f for place, f in self._warming.items() if f.done()}
+        _release(f for place, f in self._warming.items() if place not in warm)
+        self._warming = warm
 
     def _drop_saves(self, lost: Collection[int] | None = None) -> None:
         """Give up snapshots under way, or those that won't be finished without the lost stages.
@@ -663,8 +667,7 @@ class Driver:
             written = all(f.status == "finished" for k, f in futures.items() if _is_save(k))
             if lost is not None and copied and (written or not lost):
                 continue
-            for future in self._saves.pop(step).values():
-                future.release()
+            _release(self._saves.pop(step).values())
             self._snapshot_due = True
 
     def _commit_on_the_way_out(self) -> None:
@@ -673,7 +676,7 @@ class Driver:
         for step in [step for step in self._saves if step <= self._done]:
             futures = self._saves[step].values()
             while not all(f.done() for f in futures) and time.monotonic() < deadline:
-                self.membership.wait(None, _TICK_SECONDS / 10)
+                self.membership.wait(_TICK_SECONDS / 10)
         if self._saves:
             self.ledger.flush(_WAY_OUT_SECONDS)
             self._commit_finished(self._done)
@@ -685,11 +688,10 @@ class Driver:
 
     def _rebuild(self, lost: set[int]) -> None:
         """Place lost stages on other workers, and submit what is left of the steps in flight."""
-        self._await_somebody()
         if not JOURNAL.flush(self.wait_seconds):
             raise WorkersLost(f"The journal can't be written: {JOURNAL.stats().trouble}")
         self.graph = self.graph.again(uuid.uuid4().hex[:8])
-        usable = self.membership.usable()
+        usable = self._await_somebody()
         self.addresses[:] = place_again(self.addresses, lost, usable, self._warm())
         self._lost_stages.update(lost)
         if lost:
@@ -702,7 +704,7 @@ class Driver:
         lost = lost | {stage for stage, progress in known.items() if progress.step < self._done}
         for stage in lost:
             known[stage] = StageProgress(stage, self._done)
-        self._standing = Standing(known, self.graph.halved_from)
+        self._standing = Standing(known)
         self._restore(dict.fromkeys(lost, self._done))
         for number, flight in enumerate(self._flights):
             try:
@@ -713,38 +715,40 @@ class Driver:
                 raise Disturbed(str(error)) from error
             self._submit(flight, first=number == 0)
 
-    def _await_somebody(self) -> None:
-        if self.membership.usable():
-            return
+    def _await_somebody(self) -> list[str]:
+        """Return the workers that may get a stage, once there are any."""
+        usable = self.membership.usable()
+        if usable:
+            return usable
         self.membership.forgive()
         self.note(
             f"All workers are gone; waiting for new ones (dagflow join "
             f"{self.client.scheduler.address})."
         )
         deadline = time.monotonic() + self.wait_seconds
-        while not self.membership.usable():
+        while not (usable := self.membership.usable()):
             left = deadline - time.monotonic()
             if left <= 0:
                 raise WorkersLost(
                     f"0 of 1 workers joined {self.client.scheduler.address} within "
                     f"{self.wait_seconds:g} s."
                 )
-            self.membership.wait(None, min(left, _TICK_SECONDS))
+            self.membership.wait(min(left, _TICK_SECONDS))
             self.interrupts.heed()
             with contextlib.suppress(OSError):
                 self.membership.refresh()
+        return usable
 
     def _progress(self, stages: Collection[int]) -> dict[int, StageProgress]:
         """Ask the workers of some stages how far these are."""
         dsk: dict[Key, Any] = {}
         for stage in sorted(stages):
             dsk |= self.graph.progress(stage, self._done)
-        futures = self._get(dsk, list(dsk)) if dsk else {}
+        futures = self._get(dsk)
         try:
             found = [self._result(future) for future in futures.values()]
         finally:
-            for future in futures.values():
-                future.release()
+            _release(futures.values())
         return {progress.stage: progress for progress in found}
 
     def _turn(self) -> tuple[int, int]:
@@ -755,9 +759,8 @@ class Driver:
         """Have stages brought to the weights after some step; the next step waits for them."""
         dsk: dict[Key, Any] = {}
         for stage, step in targets.items():
-            records = [r for r in self.ledger.since(0) if r.step < step]
-            dsk |= self.graph.restore(stage, step, records, self._turn())
-        futures = self._get(dsk, list(dsk)) if dsk else {}
+            dsk |= self.graph.restore(stage, step, self.ledger.before(step), self._turn())
+        futures = self._get(dsk)
         self._ready = {int(str(key[2])): future for key, future in futures.items()}
 
     # Snapshots
@@ -766,7 +769,7 @@ class Driver:
         before = [key for futures in self._saves.values() for key in futures if _is_save(key)]
         ready = {s: f.key for s, f in self._ready.items()}
         dsk = self.graph.save(step, after_update=after_update, before=before, ready=ready)
-        self._saves[step] = self._get(dsk, list(dsk))
+        self._saves[step] = self._get(dsk)
 
     def _commit_finished(self, done: int, *, wait_for_all: bool = False) -> None:
         """Commit the snapshots whose step came back well and whose shards are all written."""
@@ -791,14 +794,16 @@ class Driver:
                 "plan": self.graph.refs[0].plan,
             }
             self._confirm_lease()
+            # The step after it may still be about to be submitted; its update waits for the save.
+            _release(self._saves.pop(step).values())
             try:
                 commit_snapshot(self.run.store, step, records, meta)
-            except NotFound as error:  # somebody has tidied up too well: another one will do
-                self.note(str(error))
+            except NotFound as error:
+                if wait_for_all:
+                    raise
+                self.note(f"No snapshot of step {step}: {error}")  # the next one will do
+                continue
             self._committed.add(step)
-            # The step after it may still be about to be submitted; its update waits for the save.
-            for future in self._saves.pop(step).values():
-                future.release()
             self.after_commit(step, self._saves.keys())
             self._warm_up(step)
 
@@ -810,8 +815,7 @@ class Driver:
         if must_be or not failed or not all(isinstance(error, passing) for error in failed):
             return [self._result(future) for future in futures]
         self.note(f"No snapshot of step {step}: {failed[0]}")
-        for future in self._saves.pop(step).values():
-            future.release()
+        _release(self._saves.pop(step).values())
         return None
 
     def _confirm_lease(self) -> None:
@@ -827,13 +831,18 @@ class Driver:
                 return
             except LeaseUnconfirmed as error:
                 self.note(str(error))
-                self.membership.wait(None, _TICK_SECONDS)
+                self.membership.wait(_TICK_SECONDS)
                 self.interrupts.heed()
 
 
 async def _disown(run_id: str, stage: int, from_step: int) -> None:
     """Have a worker's journal drop what a stage sent; runs on the worker."""
     await asyncio.to_thread(JOURNAL.disown, run_id, stage, from_step, _DISOWN_SECONDS)
+
+
+def _release(futures: Iterable[Future]) -> None:
+    for future in futures:
+        future.release()
 
 
 def _is_save(key: Key) -> bool:

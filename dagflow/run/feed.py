@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,6 +17,7 @@ from dagflow.graph.batch import flatten_batch
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.signature import match_batch
 from dagflow.plan.loss_weight import TargetCount, target_count
+from dagflow.run.clusters import in_background
 from dagflow.run.dask_internals import Task, TaskRef
 from dagflow.run.data import BatchStream, TokenDataset, num_rows, read_rows, split_rows, take_rows
 from dagflow.run.graph import Key, StepGraph, task
@@ -153,21 +153,18 @@ class StreamFeed(Feed):
     def _scatter(self, data: Sequence[TensorDict], address: str) -> Sequence[Any]:
         """Send data to a worker, looking around while it takes: a frozen one takes for ever."""
         sending = self._client.scatter(data, workers=[address], hash=False, asynchronous=True)
-        loop = self._client.loop.asyncio_loop
-        pending: Any = asyncio.run_coroutine_threadsafe(sending, loop)
-        while True:
-            wait([pending], _TICK_SECONDS)
-            try:
-                if pending.done():
-                    futures: Sequence[Any] = pending.result()
-                    return futures
-            except (OSError, KeyError) as error:  # dask's ways of saying that nobody is there
-                raise WorkersLost(f"The worker {address} left, and takes no more data.") from error
-            try:
+        pending = in_background(self._client, sending)
+        try:
+            while not wait([pending], _TICK_SECONDS).done:
                 self.look_around()
-            except BaseException:
-                pending.cancel()
-                raise
+        except BaseException:
+            pending.cancel()
+            raise
+        try:
+            futures: Sequence[Any] = pending.result()
+        except (OSError, KeyError) as error:  # dask's ways of saying that nobody is there
+            raise WorkersLost(f"The worker {address} left, and takes no more data.") from error
+        return futures
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,9 @@ class Standing:
     ----------
     stages : mapping
         Progress by stage; a stage that is being rebuilt stands at the beginning of a step.
-    halved_from : tuple of int
-        As in `StepGraph`.
     """
 
     stages: Mapping[int, StageProgress]
-    halved_from: Sequence[int]
 
     def step(self, stage: int) -> int:
         """Return how many steps a stage's weights have taken."""
@@ -148,6 +145,11 @@ class StepGraph:
 
     def decision_key(self, step: int) -> Key:
         return self.key("decide", step, self.loss_stage)
+
+    @property
+    def journal(self) -> int:
+        """Steps whose entries are written together; 0 if there is no journal."""
+        return self.refs[0].journal
 
     @cached_property
     def loss_stage(self) -> int:
@@ -355,17 +357,15 @@ class _StepBuilder:
         return index >= self.graph.halved_from[stage]
 
     def _tied(self, program: StageProgram) -> list[Any]:
-        return [
-            self._lent(o, program.stage) for o in sorted({*program.borrowed_parameters.values()})
-        ]
+        return [self._lent(owner, program.stage) for owner in program.lenders]
 
     def _lent(self, owner: int, borrower: int) -> TaskRef:
-        found = self._at("lend", owner, borrower, None)
-        if found.key[0] == self.graph.key("lend", 0, 0)[0] and found.key not in self.dsk:
+        lent = self._at("lend", owner, borrower, None)
+        if not self._is_done("lend", owner) and lent.key not in self.dsk:
             names, _ = self.graph.loans[owner][borrower]
             call = (tasks.lend_parameters, self._ref(owner), self._state, names, borrower)
             self._add("lend", owner, borrower, call=call, after=self._weights_ready(owner))
-        return found
+        return lent
 
     # Tasks
 

@@ -36,9 +36,9 @@ class Ledger:
         self._waiting: list[tuple[StepRecord, Mapping[str, Any]]] = []
         self._ending = False
 
-    def since(self, step: int) -> list[StepRecord]:
-        """Return the records from a step on, in order."""
-        return [self.records[k] for k in sorted(self.records) if k >= step]
+    def before(self, step: int) -> list[StepRecord]:
+        """Return the records of the steps before one, in order."""
+        return [self.records[k] for k in sorted(self.records) if k < step]
 
     def add(self, record: StepRecord, metrics: Mapping[str, Any]) -> None:
         """Note a step that all stages have done, and what there is to tell of it."""

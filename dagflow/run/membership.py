@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from dagflow.errors import SchedulerLost
 from dagflow.run.watch import TOPIC
 
 STALLED = "it has stalled"
+
+_REFRESH_SECONDS = 10.0
 
 
 @dataclass(eq=False)
@@ -40,7 +43,10 @@ class Membership:
     stalled: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     failures: deque[tuple[tuple[str, ...], str]] = field(default_factory=partial(deque, maxlen=64))
     _scheduler: str = ""
+    _refreshed: float = 0.0
     _news: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _heard: list[tuple[str, str]] = field(default_factory=list)
 
     def __enter__(self) -> Membership:
         # A client has one handler a topic, and may drive several runs at once.
@@ -66,11 +72,26 @@ class Membership:
             If it isn't the one that was asked before: dask's client connects to whoever answers at
             the address, without a word, and this one tells us of nothing.
         """
+        with self._lock:
+            self._heard.clear()
         found = self.client.scheduler_info()
         if self._scheduler not in ("", found["id"]):
             raise SchedulerLost(f"There is a new scheduler at {self.client.scheduler.address}.")
         self._scheduler = found["id"]
-        self.present = set(found["workers"])
+        with self._lock:
+            self.present = set(found["workers"])
+            for action, worker in self._heard:  # since it was asked, and maybe since it answered
+                self._come_or_gone(action, worker)
+        self._refreshed = time.monotonic()
+
+    def refresh_if_old(self) -> None:
+        """Ask the scheduler again if it hasn't been asked for long; raises what `refresh` does.
+
+        A worker that left between the first question and the beginning of our subscription would
+        otherwise be waited for for ever.
+        """
+        if time.monotonic() - self._refreshed > _REFRESH_SECONDS:
+            self.refresh()
 
     def usable(self) -> list[str]:
         """Return the workers that may get a stage, in a fixed order."""
@@ -86,12 +107,12 @@ class Membership:
         self.excluded.clear()
         self.stalled.clear()
 
-    def wait(self, future: Future | None, seconds: float) -> None:
-        """Return when the future is done, somebody has come or gone, or time is up."""
-        if future is not None:
-            future.add_done_callback(lambda _: self._news.set())
-            if future.done():
-                return
+    def count_as_news(self, future: Future) -> None:
+        """Have `wait` return when this future is done."""
+        future.add_done_callback(lambda _: self._news.set())
+
+    def wait(self, seconds: float) -> None:
+        """Return when there is news, such as somebody who has come or gone, or time is up."""
         self._news.wait(seconds)
         self._news.clear()
 
@@ -101,12 +122,10 @@ class Membership:
         if not isinstance(message, Mapping):
             return
         action, worker = message.get("action"), message.get("worker")
-        if action == "add-worker" and worker:
-            self.excluded.pop(worker, None)
-            self.present = self.present | {worker}
-        elif action == "remove-worker" and worker:
-            self.present = self.present - {worker}
-            self.stalled.pop(worker, None)
+        if action in ("add-worker", "remove-worker") and worker:
+            with self._lock:
+                self._heard.append((action, worker))
+                self._come_or_gone(action, worker)
         elif action == "stalled":
             self.stalled = {**self.stalled, str(worker): message}
         elif action == "recovered":
@@ -118,6 +137,14 @@ class Membership:
         else:
             return
         self._news.set()
+
+    def _come_or_gone(self, action: str, worker: str) -> None:
+        if action == "add-worker":
+            self.excluded.pop(worker, None)
+            self.present = self.present | {worker}
+        else:
+            self.present = self.present - {worker}
+            self.stalled = {w: m for w, m in self.stalled.items() if w != worker}
 
 
 _LISTENERS: WeakKeyDictionary[Client, list[Membership]] = WeakKeyDictionary()

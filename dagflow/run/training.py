@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -357,13 +357,15 @@ class _Session:
         name = self._write_programs(self.plan)
         graph = self._graph(self.plan, name)
         ask_workers(client, _settle, self.run.run_id, name, seconds=2 * _FLUSH_SECONDS)
-        start, ledger = self._start(graph)
+        newest = self._newest()
+        start, ledger = self._start(graph, newest)
         addresses = [workers[index].address for index in self.plan.placement]
         if self.total is None or start < self.total:
             self.line.note(str(self.plan))
         self.line.begin(start)
         with Membership(client) as membership, ledger.writing():
-            driver = self._driver(client, graph, addresses, membership, ledger, start)
+            leftovers = Leftovers(self.run.store, newest, graph.programs)
+            driver = self._driver(client, graph, addresses, membership, ledger, start, leftovers)
             with driver.cleaning_up(), driver.interrupts.noted():
                 try:
                     return driver.go(start, self.total)
@@ -385,12 +387,11 @@ class _Session:
             self.run.write_programs(name, programs)
         return name
 
-    def _start(self, graph: StepGraph) -> tuple[int, Ledger]:
+    def _start(self, graph: StepGraph, newest: int) -> tuple[int, Ledger]:
         """Return the step that all stages can be brought to, and the ledger up to there."""
-        newest = self._newest()
         rows = self.run.ledger.read() if self.journal else []
         records = {row["step"]: StepRecord.from_json(row) for row in rows}
-        since = first_journal_step(list_snapshots(self.run.store)) or 0
+        since = self._needed_since()
         kept = {step: record for step, record in records.items() if step >= since}
         start = reach(graph.refs[0], graph.programs, graph.neighbours, newest, kept)
         if start > newest:
@@ -420,10 +421,17 @@ class _Session:
         )
 
     def _read_batch(self, plan: Plan) -> Callable[[int], TokenRows] | None:
+        feed = self.token_feed
+        if feed is None:
+            return None
+        return lambda stage: feed.rows(plan.partition.programs[stage])
+
+    @cached_property
+    def token_feed(self) -> TokenFeed | None:
+        """What has the workers read the data, if they can."""
         if not isinstance(self.data, TokenDataset):
             return None
-        feed = TokenFeed(self.data, self.dag, self.mathematics.num_microbatches)
-        return lambda stage: feed.rows(plan.partition.programs[stage])
+        return TokenFeed(self.data, self.dag, self.mathematics.num_microbatches)
 
     def _driver(
         self,
@@ -433,9 +441,9 @@ class _Session:
         membership: Membership,
         ledger: Ledger,
         start: int,
+        leftovers: Leftovers,
     ) -> Driver:
         assert self.plan is not None
-        leftovers = Leftovers(self.run.store, self._newest(), self.plan.partition.programs)
         return Driver(
             client=client,
             graph=graph,
@@ -469,16 +477,21 @@ class _Session:
     def _tidy(self, ledger: Ledger, saving: Collection[int]) -> None:
         """After a snapshot: delete what no rebuilding will need."""
         apply_retention(self.run.store, self.config.retention, self.kept, in_flight=saving)
-        # From the snapshot before the newest on: should the newest turn out damaged, the one before
-        # and the journal lead to the same weights.
-        since = first_journal_step(list_snapshots(self.run.store)) or 0
+        since = self._needed_since()
         trim_journal(self.run.store, since)
         ledger.forget(since)
 
+    def _needed_since(self) -> int:
+        """Return the first step whose journal may be needed.
+
+        From the snapshot before the newest on: should the newest turn out damaged, the one before
+        and the journal lead to the same weights.
+        """
+        return first_journal_step(list_snapshots(self.run.store)) or 0
+
     def _feed(self, client: Client, addresses: Sequence[str], start: int) -> Feed:
-        count = self.mathematics.num_microbatches
-        if isinstance(self.data, TokenDataset):
-            return TokenFeed(self.data, self.dag, count)
+        if self.token_feed is not None:
+            return self.token_feed
         stream, self.stream = self.stream, None
         if stream is None:  # a second attempt: read the data from its beginning again
             if isinstance(self.data, Iterator):
@@ -491,7 +504,7 @@ class _Session:
             stream = _stream(self.data, self.epochs, self.total, seed, self.config)
         assert stream is not None
         stream.skip(start)
-        return StreamFeed(stream, self.dag, count, client, addresses)
+        return StreamFeed(stream, self.dag, self.mathematics.num_microbatches, client, addresses)
 
     def _on_step(self, event: StepEvent) -> None:
         self.line.update(event)

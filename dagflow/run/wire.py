@@ -20,9 +20,9 @@ import torch
 from dask.sizeof import sizeof
 from distributed.protocol import dask_deserialize, dask_serialize
 
-from dagflow_tasks.journal import in_memory_order
 from dagflow_tasks.operators import dtype_of
 from dagflow_tasks.results import BackwardResult, ForwardResult, TensorDict
+from dagflow_tasks.state import from_memory_order, in_memory_order
 
 # Tensors smaller than this are not worth a look.
 _MIN_COMPRESSED_BYTES = 64 * 1024
@@ -140,13 +140,9 @@ def pack_tensors(
 def unpack_tensors(headers: list[Header], frames: list[Any]) -> dict[str, torch.Tensor]:
     """Return the tensors that `pack_tensors` was given, on the CPU."""
     return {
-        header["name"]: _tensor(header, frame).permute(_inverse(header["order"]))
+        header["name"]: from_memory_order(_tensor(header, frame), header["order"])
         for header, frame in zip(headers, frames, strict=True)
     }
-
-
-def _inverse(order: list[int]) -> list[int]:
-    return [order.index(dim) for dim in range(len(order))]
 
 
 def _tensor(header: Header, frame: Any) -> torch.Tensor:

@@ -21,12 +21,14 @@ from dagflow_storage import PermanentError, Store, TransientError
 from dagflow_storage.journal import Entry, EntryKey, Segment, read_segments, write_segment
 from dagflow_tasks.references import StageRef
 from dagflow_tasks.results import JournalStats
-from dagflow_tasks.state import from_array, to_array
+from dagflow_tasks.state import from_array, from_memory_order, in_memory_order, to_array
 
 # Gathered before they are written: a segment costs a handful of requests, whatever its size.
 _SEGMENT_BYTES = 4 << 20
 # Beyond this the tasks wait for the store: it slows the run, and doesn't break it.
 _SPOOL_BYTES = 512 << 20
+# The index of what is written is a cache of the store's listing; nobody asks for older steps often.
+_INDEXED_STEPS = 256
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
 
 _Where = tuple[str, str, int]  # run, plan, step
@@ -44,7 +46,7 @@ class Sent:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
-@dataclass
+@dataclass(eq=False)
 class _Batch:
     """Entries of one step and stage that will be written together."""
 
@@ -89,12 +91,7 @@ class Journal:
             return
         where = (ref.run_id, ref.plan, step)
         with self._changed:
-            batch = self._open.get((ref.key, step))
-            if key in self._segments.get(where, ()) or (batch and key in batch.entries):
-                return
-            if any(
-                b.ref.key == ref.key and b.step == step and key in b.entries for b in self._sealed
-            ):
+            if key in self._segments.get(where, ()) or self._in_memory(ref, step, key) is not None:
                 return
             self._make_room()
             batch = self._open.setdefault((ref.key, step), _Batch(ref, step))
@@ -126,21 +123,12 @@ class Journal:
             return found
         return Sent({n: t for n, t in found.tensors.items() if n in names}, found.facts)
 
-    def forget(self, run_id: str, *, but_plan: str | None = None, before_step: int = 0) -> None:
-        """Forget where entries are: of a run, of its other plans, or of its earlier steps."""
-
-        def outdated(run: str, plan: str, step: int) -> bool:
-            return run == run_id and (plan != but_plan or step < before_step)
-
+    def forget(self, run_id: str, *, but_plan: str | None = None) -> None:
+        """Forget a run, or its other plans: what isn't written yet, and where the rest is."""
         with self._changed:
-            for where in [w for w in self._segments if outdated(*w)]:
+            for where in [w for w in self._segments if w[0] == run_id and w[1] != but_plan]:
                 del self._segments[where]
-            for open_key in [k for k in self._open if outdated(k[0][0], k[0][1], k[1])]:
-                self._waiting_bytes -= self._open.pop(open_key).num_bytes
-            for batch in [b for b in self._sealed if outdated(b.ref.run_id, b.ref.plan, b.step)]:
-                self._sealed.remove(batch)
-                self._waiting_bytes -= batch.num_bytes
-            self._changed.notify_all()
+            self._drop(lambda b: b.ref.run_id == run_id and b.ref.plan != but_plan)
 
     def disown(self, run_id: str, stage: int, from_step: int, seconds: float) -> None:
         """Drop what a stage has sent from a step on: it has turned out to be wrong.
@@ -153,11 +141,8 @@ class Journal:
             return ref.run_id == run_id and ref.stage == stage and batch.step >= from_step
 
         with self._changed:
-            for key in [k for k, batch in self._open.items() if is_wrong(batch)]:
-                self._waiting_bytes -= self._open.pop(key).num_bytes
-            for batch in [b for b in list(self._sealed)[1:] if is_wrong(b)]:
-                self._sealed.remove(batch)
-                self._waiting_bytes -= batch.num_bytes
+            being_written = self._sealed[0] if self._sealed else None
+            self._drop(lambda batch: batch is not being_written and is_wrong(batch))
             self._changed.wait_for(lambda: not any(map(is_wrong, self._sealed)), seconds)
             for where in [w for w in self._segments if w[0] == run_id and w[2] >= from_step]:
                 known = self._segments[where]
@@ -166,8 +151,7 @@ class Journal:
     def flush(self, timeout: float | None = None) -> bool:
         """Have everything written now; False if that took longer than `timeout` seconds."""
         with self._changed:
-            for ref, step in [(batch.ref, batch.step) for batch in self._open.values()]:
-                self._seal(ref, step)
+            self._seal_all()
             self._hurry = True
             self._changed.notify_all()
             done = self._changed.wait_for(lambda: not self._sealed, timeout)
@@ -207,12 +191,17 @@ class Journal:
 
     def look(self, ref: StageRef, step: int) -> None:
         """Learn from the store what others have written of a step."""
-        where = (ref.run_id, ref.plan, step)
         found = read_segments(ref.store, ref.plan, step)
         with self._changed:
-            known = self._segments.setdefault(where, {})
-            for segment in found:
-                known.update(dict.fromkeys(segment.facts, segment))
+            self._index((ref.run_id, ref.plan, step), found)
+
+    def _index(self, where: _Where, segments: Collection[Segment]) -> None:
+        """Remember where entries of a step are; the oldest are looked up again, if ever."""
+        known = self._segments.setdefault(where, {})
+        for segment in segments:
+            known.update(dict.fromkeys(segment.facts, segment))
+        while len(self._segments) > _INDEXED_STEPS:
+            del self._segments[next(iter(self._segments))]
 
     # Writing
 
@@ -220,11 +209,22 @@ class Journal:
         """Wait for the store, or, if it refuses, give up on the oldest entries."""
         if self._waiting_bytes < _SPOOL_BYTES:
             return
-        for ref, step in [(batch.ref, batch.step) for batch in self._open.values()]:
-            self._seal(ref, step)
+        self._seal_all()
         self._changed.wait_for(lambda: self._waiting_bytes < _SPOOL_BYTES or self._refused)
         while self._waiting_bytes >= _SPOOL_BYTES and self._sealed:
             self._waiting_bytes -= self._sealed.popleft().num_bytes
+
+    def _drop(self, unwanted: Callable[[_Batch], bool]) -> None:
+        """Give up entries that aren't written."""
+        dropped = [batch for batch in (*self._open.values(), *self._sealed) if unwanted(batch)]
+        self._open = {key: batch for key, batch in self._open.items() if batch not in dropped}
+        self._sealed = deque(batch for batch in self._sealed if batch not in dropped)
+        self._waiting_bytes -= sum(batch.num_bytes for batch in dropped)
+        self._changed.notify_all()
+
+    def _seal_all(self) -> None:
+        for ref, step in [(batch.ref, batch.step) for batch in self._open.values()]:
+            self._seal(ref, step)
 
     def _seal(self, ref: StageRef, step: int) -> None:
         batch = self._open.pop((ref.key, step), None)
@@ -271,8 +271,7 @@ class Journal:
                 self._sealed.remove(batch)
                 self._waiting_bytes -= batch.num_bytes
                 self._written_bytes += batch.num_bytes
-                known = self._segments.setdefault(where, {})
-                known.update(dict.fromkeys(segment.facts, segment))
+                self._index(where, [segment])
             self._changed.notify_all()
 
 
@@ -307,29 +306,10 @@ def read_sent(
     tensors = {}
     for name, array in segment.read(store, key, names).items():
         tensor = from_array(array, dtypes[name])
-        if name in orders:
-            tensor = tensor.permute([orders[name].index(dim) for dim in range(tensor.dim())])
-        tensors[name] = tensor
+        tensors[name] = from_memory_order(tensor, orders[name]) if name in orders else tensor
     return Sent(tensors, facts)
-
-
-def in_memory_order(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """Return a contiguous tensor, and its dimensions' places in the one given."""
-    strides = tuple(tensor.stride())
-    order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
-    permuted = tensor.permute(order)
-    if permuted.is_contiguous():
-        return permuted, order
-    return tensor.contiguous(), list(range(tensor.dim()))
 
 
 JOURNAL = Journal()
 
-__all__ = [
-    "JOURNAL",
-    "EntryKey",
-    "Journal",
-    "Sent",
-    "in_memory_order",
-    "read_sent",
-]
+__all__ = ["JOURNAL", "EntryKey", "Journal", "Sent", "read_sent"]

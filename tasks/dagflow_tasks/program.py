@@ -186,9 +186,9 @@ class StageProgram:
         return any(multiplies(node) and trainable & set(node.references()) for node in self.nodes)
 
     @cached_property
-    def borrowed_parameters(self) -> dict[str, int]:
-        """Owner by name of the tied parameters that another stage updates."""
-        return {use.parameter: use.owner for use in self.parameters if use.owner != self.stage}
+    def lenders(self) -> tuple[int, ...]:
+        """Stages that own (and update) parameters which this stage uses, too, ascending."""
+        return tuple(sorted({use.owner for use in self.parameters} - {self.stage}))
 
     @cached_property
     def sources(self) -> tuple[int, ...]:
@@ -208,6 +208,10 @@ class StageProgram:
         """
         later = {i.gradient_from for i in self.inputs if i.gradient_from is not None}
         return tuple(sorted(later | {o.readers[0] for o in self.outputs if o.differentiable}))
+
+    def values_from(self, source: int) -> list[str]:
+        """Return the boundary values that this stage reads from another."""
+        return [i.value.name for i in self.inputs if i.source == source]
 
     def values_for(self, reader: int) -> list[str]:
         """Return the boundary values that another stage reads."""

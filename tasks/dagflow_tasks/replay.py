@@ -132,7 +132,7 @@ def needed_entries(
 ) -> list[EntryKey]:
     """Return the journal's entries that a replay of one step of a stage reads."""
     stage = program.stage
-    keys = [EntryKey("lend", o, stage) for o in sorted(set(program.borrowed_parameters.values()))]
+    keys = [EntryKey("lend", owner, stage) for owner in program.lenders]
     keys += [EntryKey("return", borrower, stage) for borrower in neighbours.borrowers]
     for microbatch in microbatches:
         index = microbatch.index
@@ -282,7 +282,7 @@ def replay_step(
     state = StateRef(record.step)
     JOURNAL.look(ref, record.step)
     read = _Reader(ref, program, neighbours, record.step)
-    tied = [read.tensors("lend", o, program.stage) for o in read.lenders]
+    tied = [read.tensors("lend", o, program.stage) for o in program.lenders]
     scaling = before or Decision() if neighbours.scaled else None
     there: ForwardResult | None = None
     back: BackwardResult | None = None
@@ -312,7 +312,6 @@ class _Reader:
         self.program = program
         self.neighbours = neighbours
         self.step = step
-        self.lenders = sorted(set(program.borrowed_parameters.values()))
 
     def tensors(
         self, kind: str, stage: int, index: int, names: Sequence[str] | None = None
@@ -322,7 +321,7 @@ class _Reader:
     def values(self, index: int) -> list[Tensors]:
         parts: list[Tensors] = [self._batch(index)] if self.program.batch_inputs else []
         for source in self.program.sources:
-            names = [i.value.name for i in self.program.inputs if i.source == source]
+            names = self.program.values_from(source)
             parts.append(self.tensors("forward", source, index, names))
         return parts
 

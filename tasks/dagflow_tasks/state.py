@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,3 +175,18 @@ def from_array(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
     """
     tensor = torch.from_numpy(array if array.flags.writeable else array.copy()).clone()
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def in_memory_order(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """Return a contiguous tensor, and its dimensions' places in the one given."""
+    strides = tuple(tensor.stride())
+    order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
+    permuted = tensor.permute(order)
+    if permuted.is_contiguous():
+        return permuted, order
+    return tensor.contiguous(), list(range(tensor.dim()))
+
+
+def from_memory_order(tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """Return the tensor that `in_memory_order` was given."""
+    return tensor.permute([order.index(dim) for dim in range(len(order))])

@@ -198,13 +198,17 @@ def _will_be_refused(ref: StageRef, result: ForwardResult, microbatch: Microbatc
         return False
     try:
         for output in CACHE.executable(ref).program.outputs:
-            check_received(ref, output.value, ref.stage, result.values, microbatch)
+            tensor = _check_form(ref, output.value, ref.stage, result.values, microbatch)
+            if not result.finite:
+                _check_numbers(ref, tensor, output.value.name, ref.stage)
     except GarbageReceived:
         return True
     return False
 
 
 def _send_backward(ref: StageRef, result: BackwardResult) -> None:
+    if not ref.journal:
+        return
     try:
         for name, gradient in result.gradients.items():
             _check_numbers(ref, gradient, name, ref.stage)
@@ -278,9 +282,21 @@ def check_received(
     GarbageReceived
         Naming the stage it came from.
     """
+    tensor = _check_form(ref, value, source, given, microbatch)
+    what = _sent_to(ref, source, microbatch)
+    _check_numbers(ref, tensor, f"{what} NaN in {value.name!r}.", source)
+
+
+def _check_form(
+    ref: StageRef,
+    value: ValueSpec,
+    source: int,
+    given: Mapping[str, torch.Tensor],
+    microbatch: Microbatch,
+) -> torch.Tensor:
+    """Return a boundary value if it is there and has the form that the program says."""
     tensor = given.get(value.name)
-    what = f"Stage {source} sent stage {ref.stage} in step {microbatch.step}, micro-batch "
-    what += f"{microbatch.index},"
+    what = _sent_to(ref, source, microbatch)
     if tensor is None:
         raise GarbageReceived(f"{what} no {value.name!r}.", source)
     sizes = dict(microbatch.sizes)
@@ -294,7 +310,14 @@ def check_received(
             f"{value.dtype}{list(shape)}.",
             source,
         )
-    _check_numbers(ref, tensor, f"{what} NaN in {value.name!r}.", source)
+    return tensor
+
+
+def _sent_to(ref: StageRef, source: int, microbatch: Microbatch) -> str:
+    return (
+        f"Stage {source} sent stage {ref.stage} in step {microbatch.step}, micro-batch "
+        f"{microbatch.index},"
+    )
 
 
 def _check_numbers(ref: StageRef, tensor: torch.Tensor, message: str, source: int) -> None:
