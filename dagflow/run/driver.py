@@ -176,6 +176,7 @@ class Driver:
     _ready: dict[int, Future] = field(default_factory=dict)
     _restored: list[Future] = field(default_factory=list)
     _wrong: set[int] = field(default_factory=set)
+    _unsent: set[int] = field(default_factory=set)  # stages whose batches went with their worker
     _standing: Standing | None = None
     _lineage: tuple[int, int] = (0, 0)
     _journals: dict[str, JournalStats] = field(default_factory=dict)
@@ -694,13 +695,13 @@ class Driver:
         usable = self._await_somebody()
         self.addresses[:] = place_again(self.addresses, lost, usable, self._warm())
         self._lost_stages.update(lost)
+        self._unsent |= lost  # also those of an earlier try that was itself disturbed
         if lost:
             places = ", ".join(f"stage {s} on {self.addresses[s]}" for s in sorted(lost))
             self.note(f"Rebuilding {places}.")
         known = self._progress(set(range(len(self.addresses))) - lost)
         for stage in lost & self._moves.keys():
             self._moves.pop(stage).future.release()
-        missing = lost
         lost = lost | {stage for stage, progress in known.items() if progress.step < self._done}
         for stage in lost:
             known[stage] = StageProgress(stage, self._done)
@@ -709,11 +710,12 @@ class Driver:
         for number, flight in enumerate(self._flights):
             try:
                 flight.batch = self.feed.prepare_again(
-                    flight.batch, flight.step, self.graph, missing
+                    flight.batch, flight.step, self.graph, self._unsent
                 )
             except WorkersLost as error:
                 raise Disturbed(str(error)) from error
             self._submit(flight, first=number == 0)
+        self._unsent.clear()
 
     def _await_somebody(self) -> list[str]:
         """Return the workers that may get a stage, once there are any."""

@@ -39,6 +39,17 @@ def test_one_killed_worker_costs_no_other_stage_anything(tmp_path: Path) -> None
     assert {e.place[2] for e in trial.outcome.executions if e.place[0] == "replay"} == {1}
 
 
+def test_a_fault_while_rebuilding_does_not_keep_batches_from_who_rebuilds(tmp_path: Path) -> None:
+    # Whoever has frozen holds the rebuilding of the others up until that is noticed.
+    incidents = [
+        Incident(0, Fault.KILL, AfterStep(7), (0,)),
+        Incident(1, Fault.FREEZE, AfterStep(7), (3,), lasts_steps=1),
+    ]
+    trial = hold_script(incidents, Recipe(Extent(num_steps=14)), tmp_path)
+    assert trial.failures == []
+    assert trial.outcome.steps_repeated == 0
+
+
 def test_garbage_does_not_come_back_out_of_the_journal(tmp_path: Path) -> None:
     # A new driver has every worker write its journal, and then the garbage's reader is replayed.
     incidents = [
