@@ -6,6 +6,7 @@ import itertools
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from dagflow.errors import BatchInvalid, SettingsInvalid
 from dagflow.graph.batch import flatten_batch
 from dagflow_storage import TokenArray, write_tokens
+from dagflow_tasks.interpreter import RANDOM_LOCK
 from dagflow_tasks.results import TensorDict
 from dagflow_tasks.tasks import tensors_of
 
@@ -201,12 +203,12 @@ class BatchStream:
             epoch += 1
 
     def _epoch(self, epoch: int) -> Iterator[Any]:
-        with torch.random.fork_rng(devices=[]):
+        with _own_random_numbers():
             torch.manual_seed(_draw(self._seed, epoch, -1) >> 1)
             iterator = iter(_indexed(self._data))
             state = torch.get_rng_state()
         while True:
-            with torch.random.fork_rng(devices=[]):
+            with _own_random_numbers():
                 torch.set_rng_state(state)
                 try:
                     batch = next(iterator)
@@ -214,6 +216,13 @@ class BatchStream:
                     return
                 state = torch.get_rng_state()
             yield batch
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Leave torch's generator to the data, and to no worker that is a thread of this process."""
+    with RANDOM_LOCK, torch.random.fork_rng(devices=[]):
+        yield
 
 
 def _indexed(data: Any) -> Any:

@@ -31,8 +31,9 @@ from dagflow_tasks.operators import (
 )
 from dagflow_tasks.program import StageProgram
 
-# Seeding a generator and drawing from it must not be torn apart by another thread of this process.
-_RANDOM_LOCK = threading.Lock()
+# Seeding torch's generator and drawing from it must not be torn apart by another thread of this
+# process: whoever does either holds this.
+RANDOM_LOCK = threading.Lock()
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -269,12 +270,12 @@ class _seeded:
         self._device, self._seed = device, seed
 
     def __enter__(self) -> None:
-        _RANDOM_LOCK.acquire()
+        RANDOM_LOCK.acquire()
         # torch takes 64-bit seeds but reserves the sign; 63 bits are plenty.
         _generator(self._device).manual_seed(self._seed >> 1)
 
     def __exit__(self, *exception: object) -> None:
-        _RANDOM_LOCK.release()
+        RANDOM_LOCK.release()
 
 
 class _restored_generator:
@@ -284,9 +285,9 @@ class _restored_generator:
         self._generator = _generator(device)
 
     def __enter__(self) -> None:
-        with _RANDOM_LOCK:
+        with RANDOM_LOCK:
             self._state = self._generator.get_state()
 
     def __exit__(self, *exception: object) -> None:
-        with _RANDOM_LOCK:
+        with RANDOM_LOCK:
             self._generator.set_state(self._state)

@@ -17,6 +17,7 @@ from small import assert_same_run, batches, example, train, train_with_torch
 import dagflow
 from dagflow.demo.gpt import GPT
 from dagflow.run.data import BatchStream
+from dagflow_tasks.interpreter import RANDOM_LOCK
 
 
 def gpt() -> GPT:
@@ -154,3 +155,20 @@ def test_a_model_without_memory_trains_from_its_weights_file(
         )
         assert_same_run(found, wanted)
     model.load_state_dict(found.state_dict(), strict=True)
+
+
+def test_data_that_draws_has_the_generator_to_itself() -> None:
+    # Workers that are threads of this process seed the same generator for dropout.
+    held: list[bool] = []
+
+    def drawing() -> Iterator[torch.Tensor]:
+        for _ in range(3):
+            held.append(RANDOM_LOCK.locked())
+            yield torch.rand(2)
+
+    before = torch.get_rng_state()
+    stream = BatchStream(drawing(), 1, 0, None)
+    assert len({tuple(stream.take().tolist()) for _ in range(3)}) == 3  # type: ignore[union-attr]
+    assert held == [True] * 3
+    assert not RANDOM_LOCK.locked()
+    assert torch.equal(torch.get_rng_state(), before)
