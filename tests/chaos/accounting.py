@@ -151,11 +151,15 @@ def unexplained(executions: Sequence[Execution], hits: Sequence[Hit]) -> list[st
     found = []
     by_place: dict[Place, Execution] = {}
     on_stage: dict[int, Execution] = {}
+    # Whoever wakes begins with what it was told while it was frozen, and goes on with that.
+    before_restoring: dict[tuple[str, int], Execution | None] = {}
     for execution in executions:
         function, _, stage, _ = execution.place
         earlier = None
-        if function == "replay":
-            earlier = on_stage.get(stage)
+        if function == "restore":
+            before_restoring[execution.volunteer, stage] = on_stage.get(stage)
+        elif function == "replay":
+            earlier = before_restoring.get((execution.volunteer, stage), on_stage.get(stage))
         elif function in COMPUTING:
             earlier = by_place.get(execution.place)
             by_place[execution.place] = on_stage[stage] = execution
