@@ -472,6 +472,8 @@ class Driver:
         self._wrong.add(stage)
         run_id, plan = self.graph.refs[stage].run_id, self.graph.refs[stage].plan
         ask_workers(self.client, _disown, run_id, stage, self._done, addresses=[address])
+        # The stage's batches, which the driver has written, go with the rest; they are sent again.
+        JOURNAL.disown(run_id, stage, self._done, _DISOWN_SECONDS)
         delete_segments(self.run.store, plan, self._done, stage)
         raise Disturbed(str(error)) from error
 

@@ -61,6 +61,18 @@ def test_garbage_does_not_come_back_out_of_the_journal(tmp_path: Path) -> None:
     assert trial.failures == []
 
 
+def test_batches_outlive_the_garbage_that_was_made_of_them(tmp_path: Path) -> None:
+    # The first loss has the batches in flight written; the second deletes what the stage has sent.
+    incidents = [
+        Incident(0, Fault.KILL, AfterStep(6), (2,)),
+        Incident(1, Fault.WRONG_SHAPE, InTask("forward", 7, 0, 1), (0,)),
+        Incident(2, Fault.KILL, AfterStep(9), (0,)),
+    ]
+    trial = hold_script(incidents, Recipe(Extent(num_steps=14)), tmp_path)
+    assert trial.failures == []
+    assert trial.outcome.steps_repeated == 0
+
+
 def test_a_script_follows_from_its_seed() -> None:
     assert script(4, EXTENT, 28) == script(4, EXTENT, 28)
     assert script(4, EXTENT, 28) != script(5, EXTENT, 28)
