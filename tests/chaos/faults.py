@@ -68,6 +68,7 @@ IN_TASK = frozenset(
     }
 )
 GARBAGE = frozenset({Fault.NOT_FINITE, Fault.WRONG_SHAPE})
+FAILING = GARBAGE | {Fault.EXCEPTION, Fault.OUT_OF_MEMORY}
 NOBODYS = frozenset(
     {
         Fault.KILL_ALL,
@@ -182,10 +183,17 @@ def script(
     when = sorted(rng.choices(busy, k=count))
     found: list[Incident] = []
     last_kill: int | None = None
+    spoiled: set[tuple[int, int]] = set()
     for number, (fault, step) in enumerate(zip(drawn, when, strict=True)):
         if fault is Fault.KILL_REBUILDING and last_kill is None:
             fault = Fault.KILL
-        found.append(_incident(rng, number, fault, step, extent, last_kill))
+        incident = _incident(rng, number, fault, step, extent, last_kill)
+        # What fails twice, on two workers, is to blame itself, and ends the run.
+        while fault in FAILING and (incident.moment.step, *incident.stages) in spoiled:
+            incident = _incident(rng, number, fault, rng.choice(steps), extent, last_kill)
+        if fault in FAILING:
+            spoiled.add((incident.moment.step, *incident.stages))
+        found.append(incident)
         if fault in ONE_WORKER_KILLED:
             last_kill = number
     return found

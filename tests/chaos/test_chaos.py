@@ -9,6 +9,7 @@ import pytest
 from chaos.driving import Recipe
 from chaos.faults import (
     ENABLED,
+    FAILING,
     AfterStep,
     Extent,
     Fault,
@@ -85,6 +86,13 @@ def test_every_script_has_every_kind_and_several_faults_at_a_time(seed: int) -> 
     steps = [i.moment.step for i in incidents if not isinstance(i.moment, WhileRebuilding)]
     assert len(set(steps)) < len(steps)
     assert all(0 < step < EXTENT.num_steps for step in steps)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_script_has_a_task_fail_twice(seed: int) -> None:
+    failing = [i for i in script(seed, EXTENT, 28) if i.fault in FAILING]
+    places = [(i.moment.step, *i.stages) for i in failing if isinstance(i.moment, InTask)]
+    assert len(set(places)) == len(places) == len(failing)
 
 
 def test_garbage_is_computed_where_something_is_computed() -> None:
