@@ -1,6 +1,12 @@
 """Floor 1 of dagflow: where things are, and whether they are finished. Knows no task."""
 
-from dagflow_storage.arrays import ArraySpec, StoredArray, read_arrays, write_arrays
+from dagflow_storage.arrays import (
+    ALIGNMENT_BYTES,
+    ArraySpec,
+    StoredArray,
+    read_arrays,
+    write_arrays,
+)
 from dagflow_storage.codec import Blosc2Codec
 from dagflow_storage.documents import JSON
 from dagflow_storage.errors import (
@@ -55,6 +61,7 @@ from dagflow_storage.verify import (
 )
 
 __all__ = [
+    "ALIGNMENT_BYTES",
     "JSON",
     "ArraySpec",
     "Blosc2Codec",

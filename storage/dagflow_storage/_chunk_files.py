@@ -6,8 +6,9 @@ the file and the array.
 """
 
 import os
+import threading
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -37,6 +38,7 @@ class ChunkFiles:
         self._folder = folder
         self._dtype = dtype
         self._chunk_elements = chunk_elements
+        self._threads = threading.local()
 
     def place(self, number: int) -> Path:
         """The file of a chunk."""
@@ -65,8 +67,8 @@ class ChunkFiles:
             raise
         return data.nbytes + CHECKSUM_BYTES, int.from_bytes(checksum, "little")
 
-    def read(self, number: int, first: int, out: NDArray[Any]) -> None:
-        """Fill `out` with the chunk's elements from `first` on.
+    def read(self, number: int, pieces: Sequence[tuple[int, NDArray[Any]]]) -> None:
+        """Fill arrays with the chunk's elements, each from a place in the chunk on.
 
         Raises
         ------
@@ -75,9 +77,9 @@ class ChunkFiles:
         ValueError
             If it is not what was written.
         """
-        whole = (
-            out if out.size == self._chunk_elements else np.empty(self._chunk_elements, self._dtype)
-        )
+        out = pieces[0][1]
+        direct = len(pieces) == 1 and out.size == self._chunk_elements
+        whole = out if direct else self._scratch()
         raw = _bytes_of(whole)
         with open(self.place(number), "rb", buffering=0) as file:
             found = os.fstat(file.fileno()).st_size
@@ -87,8 +89,16 @@ class ChunkFiles:
             checksum = file.read(CHECKSUM_BYTES)
         if checksum != _checksum(whole):
             raise ValueError("its checksum is wrong")
-        if whole is not out:
-            out[:] = whole[first : first + out.size]
+        if not direct:
+            for first, piece in pieces:
+                piece[:] = whole[first : first + piece.size]
+
+    def _scratch(self) -> NDArray[Any]:
+        """A chunk's memory, one a thread: new memory costs more than what is read into it."""
+        scratch: NDArray[Any] | None = getattr(self._threads, "scratch", None)
+        if scratch is None:
+            scratch = self._threads.scratch = np.empty(self._chunk_elements, self._dtype)
+        return scratch
 
 
 def each(operation: Callable[[int], None], numbers: Iterable[int]) -> None:

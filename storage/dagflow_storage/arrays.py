@@ -5,6 +5,7 @@ times as much as laying them end to end in chunks of 4 MiB.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -12,13 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from dagflow_storage._chunk_files import NUM_THREADS
 from dagflow_storage.codec import Blosc2Codec
 from dagflow_storage.flat import AnyArray, FlatArray
 from dagflow_storage.location import Store
 
 CHUNK_BYTES = 4 * 2**20
-# Gathered before they are written, so that their compression and their requests overlap.
+# Written at once, so that their compression and their requests overlap, while as many are gathered.
 NUM_BUFFERED_CHUNKS = 4
+# Kernels may round differently on what isn't aligned to their vectors; torch aligns to this.
+ALIGNMENT_BYTES = 64
 
 _NUMPY_LABELS = frozenset(np.dtype(code).name for code in "?bBhHiIlLqQefdFD")
 
@@ -79,8 +83,8 @@ def write_arrays(
 ) -> list[StoredArray]:
     """Write arrays below `path`, which must be unused, and tell where each one lies.
 
-    Memory on top of what `read` returns: `NUM_BUFFERED_CHUNKS` chunks a dtype, and some copies of
-    as many that are under way.
+    Memory on top of what `read` returns: twice `NUM_BUFFERED_CHUNKS` chunks a dtype, and some
+    copies of those that are under way.
 
     Parameters
     ----------
@@ -88,7 +92,8 @@ def write_arrays(
         What is written, in this order. Names must differ, whatever their roles.
     read
         Called once a name, in order, when its turn comes. What numpy lacks arrives as integers
-        of the same size: ``"bfloat16"`` as ``uint16``.
+        of the same size: ``"bfloat16"`` as ``uint16``. What it returns mustn't change before this
+        function returns: it is written behind.
 
     Raises
     ------
@@ -99,24 +104,25 @@ def write_arrays(
     index = _layout(specs)
     num_elements = {stored.array: stored.end for stored in index}
     writers: dict[str, _FlatWriter] = {}
-    for spec, stored in zip(specs, index, strict=True):
-        data = np.ascontiguousarray(read(spec.name))
-        _check_data(spec, data)
-        label = stored.array
-        if label not in writers:
-            place = f"{path}/{label}"
-            writers[label] = _FlatWriter(store, place, data.dtype, num_elements[label])
-        writers[label].append(data.reshape(-1))
-    for writer in writers.values():
-        writer.finish()
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for spec, stored in zip(specs, index, strict=True):
+            data = np.ascontiguousarray(read(spec.name))
+            _check_data(spec, data)
+            label = stored.array
+            if label not in writers:
+                place = f"{path}/{label}"
+                writers[label] = _FlatWriter(store, place, data.dtype, num_elements[label], pool)
+            writers[label].append(data.reshape(-1))
+        for writer in writers.values():
+            writer.finish()
     return index
 
 
 def read_arrays(store: Store, path: str, index: Iterable[StoredArray]) -> dict[str, AnyArray]:
     """The arrays of `index`, by name; only the chunks they lie in are fetched.
 
-    Arrays that lie side by side are read at once and share one buffer, in which they don't
-    overlap. Each may be written to.
+    Arrays that lie side by side are read at once. Each has memory of its own, aligned as
+    tensors are, and may be written to.
 
     Raises
     ------
@@ -134,16 +140,23 @@ def read_arrays(store: Store, path: str, index: Iterable[StoredArray]) -> dict[s
 
 
 class _FlatWriter:
-    """Lays arrays end to end and writes them a few whole chunks at a time."""
+    """Lays arrays end to end and writes them a few whole chunks at a time.
 
-    def __init__(self, store: Store, path: str, dtype: np.dtype[Any], num_elements: int) -> None:
+    While some are being written the next are gathered: there are two buffers.
+    """
+
+    def __init__(
+        self, store: Store, path: str, dtype: np.dtype[Any], num_elements: int, pool: Executor
+    ) -> None:
         chunk = max(1, CHUNK_BYTES // dtype.itemsize)
         codec = _codec_for(store)
         self._target = FlatArray.create(store, path, dtype, num_elements, chunk, codec=codec)
+        self._pool = pool
         buffered = min(num_elements, NUM_BUFFERED_CHUNKS * self._target.chunk_elements)
-        self._buffer = np.empty(buffered, dtype)
+        self._buffer, self._spare = np.empty(buffered, dtype), np.empty(0, dtype)
         self._num_buffered = 0
         self._num_written = 0
+        self._under_way: list[Future[None]] = []
 
     def append(self, data: AnyArray) -> None:
         while data.size:
@@ -157,6 +170,7 @@ class _FlatWriter:
 
     def finish(self) -> None:
         self._write(self._buffer[: self._num_buffered])
+        self._wait()
 
     def _take(self, data: AnyArray) -> AnyArray:
         taken = min(data.size, self._buffer.size - self._num_buffered)
@@ -164,13 +178,23 @@ class _FlatWriter:
         self._num_buffered += taken
         if self._num_buffered == self._buffer.size:
             self._write(self._buffer)
+            if self._spare.size < self._buffer.size:
+                self._spare = np.empty_like(self._buffer)
+            self._buffer, self._spare = self._spare, self._buffer
             self._num_buffered = 0
         return data[taken:]
 
     def _write(self, data: AnyArray) -> None:
+        """Begin to write; what was begun before, in the other buffer, is done then."""
+        self._wait()
         if data.size:
-            self._target.write(self._num_written, data)
+            self._under_way = self._target.begin_write(self._num_written, data, self._pool)
             self._num_written += data.size
+
+    def _wait(self) -> None:
+        under_way, self._under_way = self._under_way, []
+        for chunk in under_way:
+            chunk.result()
 
 
 def _codec_for(store: Store) -> Blosc2Codec | None:
@@ -228,9 +252,14 @@ def _runs(members: Iterable[StoredArray], chunk: int) -> Iterator[list[StoredArr
 
 
 def _read_run(source: FlatArray, run: Sequence[StoredArray]) -> dict[str, AnyArray]:
-    start = run[0].offset
-    data = source.read(start, max(stored.end for stored in run))
-    return {
-        stored.name: data[stored.offset - start : stored.end - start].reshape(stored.shape)
-        for stored in run
-    }
+    found = {stored.name: _aligned(stored.num_elements, source.dtype) for stored in run}
+    source.read_into([(stored.offset, found[stored.name]) for stored in run])
+    return {stored.name: found[stored.name].reshape(stored.shape) for stored in run}
+
+
+def _aligned(num_elements: int, dtype: np.dtype[Any]) -> AnyArray:
+    """Memory that begins where vector instructions like it, as numpy's own does by chance."""
+    num_bytes = num_elements * dtype.itemsize
+    raw = np.empty(num_bytes + ALIGNMENT_BYTES, np.uint8)
+    begin = -raw.ctypes.data % ALIGNMENT_BYTES
+    return raw[begin : begin + num_bytes].view(dtype)

@@ -4,7 +4,8 @@ Every chunk carries a checksum, and a chunk that is missing is an error; zarr al
 answer zeros.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
@@ -150,12 +151,22 @@ class FlatArray:
         Up to a chunk's end or the array's: a partly written chunk would be read, merged and
         written again.
         """
+        self.begin_write(start, data, None)
+
+    def begin_write(
+        self, start: int, data: AnyArray, pool: Executor | None
+    ) -> "list[Future[None]]":
+        """Begin to `write`, and return what there is to wait for; `data` mustn't change until then.
+
+        Only chunks that are files are written behind the caller, by the threads of `pool`.
+        """
         assert start % self.chunk_elements == 0, "writes begin at a chunk"
-        if self._files is None:
+        if self._files is not None and data.size:
+            return self._write_files(self._files, start, data, pool)
+        if data.size:
             with writing(self._where):
                 self._array[start : start + data.size] = data
-        elif data.size:
-            self._write_files(self._files, start, data)
+        return []
 
     def read(self, start: int, stop: int) -> AnyArray:
         """Elements `start` to `stop`, a new array.
@@ -167,21 +178,44 @@ class FlatArray:
         StoreUnreachable
             If the store did not answer, or reads went on being garbled on the way.
         """
+        found = np.empty(stop - start, self.dtype)
+        self.read_into([(start, found)])
+        return found
+
+    def read_into(self, pieces: Sequence[tuple[int, AnyArray]]) -> None:
+        """Fill flat arrays, each with the elements from its start on; chunks are read once.
+
+        Parameters
+        ----------
+        pieces
+            In the order of their starts; they don't overlap.
+
+        Raises
+        ------
+        DamagedData, StoreUnreachable
+            As `read` does.
+        """
+        pieces = [(start, out) for start, out in pieces if out.size]
+        if not pieces:
+            return
+        start, stop = pieces[0][0], max(first + out.size for first, out in pieces)
         if stop > len(self):
             raise DamagedData(
                 f"{self._where} has {len(self)} elements, {start} to {stop} were to be read"
             )
-        return self._store.retries.run(lambda: self._read_checked(start, stop))
+        self._store.retries.run(lambda: self._read_checked(pieces, start, stop))
 
-    def _read_checked(self, start: int, stop: int) -> AnyArray:
+    def _read_checked(self, pieces: Sequence[tuple[int, AnyArray]], start: int, stop: int) -> None:
         try:
-            return self._read(start, stop)
+            self._read(pieces, start, stop)
         except DagflowError:
             raise
         except Exception as error:  # codecs raise ValueError, RuntimeError and more
             raise self._diagnosis(start, stop) from error
 
-    def _write_files(self, files: ChunkFiles, start: int, data: AnyArray) -> None:
+    def _write_files(
+        self, files: ChunkFiles, start: int, data: AnyArray, pool: Executor | None
+    ) -> "list[Future[None]]":
         chunk = self.chunk_elements
 
         def write(number: int) -> None:
@@ -190,36 +224,49 @@ class FlatArray:
                 size_bytes, checksum = files.write(number, data[begin : begin + chunk])
             self._store.written(f"{self._path}/c/{number}", size_bytes, checksum)
 
+        def try_to_write(number: int) -> None:
+            self._store.retries.run(lambda: write(number))
+
         numbers = range(start // chunk, -(-(start + data.size) // chunk))
-        each(lambda number: self._store.retries.run(lambda: write(number)), numbers)
+        if pool is not None:
+            return [pool.submit(try_to_write, number) for number in numbers]
+        each(try_to_write, numbers)
+        return []
 
-    def _read(self, start: int, stop: int) -> AnyArray:
-        if self._files is None:
-            with reading(self._where):
-                return np.asarray(self._array[start:stop])
-        return self._read_files(self._files, start, stop)
+    def _read(self, pieces: Sequence[tuple[int, AnyArray]], start: int, stop: int) -> None:
+        if self._files is not None:
+            self._read_files(self._files, pieces)
+            return
+        with reading(self._where):
+            found = np.asarray(self._array[start:stop])
+        for first, out in pieces:
+            out[:] = found[first - start : first - start + out.size]
 
-    def _read_files(self, files: ChunkFiles, start: int, stop: int) -> AnyArray:
+    def _read_files(self, files: ChunkFiles, pieces: Sequence[tuple[int, AnyArray]]) -> None:
         chunk = self.chunk_elements
-        found = np.empty(stop - start, self.dtype)
+        by_chunk: dict[int, list[tuple[int, AnyArray]]] = {}
+        for first, out in pieces:
+            for number in range(first // chunk, -(-(first + out.size) // chunk)):
+                begin = max(first, number * chunk)
+                end = min(first + out.size, (number + 1) * chunk)
+                part = (begin - number * chunk, out[begin - first : end - first])
+                by_chunk.setdefault(number, []).append(part)
 
         def read(number: int) -> None:
-            begin, end = max(start, number * chunk), min(stop, (number + 1) * chunk)
             try:
                 with reading(f"{self._where}/c/{number}"):
-                    files.read(number, begin - number * chunk, found[begin - start : end - start])
+                    files.read(number, by_chunk[number])
             except NotFound as error:
                 raise _MissingChunk("it is missing") from error
 
-        numbers = range(start // chunk, -(-stop // chunk)) if stop > start else range(0)
-        each(lambda number: self._store.retries.run(lambda: read(number)), numbers)
-        return found
+        each(lambda number: self._store.retries.run(lambda: read(number)), by_chunk)
 
     def _diagnosis(self, start: int, stop: int) -> DagflowError:
         chunk = self.chunk_elements
         for number in range(start // chunk, -(-stop // chunk)):
             try:
-                self._read(number * chunk, min((number + 1) * chunk, len(self)))
+                begin, end = number * chunk, min((number + 1) * chunk, len(self))
+                self._read([(begin, np.empty(end - begin, self.dtype))], begin, end)
             except DagflowError as error:
                 return error
             except Exception as error:

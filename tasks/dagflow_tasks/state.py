@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dagflow_storage import (
+    ALIGNMENT_BYTES,
     ArraySpec,
     NotFound,
     ShardRecord,
@@ -168,12 +169,14 @@ def to_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def from_array(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
-    """Return the tensor that `to_array` was given, in memory of torch's own.
+    """Return the tensor that `to_array` was given, in memory that is aligned like torch's own.
 
     NumPy aligns to 16 bytes, torch to 64, and kernels may round differently on what isn't aligned to
     their vectors: a stage that was rebuilt must not.
     """
-    tensor = torch.from_numpy(array if array.flags.writeable else array.copy()).clone()
+    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+    if tensor.data_ptr() % ALIGNMENT_BYTES:
+        tensor = tensor.clone()
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 

@@ -1,6 +1,7 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dagflow_storage import (
+    ALIGNMENT_BYTES,
     ArraySpec,
     DamagedData,
     NotFound,
@@ -45,13 +47,13 @@ def counted(sizes: list[int], dtype: str = "float32") -> Data:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The ranges that are read from flat arrays."""
     seen: list[tuple[int, int]] = []
-    original = FlatArray.read
+    original = FlatArray.read_into
 
-    def recording(self: FlatArray, start: int, stop: int) -> np.ndarray:
-        seen.append((start, stop))
-        return original(self, start, stop)
+    def recording(self: FlatArray, pieces: Sequence[tuple[int, np.ndarray]]) -> None:
+        seen.append((pieces[0][0], pieces[-1][0] + pieces[-1][1].size))
+        original(self, pieces)
 
-    monkeypatch.setattr(FlatArray, "read", recording)
+    monkeypatch.setattr(FlatArray, "read_into", recording)
     return seen
 
 
@@ -127,13 +129,13 @@ def test_each_array_is_asked_for_once_and_in_order(memory: Store) -> None:
 def test_no_chunk_is_written_twice(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrays_module, "CHUNK_BYTES", SMALL_CHUNK_BYTES)
     written: list[tuple[int, int]] = []
-    original = FlatArray.write
+    original = FlatArray.begin_write
 
-    def recording(self: FlatArray, start: int, data: np.ndarray) -> None:
+    def recording(self: FlatArray, start: int, data: np.ndarray, pool: Any) -> Any:
         written.append((start, start + data.size))
-        original(self, start, data)
+        return original(self, start, data, pool)
 
-    monkeypatch.setattr(FlatArray, "write", recording)
+    monkeypatch.setattr(FlatArray, "begin_write", recording)
     write(folder, counted([5, 200, 7, 64, 1]))
     assert written[0][0] == 0
     assert written[-1][1] == 277
@@ -156,6 +158,13 @@ def test_neighbours_are_read_at_once_and_strangers_left_alone(
 
 
 @pytest.mark.usefixtures("small_chunks")
+def test_arrays_are_aligned_and_have_memory_of_their_own(folder: Store) -> None:
+    index = write(folder, counted([5, 200, 7]))
+    found = read_arrays(folder, "set", index)
+    assert all(array.ctypes.data % ALIGNMENT_BYTES == 0 for array in found.values())
+    assert not any(np.shares_memory(found["a0"], found[name]) for name in ("a1", "a2"))
+
+
 def test_a_partial_read_does_not_touch_other_chunks(folder: Store) -> None:
     index = write(folder, counted([16] * 4))
     for number in (0, 2, 3):
@@ -206,10 +215,10 @@ def test_damage_that_a_second_read_does_not_find_is_read_again(
     answers = iter([ValueError("checksum")])
     original = FlatArray._read
 
-    def garbled_once(self: FlatArray, start: int, stop: int) -> np.ndarray:
+    def garbled_once(self: FlatArray, *where: Any) -> None:
         for error in answers:
             raise error
-        return original(self, start, stop)
+        original(self, *where)
 
     monkeypatch.setattr(FlatArray, "_read", garbled_once)
     assert read_arrays(folder, "set", index)["a0"].tolist() == [0, 1, 2, 3]
@@ -221,10 +230,10 @@ def test_reads_that_go_on_being_garbled_are_given_up(
     index = write(folder, counted([4]))
     original, calls = FlatArray._read, iter(range(10**6))
 
-    def garbled_every_other_time(self: FlatArray, start: int, stop: int) -> np.ndarray:
+    def garbled_every_other_time(self: FlatArray, *where: Any) -> None:
         if next(calls) % 2 == 0:
             raise ValueError("checksum")
-        return original(self, start, stop)
+        original(self, *where)
 
     monkeypatch.setattr(FlatArray, "_read", garbled_every_other_time)
     with pytest.raises(StoreUnreachable, match=r"second read; given up after \d+ attempts in 60 s"):

@@ -62,7 +62,7 @@ def test_a_whole_snapshot_has_no_damage_and_nothing_is_decoded(
     def refuse(*_: object) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(flat.FlatArray, "read", refuse)
+    monkeypatch.setattr(flat.FlatArray, "read_into", refuse)
     seen: list[str] = []
     assert verify_snapshot(store, 8, seen.append) == []
     assert sorted(seen) == sorted(Snapshot.open(store, 8).objects)
