@@ -157,7 +157,6 @@ def test_neighbours_are_read_at_once_and_strangers_left_alone(
     assert reads == [(16, 48), (96, 112)]
 
 
-@pytest.mark.usefixtures("small_chunks")
 def test_arrays_are_aligned_and_have_memory_of_their_own(folder: Store) -> None:
     index = write(folder, counted([5, 200, 7]))
     found = read_arrays(folder, "set", index)
@@ -165,6 +164,7 @@ def test_arrays_are_aligned_and_have_memory_of_their_own(folder: Store) -> None:
     assert not any(np.shares_memory(found["a0"], found[name]) for name in ("a1", "a2"))
 
 
+@pytest.mark.usefixtures("small_chunks")
 def test_a_partial_read_does_not_touch_other_chunks(folder: Store) -> None:
     index = write(folder, counted([16] * 4))
     for number in (0, 2, 3):
