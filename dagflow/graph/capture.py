@@ -69,6 +69,34 @@ def capture(
     tensors, constants = flatten_batch(example_batch)
     wrapper = _LossModule(model, loss, rebuilder(example_batch))
     dims = {name: _dynamic_dims(name, tensor, dynamic) for name, tensor in tensors.items()}
+    exported, position = export_module(wrapper, model, tensors, dims)
+    for function, module in position.functions.items():
+        warnings.warn(
+            f"Module {module or 'the model itself'!r} calls {function.__qualname__}, a "
+            "torch.autograd.Function with a backward of its own. A graph holds operators only: "
+            "dagflow will use the derivative of its forward instead. If they differ by more than "
+            "rounding (straight-through estimators, clipped gradients), write it with detach().",
+            stacklevel=2,
+        )
+    inputs = [
+        ValueSpec(input_value(name), str(t.dtype).removeprefix("torch."), tuple(t.shape))
+        for name, t in tensors.items()
+    ]
+    return translate(exported, model, inputs, constants)
+
+
+def export_module(
+    wrapper: torch.nn.Module,
+    model: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    dims: Mapping[str, Sequence[int]],
+) -> tuple[torch.export.ExportedProgram, _Position]:
+    """Export a module around a model (its child ``model``) over tensors with open sizes.
+
+    Raises
+    ------
+    BatchInvalid, CaptureFailed
+    """
     with _on_one_device(model, tensors) as leaves, _watch(wrapper) as position:
         try:
             with warnings.catch_warnings():
@@ -83,19 +111,7 @@ def capture(
             raise
         except Exception as error:
             raise CaptureFailed(_explain(error, position)) from error
-    for function, module in position.functions.items():
-        warnings.warn(
-            f"Module {module or 'the model itself'!r} calls {function.__qualname__}, a "
-            "torch.autograd.Function with a backward of its own. A graph holds operators only: "
-            "dagflow will use the derivative of its forward instead. If they differ by more than "
-            "rounding (straight-through estimators, clipped gradients), write it with detach().",
-            stacklevel=2,
-        )
-    inputs = [
-        ValueSpec(input_value(name), str(t.dtype).removeprefix("torch."), tuple(t.shape))
-        for name, t in tensors.items()
-    ]
-    return translate(exported, model, inputs, constants)
+    return exported, position
 
 
 class _LossModule(torch.nn.Module):
@@ -232,7 +248,7 @@ def _enclosing_function() -> type[torch.autograd.Function] | None:
 
 
 @contextmanager
-def _watch(wrapper: _LossModule) -> Iterator[_Position]:
+def _watch(wrapper: Any) -> Iterator[_Position]:
     """Follow the trace through the modules, so that a failure can say where it was."""
     position = _Position()
     handles = []

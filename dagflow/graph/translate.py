@@ -44,9 +44,17 @@ def translate(
     model: torch.nn.Module,
     inputs: Sequence[ValueSpec],
     batch_constants: Mapping[str, Any],
+    *,
+    scalar: bool = True,
 ) -> OperatorDag:
-    """Build the operator DAG of an exported loss module whose model is its child `model`."""
-    return _Translator(exported, model, inputs, batch_constants).dag()
+    """Build the operator DAG of an exported module whose model is its child `model`.
+
+    Parameters
+    ----------
+    scalar : bool
+        Whether the result is a loss; a decoder's logits otherwise. Either is the DAG's `loss`.
+    """
+    return _Translator(exported, model, inputs, batch_constants, scalar).dag()
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,9 @@ class _Translator:
         model: torch.nn.Module,
         inputs: Sequence[ValueSpec],
         batch_constants: Mapping[str, Any],
+        scalar: bool,
     ) -> None:
+        self.scalar = scalar
         self.exported = exported
         self.model = model
         self.inputs = inputs
@@ -353,9 +363,11 @@ class _Translator:
         output = next(node for node in self.exported.graph.nodes if node.op == "output")
         for value in output.args[0]:
             name = self.environment.get(value)
-            if isinstance(name, str) and name in self.info and not self.info[name].outputs[0][1]:
+            if not isinstance(name, str) or name not in self.info:
+                continue
+            if not self.scalar or not self.info[name].outputs[0][1]:
                 return name
-        raise CaptureFailed("The model's loss isn't computed by any operator: is it a constant?")
+        raise CaptureFailed("The model's result isn't computed by any operator: is it a constant?")
 
 
 _OPERATIONS: tuple[tuple[Any, str], ...] = (

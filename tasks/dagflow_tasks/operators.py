@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dagflow_tasks.attention import ATTEND, attend
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid
 
 Argument = Any
@@ -292,6 +293,7 @@ _EXTENSIONS: dict[str, Callable[..., Any]] = {
     # transformers exports its expert layers with this custom operator; the meaning is kept, so
     # that a worker needs no transformers.
     "transformers.grouped_mm_fallback.default": _grouped_matmul,
+    ATTEND: attend,
 }
 
 

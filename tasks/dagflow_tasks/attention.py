@@ -1,0 +1,238 @@
+"""Attention over sessions' caches: the one operator of a captured decoder that has a memory.
+
+A decoder is captured on one row of tokens, whatever sequences they belong to: every operator of it
+works on each token by itself, but attention, which is captured whole, as ``dagflow.attend``. Run
+on a worker it appends the tokens' keys and values to the caches of their sessions, and lets each
+token look back over its own session. So sequences of any lengths share a pass without padding.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+ATTEND = "dagflow.attend.default"
+# Caches grow by doubling from this many tokens: a decode step copies nothing, most of the time.
+_FIRST_TOKENS = 64
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one session in one layer.
+
+    Attributes
+    ----------
+    keys, values : Tensor (H, C, D)
+        By key head; the first tokens of the capacity C are in use.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass
+class SessionCache:
+    """What a stage remembers of one sequence.
+
+    Attributes
+    ----------
+    length : int
+        Tokens in use.
+    layers : dict
+        By the layer's number in the model.
+    """
+
+    length: int = 0
+    layers: dict[int, LayerCache] = field(default_factory=dict)
+
+    def put(
+        self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put tokens at a position, and return all keys and values (H, L, D) up to them."""
+        end = start + keys.shape[1]
+        cache = self.layers.get(layer)
+        if cache is None or cache.keys.shape[1] < end:
+            cache = self._grown(cache, start, end, keys, values)
+            self.layers[layer] = cache
+        cache.keys[:, start:end] = keys
+        cache.values[:, start:end] = values
+        return cache.keys[:, :end], cache.values[:, :end]
+
+    def fork(self, length: int) -> SessionCache:
+        """Return a cache of its own with the first tokens of this one."""
+        layers = {
+            number: LayerCache(cache.keys[:, :length].clone(), cache.values[:, :length].clone())
+            for number, cache in self.layers.items()
+        }
+        return SessionCache(length, layers)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(cache.num_bytes for cache in self.layers.values())
+
+    @staticmethod
+    def _grown(
+        cache: LayerCache | None, start: int, end: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> LayerCache:
+        capacity = max(_FIRST_TOKENS, 2 ** (end - 1).bit_length())
+        new = LayerCache(
+            keys.new_empty(keys.shape[0], capacity, keys.shape[2]),
+            values.new_empty(values.shape[0], capacity, values.shape[2]),
+        )
+        if cache is not None and start:
+            new.keys[:, :start] = cache.keys[:, :start]
+            new.values[:, :start] = cache.values[:, :start]
+        return new
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring tokens of a pass that belong to one session.
+
+    Attributes
+    ----------
+    cache : SessionCache or None
+        None for a sequence that nobody goes on with: nothing is kept.
+    start : int
+        Position of the first token; the cache forgets what it had from there on.
+    count : int
+    """
+
+    cache: SessionCache | None
+    start: int
+    count: int
+
+
+_PASS = threading.local()
+
+
+@contextmanager
+def attending(spans: Sequence[Span]) -> Iterator[None]:
+    """Say whose tokens the pass of this thread is made of, in their order."""
+    before = getattr(_PASS, "spans", None)
+    _PASS.spans = spans
+    try:
+        yield
+    finally:
+        _PASS.spans = before
+    for span in spans:
+        if span.cache is not None:
+            span.cache.length = span.start + span.count
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: int,
+    scale: float,
+    window: int = 0,
+    slopes: torch.Tensor | None = None,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Causal attention of each token over its session, which it is appended to.
+
+    Parameters
+    ----------
+    query : Tensor (1, H, N, D)
+    key, value : Tensor (1, K, N, D)
+        H is a multiple of K (grouped queries, arXiv 2305.13245).
+    layer : int
+    scale : float
+    window : int
+        How many tokens back a token sees, itself included; 0 for all.
+    slopes : Tensor (H,), optional
+        Of a bias that grows with the key's position (ALiBi, arXiv 2108.12409).
+    softcap : float
+        Scores go through ``softcap * tanh(score / softcap)``; 0 for not at all.
+
+    Returns
+    -------
+    Tensor (1, N, H, D)
+    """
+    spans = getattr(_PASS, "spans", None)
+    if spans is None:
+        spans = [Span(None, 0, query.shape[2])]
+    output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    begin = 0
+    for span in spans:
+        end = begin + span.count
+        keys, values = key[0, :, begin:end], value[0, :, begin:end]
+        if span.cache is not None:
+            keys, values = span.cache.put(layer, span.start, keys, values)
+        looked = _look_back(
+            query[0, :, begin:end], keys, values, span.start, scale, window, slopes, softcap
+        )
+        output[begin:end] = looked.transpose(0, 1)
+        begin = end
+    return output[None]
+
+
+def _look_back(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    scale: float,
+    window: int,
+    slopes: torch.Tensor | None,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention of one session's newest tokens (H, T, D) over its keys (K, L, D)."""
+    heads, count, width = query.shape
+    groups = heads // keys.shape[0]
+    length = keys.shape[1]
+    mask = _mask(query, start, length, window, slopes)
+    if softcap:
+        return _capped(query, keys, values, scale, mask, softcap)
+    # The heads that share a key are rows of one product: nothing is copied for them.
+    rows = query.reshape(1, keys.shape[0], groups * count, width)
+    if mask is not None:
+        mask = mask.expand(heads, count, length).reshape(1, keys.shape[0], groups * count, length)
+    looked = F.scaled_dot_product_attention(rows, keys[None], values[None], mask, scale=scale)
+    return looked.reshape(heads, count, values.shape[2])
+
+
+def _mask(
+    query: torch.Tensor, start: int, length: int, window: int, slopes: torch.Tensor | None
+) -> torch.Tensor | None:
+    """What is added to the scores (H or 1, T, L); None if a single token sees everything."""
+    count = query.shape[1]
+    seen = window == 0 or length <= window
+    if count == 1 and seen and slopes is None:
+        return None
+    at = torch.arange(start, start + count, device=query.device)[:, None]
+    of = torch.arange(length, device=query.device)[None, :]
+    hidden = of > at
+    if not seen:
+        hidden = hidden | (of <= at - window)
+    bias = torch.zeros(1, count, length, dtype=query.dtype, device=query.device)
+    bias = bias.masked_fill(hidden, float("-inf"))
+    if slopes is None:
+        return bias
+    return bias + slopes[:, None, None].to(query.dtype) * of.to(query.dtype)
+
+
+def _capped(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    softcap: float,
+) -> torch.Tensor:
+    groups = query.shape[0] // keys.shape[0]
+    keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
+    scores = softcap * torch.tanh(torch.matmul(query, keys.transpose(1, 2)) * scale / softcap)
+    if mask is not None:
+        scores = scores + mask
+    return torch.matmul(torch.softmax(scores.float(), -1).to(query.dtype), values)
