@@ -76,3 +76,14 @@ def notice_retirement(worker: Worker, changed: Callable[[bool], object]) -> None
         return heard(status=status, **details)
 
     worker.stream_handlers["worker-status-change"] = hear
+
+
+def add_handler(worker: Worker, operation: str, handler: Callable[..., Any]) -> None:
+    """Have a worker answer whoever connects and names an operation; dask's own shuffle does so."""
+    worker.handlers[operation] = handler
+
+
+def connection_arguments(node: Any) -> dict[str, Any]:
+    """Return what a client or a worker connects to others with: its certificates, if it has any."""
+    arguments: dict[str, Any] = node.connection_args
+    return arguments

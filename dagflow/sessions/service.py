@@ -1,0 +1,319 @@
+"""What a worker does for sessions: it takes in passes, computes its stages, and sends them on.
+
+Passes that wait are computed together, whoever's they are. They come and go over connections that
+stay open; dask's tasks only open and close stages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from distributed import Worker, WorkerPlugin, get_worker
+from distributed.core import Status
+
+from dagflow.run import wire
+from dagflow.run.dask_internals import add_handler, connection_arguments
+from dagflow.sessions.links import OPERATION, CommClosedError, Link, Message
+from dagflow.sessions.models import ModelRef, read_weights
+from dagflow_tasks.decoding import DecoderStage, Part, join, select, split_logits
+from dagflow_tasks.device import current_device
+from dagflow_tasks.program import StageProgram
+from dagflow_tasks.results import TensorDict
+
+# A pass that is too long holds up everybody's next token.
+_MOST_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What a worker is asked to open.
+
+    Attributes
+    ----------
+    deployment : str
+        The model on a swarm that the stage is part of.
+    stage : int
+    model : ModelRef
+    program : str
+        As JSON.
+    following : str or None
+        Address of the next stage's worker.
+    """
+
+    deployment: str
+    stage: int
+    model: ModelRef
+    program: str
+    following: str | None
+
+
+def open_stage(spec: StageSpec) -> int:
+    """Read a stage's weights and have it take passes; returns the bytes of its weights."""
+    return _hub(get_worker()).open(spec)
+
+
+def close_deployment(deployment: str, dask_worker: Any = None) -> None:
+    """Forget a deployment's stages on a worker."""
+    _hub(dask_worker).close(deployment)
+
+
+class SessionWorker(WorkerPlugin):  # type: ignore[misc]
+    """Lets a worker take part in sessions."""
+
+    name = "dagflow-sessions"
+
+    def setup(self, worker: Worker) -> None:
+        wire.register()
+        _hub(worker)
+
+    def teardown(self, worker: Worker) -> None:
+        hub = _HUBS.pop(worker, None)
+        if hub is not None:
+            hub.stop()
+
+
+class _Hub:
+    """A worker's stages and connections."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.address = worker.address
+        self._loop = worker.loop.asyncio_loop
+        self._arguments = connection_arguments(worker)
+        self._stages: dict[tuple[str, int], _Running] = {}
+        self._links: dict[str, asyncio.Task[Link]] = {}
+        self.drivers: dict[str, Link] = {}
+        # Of its own: dask's threads may be busy with training.
+        self.computing = ThreadPoolExecutor(1, "dagflow-sessions")
+        add_handler(worker, OPERATION, self._serve)
+
+    def open(self, spec: StageSpec) -> int:
+        key = (spec.deployment, spec.stage)
+        program = StageProgram.from_json(spec.program)
+        weights = read_weights(spec.model, program, current_device())
+        stage = DecoderStage(program, current_device(), weights)
+        opened = threading.Event()
+
+        def take_up() -> None:
+            known = self._stages.pop(key, None)
+            if known is not None:
+                known.stop()
+            self._stages[key] = _Running(self, spec, stage)
+            opened.set()
+
+        self._loop.call_soon_threadsafe(take_up)
+        opened.wait()
+        return sum(tensor.nbytes for tensor in weights.values())
+
+    def close(self, deployment: str) -> None:
+        def forget() -> None:
+            for key in [key for key in self._stages if key[0] == deployment]:
+                self._stages.pop(key).stop()
+
+        self._loop.call_soon_threadsafe(forget)
+
+    def stop(self) -> None:
+        for running in self._stages.values():
+            running.stop()
+        self._stages.clear()
+        self.computing.shutdown(wait=False)
+
+    async def _serve(self, comm: Any, deployment: str, role: str) -> Any:
+        """Take messages from one connection until it ends."""
+        link = Link(comm)
+        if role == "driver":
+            self.drivers[deployment] = link
+        try:
+            while True:
+                self.take(await link.receive())
+        except CommClosedError:
+            return Status.dont_reply
+        finally:
+            if self.drivers.get(deployment) is link:
+                del self.drivers[deployment]
+
+    def take(self, message: Message) -> None:
+        """Queue a message for its stage; those for stages that aren't here any more are dropped."""
+        running = self._stages.get((message["deployment"], message["stage"]))
+        if running is not None:
+            running.queue.put_nowait(message)
+
+    async def send(self, address: str, message: Message, values: TensorDict) -> None:
+        """Send to a stage on some worker. If that is gone, the driver will have it sent again."""
+        if address == self.address:
+            self.take({**message, "values": values})
+            return
+        try:
+            link = await self._link(address, message["deployment"])
+            await link.send(message, values)
+        except OSError:
+            self._links.pop(address, None)
+
+    async def _link(self, address: str, deployment: str) -> Link:
+        known = self._links.get(address)
+        if known is None or (known.done() and (known.exception() or known.result().comm.closed())):
+            hello = {"deployment": deployment, "role": "stage"}
+            known = asyncio.ensure_future(Link.open(address, self._arguments, hello))
+            self._links[address] = known
+        return await known
+
+
+class _Running:
+    """A stage, and the messages that wait for it."""
+
+    def __init__(self, hub: _Hub, spec: StageSpec, stage: DecoderStage) -> None:
+        self._hub = hub
+        self._deployment = spec.deployment
+        self._number = spec.stage
+        self._following = spec.following
+        self._stage = stage
+        self.queue: asyncio.Queue[Message] = asyncio.Queue()
+        self._pump = asyncio.ensure_future(self._run())
+
+    def stop(self) -> None:
+        self._pump.cancel()
+
+    async def _run(self) -> None:
+        waiting: list[Message] = []
+        while True:
+            waiting.append(await self.queue.get())
+            while not self.queue.empty():
+                waiting.append(self.queue.get_nowait())
+            while waiting:
+                passes = _together(waiting)
+                if passes:
+                    del waiting[: len(passes)]
+                    await self._compute(passes)
+                else:
+                    await self._obey(waiting.pop(0))
+
+    async def _compute(self, messages: Sequence[Message]) -> None:
+        rebuilt = messages[0]["rebuilt"]
+        accepted: list[tuple[list[Part], TensorDict]] = []
+        for message in messages:
+            parts = [Part(*part) for part in message["parts"]]
+            gaps = [part for part in parts if not self._stage.accepts(part)]
+            if gaps:
+                await self._tell({"kind": "gap", "sessions": [part.session for part in gaps]})
+                parts, values = _without(parts, message["values"], gaps)
+            else:
+                values = message["values"]
+            if parts:
+                accepted.append((parts, values))
+        if not accepted:
+            return
+        parts, values = join(accepted)
+        loop = asyncio.get_running_loop()
+        try:
+            done, outputs = await loop.run_in_executor(
+                self._hub.computing, self._stage.run, parts, values
+            )
+        except Exception as error:
+            sessions = [part.session for part in parts]
+            await self._tell({"kind": "failed", "sessions": sessions, "why": str(error)})
+            return
+        if self._stage.is_last:
+            await self._answer(done, outputs)
+            return
+        wanted, outputs = select(done, outputs, self._number + 1 in rebuilt)
+        if wanted:
+            await self._send_on(wanted, outputs, rebuilt)
+
+    async def _answer(self, parts: Sequence[Part], outputs: TensorDict) -> None:
+        found = [p for p, logits in split_logits(parts, outputs["logits"]) if len(logits)]
+        if found:
+            await self._tell(
+                {"kind": "logits", "parts": [astuple(part) for part in found]}, outputs
+            )
+
+    async def _send_on(
+        self, parts: Sequence[Part], values: TensorDict, rebuilt: Sequence[int]
+    ) -> None:
+        if self._following is None:
+            return
+        message = {
+            "kind": "pass",
+            "deployment": self._deployment,
+            "stage": self._number + 1,
+            "parts": [astuple(part) for part in parts],
+            "rebuilt": list(rebuilt),
+        }
+        await self._hub.send(self._following, message, values)
+
+    async def _obey(self, message: Message) -> None:
+        kind = message["kind"]
+        if kind == "close":
+            for session in message["sessions"]:
+                self._stage.close(session)
+        elif kind == "fork":
+            if not self._stage.fork(message["session"], message["new"], message["length"]):
+                await self._tell({"kind": "gap", "sessions": [message["new"]]})
+        elif kind == "route":
+            self._following = message["following"]
+        elif kind == "resend":
+            self._following = message["following"]
+            for session, deliver, want in message["sessions"]:
+                sent = self._stage.resend(session, deliver, want)
+                if sent is not None:
+                    await self._send_on([sent[0]], sent[1], message["rebuilt"])
+
+    async def _tell(self, message: Message, values: TensorDict | None = None) -> None:
+        driver = self._hub.drivers.get(self._deployment)
+        if driver is None:
+            return
+        try:
+            await driver.send({**message, "stage": self._number}, values)
+        except OSError:
+            return  # gone; whoever comes next asks again
+
+
+def _together(waiting: Sequence[Message]) -> list[Message]:
+    """Return the first messages that make one pass; none if the first isn't a pass."""
+    found: list[Message] = []
+    tokens = 0
+    sessions: set[str] = set()
+    for message in waiting:
+        if message["kind"] != "pass" or (found and message["rebuilt"] != found[0]["rebuilt"]):
+            break
+        own = {part[0] for part in message["parts"]}
+        tokens += sum(part[3] for part in message["parts"])
+        # Tokens of one session come one part after the other.
+        if found and (tokens > _MOST_TOKENS or own & sessions):
+            break
+        sessions |= own
+        found.append(message)
+    return found
+
+
+def _without(
+    parts: Sequence[Part], values: TensorDict, gaps: Sequence[Part]
+) -> tuple[list[Part], TensorDict]:
+    kept = [part for part in parts if part not in gaps]
+    import torch
+
+    pieces: list[tuple[int, int]] = []
+    begin = 0
+    for part in parts:
+        if part not in gaps:
+            pieces.append((begin, begin + part.count))
+        begin += part.count
+    if not kept:
+        return [], TensorDict()
+    return kept, TensorDict(
+        {name: torch.cat([value[a:b] for a, b in pieces]) for name, value in values.items()}
+    )
+
+
+_HUBS: WeakKeyDictionary[Any, _Hub] = WeakKeyDictionary()
+
+
+def _hub(worker: Any) -> _Hub:
+    hub = _HUBS.get(worker)
+    if hub is None:
+        hub = _HUBS[worker] = _Hub(worker)
+    return hub

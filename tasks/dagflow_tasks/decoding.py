@@ -1,0 +1,324 @@
+"""One stage of a decoder: its weights, its sessions' caches, and what it has sent on for them.
+
+A pass is a row of tokens that belong to any number of sessions. A stage keeps what it sends to the
+next stage, by session: should that be lost, whoever replaces it gets it again, in one go, and no
+other stage computes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from dagflow_tasks.attention import SessionCache, Span, attending
+from dagflow_tasks.errors import ProgramInvalid, TaskFailed
+from dagflow_tasks.interpreter import Executable, RandomAddress
+from dagflow_tasks.program import StageProgram
+from dagflow_tasks.results import TensorDict
+
+TOKENS, POSITIONS, ROWS = "in.tokens", "in.positions", "in.rows"
+NOTHING, LAST, ALL = "nothing", "last", "all"
+
+# Grows by doubling from this many tokens.
+_FIRST_TOKENS = 64
+_NO_RANDOM = RandomAddress(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring tokens of one session in a pass.
+
+    Attributes
+    ----------
+    session : str
+    epoch : int
+        Counts the session's rewinds. The first tokens of a new epoch cut off what is behind them.
+    start, count : int
+        Position of the first token, and how many.
+    deliver : int
+        Position of the first token that whoever has the tokens before already is given.
+    want : {"nothing", "last", "all"}
+        Of which tokens to be delivered the driver wants the logits.
+    """
+
+    session: str
+    epoch: int
+    start: int
+    count: int
+    deliver: int
+    want: str
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    def from_position(self, position: int) -> Part:
+        """Return the part without the tokens before a position."""
+        start = min(max(self.start, position), self.end)
+        return replace(self, start=start, count=self.end - start)
+
+
+@dataclass
+class _Sent:
+    """What was sent on for one session: tensors by name, tokens first, in buffers that grow."""
+
+    length: int = 0
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def put(self, start: int, values: Mapping[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            end = start + value.shape[0]
+            known = self.buffers.get(name)
+            if known is None or known.shape[0] < end:
+                capacity = max(_FIRST_TOKENS, 2 ** (end - 1).bit_length())
+                grown = value.new_empty(capacity, *value.shape[1:], device="cpu")
+                if known is not None:
+                    grown[:start] = known[:start]
+                self.buffers[name] = known = grown
+            known[start:end] = value
+            self.length = end
+
+    def take(self, begin: int, end: int) -> dict[str, torch.Tensor]:
+        return {name: buffer[begin:end] for name, buffer in self.buffers.items()}
+
+
+class DecoderStage:
+    """A stage of a decoder on this machine. Not safe for several threads at once.
+
+    Parameters
+    ----------
+    program : StageProgram
+    device : torch.device
+    weights : mapping
+        Parameters and buffers by name, those included that other stages own.
+    later : set of str
+        Values that later stages read: this one's outputs, and those that pass through it.
+    """
+
+    def __init__(
+        self, program: StageProgram, device: torch.device, weights: Mapping[str, torch.Tensor]
+    ) -> None:
+        self.program = program
+        self.device = device
+        self._executable = Executable(program, device)
+        self._weights = {use.value: weights[use.parameter] for use in program.parameters}
+        self._weights |= {use.value: weights[use.buffer] for use in program.buffers}
+        self._dims = {o.value.name: _token_dim(o.value.shape, program) for o in program.outputs}
+        self._dims |= {
+            i.value.name: _token_dim(i.value.shape, program)
+            for i in program.inputs
+            if i.source is not None
+        }
+        self._rows = {s.name for s in _symbols(program) if s.input == ROWS}
+        self.sessions: dict[str, SessionCache] = {}
+        self._epochs: dict[str, int] = {}
+        self._sent: dict[str, _Sent] = {}
+
+    @property
+    def is_last(self) -> bool:
+        return self.program.loss is not None
+
+    @property
+    def num_cache_bytes(self) -> int:
+        """What all sessions' caches take."""
+        return sum(cache.num_bytes for cache in self.sessions.values())
+
+    def accepts(self, part: Part) -> bool:
+        """Tell whether a part's tokens follow on those that are here."""
+        cache = self.sessions.get(part.session)
+        epoch = self._epochs.get(part.session, 0)
+        return part.epoch >= epoch and part.start <= (cache.length if cache is not None else 0)
+
+    def run(
+        self, parts: Sequence[Part], values: Mapping[str, torch.Tensor]
+    ) -> tuple[list[Part], TensorDict]:
+        """Compute a pass, and return what to send on: parts with their tensors, tokens first.
+
+        The last stage returns logits (R, V) under the name ``logits``, of the tokens wanted.
+
+        Parameters
+        ----------
+        parts
+            Each must be accepted.
+        values
+            By name, tokens first: tokens, or what the stage before has sent.
+        """
+        spans = [Span(self._cache(part), part.start, part.count) for part in parts]
+        positions = [torch.arange(p.start, p.end) for p in parts]
+        rows = torch.tensor(_wanted_rows(parts), dtype=torch.int64)
+        given: dict[str, torch.Tensor] = dict(self._weights)
+        for item in self.program.inputs:
+            name = item.value.name
+            if name == POSITIONS:
+                given[name] = torch.cat(positions)[None].to(self.device)
+            elif name == ROWS:
+                given[name] = rows.to(self.device)
+            elif name == TOKENS:
+                given[name] = values[name][None].to(self.device)
+            else:
+                given[name] = _to_dim(values[name], self._dims[name]).to(self.device)
+        count = sum(part.count for part in parts)
+        sizes = {s: len(rows) if s in self._rows else count for s in self.program.symbols}
+        if self.is_last and not len(rows):
+            sizes |= dict.fromkeys(self._rows, 1)
+            given[ROWS] = torch.zeros(1, dtype=torch.int64, device=self.device)
+        with torch.inference_mode(), attending(spans):
+            outputs = self._executable.run(given, sizes, _NO_RANDOM)
+        if self.program.loss is not None:
+            logits = outputs[self.program.loss][0]
+            return list(parts), TensorDict({"logits": logits[: len(rows)].float().cpu()})
+        found = TensorDict(
+            {n: _from_dim(outputs[n], dim).cpu() for n, dim in self._dims.items() if n in outputs}
+        )
+        self._keep_sent(parts, found)
+        return list(parts), found
+
+    def resend(self, session: str, deliver: int, want: str) -> tuple[Part, TensorDict] | None:
+        """Return everything that was sent on for a session, to be sent to a new next stage."""
+        sent = self._sent.get(session)
+        if sent is None or not sent.length:
+            return None
+        part = Part(session, self._epochs.get(session, 0), 0, sent.length, deliver, want)
+        return part, TensorDict(sent.take(0, sent.length))
+
+    def close(self, session: str) -> None:
+        """Forget a session."""
+        self.sessions.pop(session, None)
+        self._epochs.pop(session, None)
+        self._sent.pop(session, None)
+
+    def fork(self, session: str, new: str, length: int) -> bool:
+        """Begin a session with the first tokens of another; False if those aren't here."""
+        cache = self.sessions.get(session)
+        if cache is None or cache.length < length:
+            return False
+        self.sessions[new] = cache.fork(length)
+        self._epochs[new] = 0
+        sent = self._sent.get(session)
+        if sent is not None:
+            copies = {name: value.clone() for name, value in sent.take(0, length).items()}
+            self._sent[new] = _Sent(length, copies)
+        return True
+
+    def _cache(self, part: Part) -> SessionCache:
+        if not self.accepts(part):
+            raise TaskFailed(f"The tokens of session {part.session} from {part.start} on don't fit.")
+        cache = self.sessions.setdefault(part.session, SessionCache())
+        if part.epoch > self._epochs.get(part.session, 0):
+            cache.length = part.start
+            self._epochs[part.session] = part.epoch
+            if part.session in self._sent:
+                sent = self._sent[part.session]
+                sent.length = min(sent.length, part.start)
+        self._epochs.setdefault(part.session, part.epoch)
+        return cache
+
+    def _keep_sent(self, parts: Sequence[Part], found: Mapping[str, torch.Tensor]) -> None:
+        begin = 0
+        for part in parts:
+            end = begin + part.count
+            sent = self._sent.setdefault(part.session, _Sent())
+            longest = max(sent.length, part.end)
+            sent.put(part.start, {name: value[begin:end] for name, value in found.items()})
+            sent.length = longest
+            begin = end
+
+
+def select(
+    parts: Sequence[Part], values: Mapping[str, torch.Tensor], everything: bool
+) -> tuple[list[Part], TensorDict]:
+    """Return what the next stage is to get: what is to be delivered, or, rebuilt, everything."""
+    if everything or all(part.deliver <= part.start for part in parts):
+        return list(parts), TensorDict(values)
+    kept: list[Part] = []
+    pieces: list[tuple[int, int]] = []
+    begin = 0
+    for part in parts:
+        short = part.from_position(part.deliver)
+        end = begin + part.count
+        if short.count:
+            kept.append(short)
+            pieces.append((end - short.count, end))
+        begin = end
+    return kept, TensorDict(
+        {
+            name: torch.cat([value[a:b] for a, b in pieces]) if pieces else value[:0]
+            for name, value in values.items()
+        }
+    )
+
+
+def join(
+    passes: Sequence[tuple[Sequence[Part], Mapping[str, torch.Tensor]]],
+) -> tuple[list[Part], TensorDict]:
+    """Make one pass of several."""
+    parts = [part for some, _ in passes for part in some]
+    if len(passes) == 1:
+        return parts, TensorDict(passes[0][1])
+    names = passes[0][1].keys()
+    return parts, TensorDict({n: torch.cat([values[n] for _, values in passes]) for n in names})
+
+
+def split_logits(parts: Sequence[Part], logits: torch.Tensor) -> list[tuple[Part, torch.Tensor]]:
+    """Return each part's own rows of the logits."""
+    found = []
+    begin = 0
+    for part in parts:
+        count = len(_rows_of(part))
+        found.append((part, logits[begin : begin + count]))
+        begin += count
+    return found
+
+
+def _rows_of(part: Part) -> range:
+    """Which of a part's tokens' logits are wanted, counted from its first."""
+    first = min(max(part.deliver - part.start, 0), part.count)
+    if part.want == NOTHING or first == part.count:
+        return range(0)
+    return range(part.count - 1, part.count) if part.want == LAST else range(first, part.count)
+
+
+def _wanted_rows(parts: Sequence[Part]) -> list[int]:
+    rows: list[int] = []
+    begin = 0
+    for part in parts:
+        rows += [begin + row for row in _rows_of(part)]
+        begin += part.count
+    return rows
+
+
+@dataclass(frozen=True)
+class _Symbol:
+    name: str
+    input: str
+
+
+def _symbols(program: StageProgram) -> list[_Symbol]:
+    """Which size each symbol stands for: the inputs say it where this stage has them."""
+    found = {}
+    for item in program.inputs:
+        for size in item.value.shape:
+            if isinstance(size, str):
+                found.setdefault(size, item.value.name)
+    return [_Symbol(name, found.get(name, TOKENS)) for name in program.symbols]
+
+
+def _token_dim(shape: Sequence[object], program: StageProgram) -> int:
+    dims = [dim for dim, size in enumerate(shape) if isinstance(size, str)]
+    if len(dims) != 1:
+        raise ProgramInvalid(
+            f"Stage {program.stage} sends or gets a tensor of shape {list(shape)}, which isn't one row "
+            "a token: cut the model between its layers."
+        )
+    return dims[0]
+
+
+def _to_dim(value: torch.Tensor, dim: int) -> torch.Tensor:
+    """Put a tensor that has its tokens first, and no batch, into the program's form."""
+    return value[None] if dim == 1 else value
+
+
+def _from_dim(value: torch.Tensor, dim: int) -> torch.Tensor:
+    return value[0] if dim == 1 else value
