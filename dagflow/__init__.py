@@ -2,7 +2,7 @@
 
 >>> import dagflow
 >>> sorted(name for name in dagflow.__all__ if name[0].islower())
-['capture', 'empty_weights', 'partition', 'train']
+['capture', 'empty_weights', 'generate', 'load', 'partition', 'train']
 """
 
 from importlib import import_module
@@ -37,6 +37,12 @@ if TYPE_CHECKING:
     from dagflow.run.settings import Config
     from dagflow.run.training import TrainResult, train
     from dagflow.run.weights import empty_weights
+    from dagflow.sessions.answers import Token
+    from dagflow.sessions.deployment import Deployment
+    from dagflow.sessions.generate import Generation, generate
+    from dagflow.sessions.models import Model, load
+    from dagflow.sessions.sampling import Sampling
+    from dagflow.sessions.session import Session
     from dagflow_storage import Retention
     from dagflow_tasks.optimizer import Optimizer, Schedule
     from dagflow_tasks.references import DAGFLOW_VERSION as __version__
@@ -47,6 +53,9 @@ __all__ = [
     "ClusterSettings",
     "Config",
     "DagflowError",
+    "Deployment",
+    "Generation",
+    "Model",
     "NonFiniteLoss",
     "OperatorDag",
     "OperatorNotAllowed",
@@ -58,12 +67,15 @@ __all__ = [
     "PlanInvalid",
     "ProgramInvalid",
     "Retention",
+    "Sampling",
     "Schedule",
+    "Session",
     "SettingsInvalid",
     "StageTooLarge",
     "StepEvent",
     "StoreHoldsAnotherRun",
     "StoreNotWritable",
+    "Token",
     "TokenDataset",
     "TrainResult",
     "TransientError",
@@ -72,6 +84,8 @@ __all__ = [
     "__version__",
     "capture",
     "empty_weights",
+    "generate",
+    "load",
     "partition",
     "train",
 ]
@@ -113,6 +127,18 @@ _HOMES = {
         "train",
     ),
     "dagflow.run.weights": ("empty_weights",),
+    "dagflow.sessions.answers": ("Token",),
+    "dagflow.sessions.deployment": ("Deployment",),
+    "dagflow.sessions.generate": (
+        "Generation",
+        "generate",
+    ),
+    "dagflow.sessions.models": (
+        "Model",
+        "load",
+    ),
+    "dagflow.sessions.sampling": ("Sampling",),
+    "dagflow.sessions.session": ("Session",),
     "dagflow_storage": ("Retention",),
     "dagflow_tasks.optimizer": (
         "Optimizer",

@@ -265,11 +265,11 @@ def _watch(wrapper: Any) -> Iterator[_Position]:
         handles.append(module.register_forward_hook(leave))
     forward = wrapper.forward
 
-    def watched(*tensors: torch.Tensor) -> torch.Tensor:
+    def watched(*tensors: torch.Tensor) -> Any:
         with position:
             return forward(*tensors)
 
-    wrapper.forward = watched  # type: ignore[method-assign]
+    wrapper.forward = watched
     try:
         yield position
     finally:

@@ -20,6 +20,7 @@ from distributed import Client, Future
 from dagflow.errors import TaskFailed, WorkersLost
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition
+from dagflow.run.clusters import in_background
 from dagflow.run.dask_internals import connection_arguments
 from dagflow.run.membership import Membership
 from dagflow.sessions.links import CommClosedError, Link, Message
@@ -120,7 +121,9 @@ class Engine:
         if not workers:
             raise WorkersLost("No worker is there to run the model on.")
         count = len(self.cut)
-        self._addresses = [workers[stage * min(len(workers), count) // count] for stage in range(count)]
+        self._addresses = [
+            workers[stage * min(len(workers), count) // count] for stage in range(count)
+        ]
         self._open([(stage, address) for stage, address in enumerate(self._addresses)])
         spares = [address for address in workers if address not in self._addresses]
         self._open([(stage, address) for address in spares for stage in range(count)])
@@ -140,16 +143,18 @@ class Engine:
 
     def call(self, doing: Any) -> Any:
         """Run a coroutine on the client's loop, and return what it returns."""
-        return asyncio.run_coroutine_threadsafe(doing, self._client.loop.asyncio_loop).result()
+        return in_background(self._client, doing).result()
+
+    def begin(self, doing: Any) -> Any:
+        """Run a coroutine on the client's loop, and return its future at once."""
+        return in_background(self._client, doing)
 
     def _open(self, places: Sequence[tuple[int, str]]) -> None:
         """Open stages on workers, and wait until they are."""
         futures = {}
         for stage, address in places:
             following = self._addresses[stage + 1] if stage + 1 < len(self.cut) else None
-            spec = StageSpec(
-                self.name, stage, self.model.ref, self.cut[stage].to_json(), following
-            )
+            spec = StageSpec(self.name, stage, self.model.ref, self.cut[stage].to_json(), following)
             key = f"open-stage-{self.name}-{stage}-{uuid.uuid4().hex[:6]}"
             futures[stage, address] = self._client.submit(
                 open_stage, spec, key=key, workers=[address], pure=False, retries=0

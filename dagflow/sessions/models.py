@@ -39,7 +39,14 @@ from dagflow_tasks.state import from_array, to_array
 FORMAT, FORMAT_VERSION = "dagflow-model", 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LAYER = re.compile(r"^.*?\.\d+(?=\.)")
-_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+_TOKENIZER_FILES = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,10 @@ class Model:
     def end_tokens(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
         return tuple(self.description["end_tokens"])
+
+    @cached_property
+    def has_tokenizer(self) -> bool:
+        return bool(self.ref.store.list(f"models/{self.ref.name}/tokenizer"))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -171,7 +182,7 @@ def _from_folder(folder: Path) -> tuple[torch.nn.Module, Callable[[str], torch.T
 
     config = AutoConfig.from_pretrained(folder)
     with empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     files = WeightFiles(folder)
     wanted = {name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -268,7 +279,9 @@ def _write_group(
     specs = []
     for name in names:
         tensor = read(name)
-        spec = ArraySpec(name, "weight", str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        spec = ArraySpec(
+            name, "weight", str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        )
         specs.append(spec)
         digest.update(f"{name} {spec.dtype} {spec.shape}".encode())
         digest.update(to_array(tensor).reshape(-1).view("uint8").data)

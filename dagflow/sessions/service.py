@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from distributed import Worker, WorkerPlugin, get_worker
 from distributed.core import Status
 
@@ -294,8 +295,6 @@ def _without(
     parts: Sequence[Part], values: TensorDict, gaps: Sequence[Part]
 ) -> tuple[list[Part], TensorDict]:
     kept = [part for part in parts if part not in gaps]
-    import torch
-
     pieces: list[tuple[int, int]] = []
     begin = 0
     for part in parts:

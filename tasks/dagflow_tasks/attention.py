@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 ATTEND = "dagflow.attend.default"
 # Caches grow by doubling from this many tokens: a decode step copies nothing, most of the time.
@@ -198,7 +198,9 @@ def _look_back(
     rows = query.reshape(1, keys.shape[0], groups * count, width)
     if mask is not None:
         mask = mask.expand(heads, count, length).reshape(1, keys.shape[0], groups * count, length)
-    looked = F.scaled_dot_product_attention(rows, keys[None], values[None], mask, scale=scale)
+    looked = functional.scaled_dot_product_attention(
+        rows, keys[None], values[None], mask, scale=scale
+    )
     return looked.reshape(heads, count, values.shape[2])
 
 

@@ -204,7 +204,9 @@ class DecoderStage:
 
     def _cache(self, part: Part) -> SessionCache:
         if not self.accepts(part):
-            raise TaskFailed(f"The tokens of session {part.session} from {part.start} on don't fit.")
+            raise TaskFailed(
+                f"The tokens of session {part.session} from {part.start} on don't fit."
+            )
         cache = self.sessions.setdefault(part.session, SessionCache())
         if part.epoch > self._epochs.get(part.session, 0):
             cache.length = part.start
@@ -297,7 +299,7 @@ class _Symbol:
 
 def _symbols(program: StageProgram) -> list[_Symbol]:
     """Which size each symbol stands for: the inputs say it where this stage has them."""
-    found = {}
+    found: dict[str, str] = {}
     for item in program.inputs:
         for size in item.value.shape:
             if isinstance(size, str):

@@ -1,0 +1,117 @@
+"""An answer in the making: tokens chosen, guessed, verified, and turned into text."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from dagflow.sessions.engine import Engine, Live
+from dagflow.sessions.models import Model
+from dagflow.sessions.sampling import Sampling
+from dagflow.sessions.speculation import NgramGuesses
+from dagflow.sessions.text import Detokenizer, StopStrings
+from dagflow_tasks.decoding import ALL, LAST
+
+STOP, LENGTH = "stop", "length"
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer, as it comes.
+
+    Attributes
+    ----------
+    prompt : int
+        Which prompt's answer.
+    token : int or None
+        None if the answer ended with none, or only text was held back.
+    text : str
+        The text that is certain now; empty without a tokenizer.
+    finish_reason : str or None
+        With the last one: "stop" (an end token or a stop string) or "length".
+    """
+
+    prompt: int
+    token: int | None
+    text: str = ""
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted of one prompt."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
+    speculate: bool = True
+
+
+class Answer:
+    """One answer in the making."""
+
+    def __init__(
+        self, engine: Engine, model: Model, request: Request, number: int, live: Live
+    ) -> None:
+        self._engine = engine
+        self._request = request
+        self._number = number
+        self._live = live
+        self._known = list(request.prompt)
+        self._guesses = NgramGuesses() if request.speculate else None
+        has_text = bool(request.stop) or model.has_tokenizer
+        self._detokenizer = Detokenizer(model.tokenizer) if has_text else None
+        self._stops = StopStrings(request.stop)
+
+    async def tokens(self) -> AsyncIterator[Token]:
+        request, new = self._request, 0
+        while True:
+            for token in await self._next_tokens(request.max_new_tokens - new):
+                new += 1
+                if token in request.ends:
+                    yield Token(self._number, token, self._rest(), STOP)
+                    return
+                text, stopped = self._text(token)
+                if stopped:
+                    yield Token(self._number, token, text, STOP)
+                    return
+                if new == request.max_new_tokens:
+                    yield Token(self._number, token, text + self._rest(), LENGTH)
+                    return
+                yield Token(self._number, token, text)
+
+    async def _next_tokens(self, room: int) -> list[int]:
+        """Return the tokens that one traversal of the stages gives: one, and guesses that were right."""
+        live, known = self._live, self._known
+        guesses = self._guesses.guess(known)[: room - 1] if self._guesses is not None else []
+        begin = len(live.tokens)
+        # What the stages haven't seen yet: the prompt, or the latest token.
+        feed = [*known[begin:], *guesses]
+        logits = await self._engine.feed(live, feed, ALL if guesses else LAST)
+        logits = logits[len(logits) - len(guesses) - 1 :]
+        found: list[int] = []
+        for row, guess in zip(logits, [*guesses, None], strict=True):
+            token = self._request.sampling.choose(row, known)
+            known.append(token)
+            found.append(token)
+            if token != guess:
+                break
+        right = len(found) - 1
+        if self._guesses is not None and guesses:
+            self._guesses.were_right(right, len(guesses))
+        if right < len(guesses):
+            self._engine.rewind(live, len(known) - 1)
+        return found
+
+    def _text(self, token: int) -> tuple[str, bool]:
+        if self._detokenizer is None:
+            return "", False
+        return self._stops.add(self._detokenizer.add(token))
+
+    def _rest(self) -> str:
+        if self._detokenizer is None:
+            return ""
+        text, stopped = self._stops.add(self._detokenizer.rest())
+        return text if stopped else text + self._stops.rest()

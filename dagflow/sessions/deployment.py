@@ -1,0 +1,170 @@
+"""A model on a swarm, ready to generate."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from distributed import Client
+
+from dagflow.errors import BatchInvalid, SettingsInvalid
+from dagflow.run.clusters import ClusterSettings, open_cluster, roster
+from dagflow.sessions.answers import Answer, Request, Token
+from dagflow.sessions.engine import Engine
+from dagflow.sessions.models import Model
+from dagflow.sessions.sampling import Sampling
+
+_DEFAULT_NEW_TOKENS = 128
+
+
+class Deployment:
+    """A model on a swarm: its stages are open until it is closed. A context manager.
+
+    Parameters
+    ----------
+    model : Model
+    client : Client, address, or None
+        None starts a local cluster.
+    num_stages : int or "auto"
+        "auto" takes one a worker. With fewer, the other workers are spares.
+    config : ClusterSettings
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        client: Client | str | None = None,
+        *,
+        num_stages: int | str = "auto",
+        cluster: ClusterSettings | None = None,
+        verbose: bool = False,
+    ) -> None:
+        settings = cluster or ClusterSettings()
+        self.model = model
+        self._stack = ExitStack()
+        try:
+            connected = self._stack.enter_context(open_cluster(client, settings, model.ref.store))
+            workers = roster(connected, settings.num_workers or 1, settings.wait_seconds)
+            count = _number_of_stages(num_stages, len(workers))
+            note = print if verbose else _say_nothing
+            self.engine = Engine(
+                model, connected, count, note=note, wait_seconds=settings.wait_seconds
+            )
+            self._stack.callback(self.engine.close)
+            self.engine.start()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Deployment:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the stages, and end a cluster that was started for them."""
+        self._stack.close()
+
+    # Requests
+
+    def request(
+        self,
+        prompt: str | Sequence[int] | torch.Tensor,
+        *,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_end: bool = False,
+        speculate: bool = True,
+        **sampling: Any,
+    ) -> Request:
+        """Check what is wanted.
+
+        Raises
+        ------
+        BatchInvalid
+            If the prompt is empty, or longer than the model allows.
+        SettingsInvalid
+        """
+        tokens = self._tokens(prompt)
+        limit = self.model.max_tokens
+        if not tokens:
+            raise BatchInvalid("The prompt is empty: a model goes on from at least one token.")
+        if limit is not None and len(tokens) >= limit:
+            raise BatchInvalid(
+                f"The prompt has {len(tokens)} tokens, and the model was made for {limit} with the "
+                "answer: shorten it."
+            )
+        wanted = _DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        if wanted < 1:
+            raise SettingsInvalid(f"max_new_tokens counts from 1; found {wanted}.")
+        if limit is not None:
+            wanted = min(wanted, limit - len(tokens))
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if stops:
+            _ = self.model.tokenizer  # stop strings need one: said now rather than later
+        ends = () if ignore_end else self.model.end_tokens
+        return Request(tokens, wanted, Sampling.of(sampling), stops, ends, speculate)
+
+    def _tokens(self, prompt: str | Sequence[int] | torch.Tensor) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self.model.tokenizer(prompt)["input_ids"]) if prompt else ()
+        tokens = tuple(int(token) for token in prompt)
+        size = int(self.model.config.get("vocab_size") or 0)
+        wrong = next((token for token in tokens if not 0 <= token < (size or token + 1)), None)
+        if wrong is not None:
+            raise BatchInvalid(f"The prompt holds token {wrong}; the vocabulary has {size}.")
+        return tokens
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[Token]:
+        """Yield tokens of all answers as they come. Closing the iterator ends the sessions."""
+        heard: queue.SimpleQueue[Token | BaseException | None] = queue.SimpleQueue()
+
+        async def tell(number: int, request: Request) -> None:
+            async for token in self.answer(request, number):
+                heard.put(token)
+
+        async def all_of_them() -> None:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for number, request in enumerate(requests):
+                        group.create_task(tell(number, request))
+                heard.put(None)
+            except BaseExceptionGroup as error:
+                heard.put(error.exceptions[0])
+
+        running = self.engine.begin(all_of_them())
+        try:
+            while (found := heard.get()) is not None:
+                if isinstance(found, BaseException):
+                    raise found
+                yield found
+        finally:
+            running.cancel()
+
+    async def answer(self, request: Request, number: int = 0) -> AsyncIterator[Token]:
+        """Yield the tokens of one answer; runs on the client's loop."""
+        live = await self.engine.open()
+        try:
+            async for token in Answer(self.engine, self.model, request, number, live).tokens():
+                yield token
+        finally:
+            await self.engine.end(live)
+
+
+def _number_of_stages(num_stages: int | str, num_workers: int) -> int:
+    if isinstance(num_stages, str):
+        if num_stages != "auto":
+            raise SettingsInvalid(f"num_stages is a number or 'auto'; found {num_stages!r}.")
+        return num_workers
+    if num_stages < 1:
+        raise SettingsInvalid(f"num_stages counts from 1; found {num_stages}.")
+    return num_stages
+
+
+def _say_nothing(text: str) -> None:
+    pass
