@@ -97,7 +97,7 @@ class Engine:
         self._note = note
         self._wait_seconds = wait_seconds
         self._membership = Membership(client)
-        self._addresses: list[str] = []
+        self.addresses: list[str] = []
         self._opened: dict[tuple[int, str], Future] = {}
         self._links: dict[str, Link] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -121,11 +121,11 @@ class Engine:
         if not workers:
             raise WorkersLost("No worker is there to run the model on.")
         count = len(self.cut)
-        self._addresses = [
+        self.addresses = [
             workers[stage * min(len(workers), count) // count] for stage in range(count)
         ]
-        self._open([(stage, address) for stage, address in enumerate(self._addresses)])
-        spares = [address for address in workers if address not in self._addresses]
+        self._open([(stage, address) for stage, address in enumerate(self.addresses)])
+        spares = [address for address in workers if address not in self.addresses]
         self._open([(stage, address) for address in spares for stage in range(count)])
         self.call(self._begin())
 
@@ -153,7 +153,7 @@ class Engine:
         """Open stages on workers, and wait until they are."""
         futures = {}
         for stage, address in places:
-            following = self._addresses[stage + 1] if stage + 1 < len(self.cut) else None
+            following = self.addresses[stage + 1] if stage + 1 < len(self.cut) else None
             spec = StageSpec(self.name, stage, self.model.ref, self.cut[stage].to_json(), following)
             key = f"open-stage-{self.name}-{stage}-{uuid.uuid4().hex[:6]}"
             futures[stage, address] = self._client.submit(
@@ -207,8 +207,8 @@ class Engine:
             link.close()
         for place in [place for place in self._opened if place[1] == address]:
             self._opened.pop(place).release()
-        if address in self._addresses and not self._closed:
-            stages = [s for s, a in enumerate(self._addresses) if a == address]
+        if address in self.addresses and not self._closed:
+            stages = [s for s, a in enumerate(self.addresses) if a == address]
             self._note(f"The worker {address} {how}, with stage {', '.join(map(str, stages))}.")
             self._spawn(self._mend())
 
@@ -318,7 +318,7 @@ class Engine:
 
     async def _tell(self, stage: int, message: Message, values: TensorDict | None = None) -> None:
         """Send to a stage; if its worker is gone, mending sends again what matters."""
-        link = self._links.get(self._addresses[stage])
+        link = self._links.get(self.addresses[stage])
         if link is None:
             return
         with contextlib.suppress(OSError):
@@ -330,12 +330,12 @@ class Engine:
         """Put lost stages on other workers, and have what they knew sent to them again."""
         async with self._mending:
             while True:
-                lost = [s for s, a in enumerate(self._addresses) if a not in self._links]
+                lost = [s for s, a in enumerate(self.addresses) if a not in self._links]
                 if not lost:
                     return
                 try:
                     for stage in lost:
-                        self._addresses[stage] = await self._replacement(stage)
+                        self.addresses[stage] = await self._replacement(stage)
                 except WorkersLost as error:
                     for live in self._live.values():
                         self._give_up(live, error)
@@ -343,14 +343,14 @@ class Engine:
                 except OSError:
                     continue  # gone as well
                 for stage in lost:
-                    following = self._addresses[stage + 1] if stage + 1 < len(self.cut) else None
+                    following = self.addresses[stage + 1] if stage + 1 < len(self.cut) else None
                     await self._tell(stage, {"kind": "route", "following": following})
                 for first, last in _runs(lost):
                     await self._send_again(first, list(range(first, last + 1)), None)
 
     async def _replacement(self, stage: int) -> str:
         """Return a worker that has the stage open: a spare that has its weights, if there is one."""
-        used = Counter(a for a in self._addresses if a in self._links)
+        used = Counter(a for a in self.addresses if a in self._links)
         for address in sorted(self._links, key=lambda a: used[a]):
             if (stage, address) in self._opened and not used[address]:
                 return address
@@ -387,7 +387,7 @@ class Engine:
             return
         message = {
             "kind": "resend",
-            "following": self._addresses[stage],
+            "following": self.addresses[stage],
             "sessions": [(live.name, deliver, want) for live, deliver, want in sessions],
             "rebuilt": rebuilt,
         }

@@ -1,0 +1,280 @@
+"""Generation over two workers against the same model in one process, and what faults and distance cost.
+
+    python benchmarks/generate.py [--part speed faults distance] [--rounds 5]
+
+The model is a Llama, hidden 512, 8 layers, vocabulary 2000, fp32, random weights; two workers of one
+thread hold 4 layers each, the local contestant (transformers.generate) has one thread. *speed*: tokens a
+second for one sequence, alternating, and for 8 sessions at once. *faults*: the longest gap between
+two tokens when a worker is killed, or frozen, at token 64, with a warm spare. *distance*: with 50 ms
+one way on every connection to a worker, with and without guessing, on a text that repeats its prompt and on
+random tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from distributed import Client, LocalCluster
+
+import dagflow
+
+RESULTS = Path(__file__).parent / "results"
+TOKENS = 128
+PROMPT_TOKENS = 32
+VOCABULARY = 2000
+DELAY_SECONDS = 0.05
+
+
+def local_model() -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def random_prompt(seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (PROMPT_TOKENS,), generator=generator).tolist()
+
+
+def locally(model: Any, prompt: Sequence[int]) -> tuple[list[int], float]:
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        found = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return found[0, len(prompt) :].tolist(), TOKENS / (time.perf_counter() - begin)
+
+
+def over_workers(
+    deployment: dagflow.Deployment, prompts: Sequence[Sequence[int]], **options: Any
+) -> tuple[list[list[int]], float]:
+    begin = time.perf_counter()
+    found = dagflow.generate(deployment, prompts, max_new_tokens=TOKENS, ignore_end=True, **options)
+    seconds = time.perf_counter() - begin
+    answers = [tokens.tolist() for tokens in found.tokens]
+    return answers, sum(map(len, answers)) / seconds
+
+
+def measure_speed(model: dagflow.Model, local: Any, rounds: int) -> dict[str, Any]:
+    cluster = dagflow.ClusterSettings(num_workers=2, num_torch_threads=1)
+    ratios, alone, at_home, together = [], [], [], []
+    with dagflow.Deployment(model, cluster=cluster) as deployment:
+        for number in range(rounds + 1):
+            prompt = random_prompt(number)
+            wanted, theirs = locally(local, prompt)
+            (found,), ours = over_workers(deployment, [prompt], speculate=False)
+            assert found == wanted, "other tokens than transformers"
+            eight, rate = over_workers(
+                deployment, [random_prompt(8 * number + n) for n in range(8)], speculate=False
+            )
+            assert len(eight) == 8
+            if number:  # the first round warms up
+                ratios.append(ours / theirs)
+                alone.append(ours)
+                at_home.append(theirs)
+                together.append(rate)
+    return {
+        "local_tokens_per_second": median(at_home),
+        "tokens_per_second": median(alone),
+        "of_local": median(ratios),
+        "eight_sessions_tokens_per_second": median(together),
+        "eight_of_one": median(t / a for t, a in zip(together, alone, strict=True)),
+    }
+
+
+@contextlib.contextmanager
+def volunteers(count: int, folder: Path, delay: bool = False) -> Iterator[tuple[Client, list[int]]]:
+    """Yield a client of a swarm of real processes, and their process ids by name."""
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0"))
+        client = stack.enter_context(Client(cluster, set_as_default=False))
+        processes = []
+        for number in range(count):
+            command = [sys.executable, "-m", "dask", "worker", cluster.scheduler_address]
+            command += ["--name", f"volunteer-{number}", "--nthreads", "1", "--no-nanny"]
+            command += ["--no-dashboard", "--preload", "dagflow.worker", "--torch-threads", "1"]
+            if delay:
+                relay = stack.enter_context(Relay(DELAY_SECONDS))
+                command += ["--worker-port", str(relay.behind)]
+                command += ["--contact-address", f"tcp://127.0.0.1:{relay.port}"]
+            log = stack.enter_context((folder / f"volunteer-{number}.log").open("w"))
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(command, stderr=log, stdout=log, env=environment)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process.pid)
+        client.wait_for_workers(count, timeout=60)
+        yield client, processes
+
+
+class Relay:
+    """Hands bytes on, both ways, so much later; a long way off on one machine."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.port, self.behind = _free_ports(2)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> Relay:
+        self._thread.start()
+        serving = asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        asyncio.run_coroutine_threadsafe(serving, self._loop).result()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self.behind)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(self._hand_on(reader, back), self._hand_on(there, writer))
+
+    async def _hand_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                self._loop.call_later(self._seconds, writer.write, data)
+        self._loop.call_later(self._seconds, writer.close)
+
+
+def _free_ports(count: int) -> list[int]:
+    import socket
+
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def measure_fault(
+    model: dagflow.Model, wanted: Sequence[int], prompt: Sequence[int], how: signal.Signals
+) -> dict[str, Any]:
+    """Kill or freeze each stage's worker in turn, at token 64; one spare is warm."""
+    gaps, usual = [], []
+    for stage in range(2):
+        with tempfile.TemporaryDirectory() as folder, volunteers(3, Path(folder)) as (client, _):
+            pids = client.run(os.getpid)
+            with dagflow.Deployment(model, client, num_stages=2) as deployment:
+                over_workers(deployment, [prompt], speculate=False)
+                times, tokens = [], []
+                for token in dagflow.generate(
+                    deployment,
+                    [prompt],
+                    max_new_tokens=TOKENS,
+                    ignore_end=True,
+                    speculate=False,
+                    stream=True,
+                ):
+                    times.append(time.perf_counter())
+                    tokens.append(token.token)
+                    if len(tokens) == 64:
+                        os.kill(pids[deployment.engine.addresses[stage]], how)
+                assert tokens == list(wanted), "other tokens than undisturbed"
+                between = [b - a for a, b in itertools.pairwise(times)]
+                gaps.append(max(between))
+                usual.append(median(between))
+    return {"longest_gap_seconds": max(gaps), "gaps_seconds": gaps, "usual_seconds": median(usual)}
+
+
+def measure_distance(model: dagflow.Model, rounds: int) -> dict[str, Any]:
+    """Compare guessing with plain decoding over slow connections."""
+    found: dict[str, Any] = {}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        volunteers(2, Path(folder), delay=True) as (client, _),
+        dagflow.Deployment(model, client, num_stages=2) as deployment,
+    ):
+        for kind in ("repeating", "random"):
+            ratios, rates, plain = [], [], []
+            for number in range(rounds):
+                prompt = random_prompt(100 + number)
+                if kind == "repeating":  # what it says by itself is said again in the prompt
+                    (said,), _ = over_workers(deployment, [prompt], speculate=False)
+                    prompt = [*prompt, *said, *prompt]
+                a, slow = over_workers(deployment, [prompt], speculate=False)
+                b, fast = over_workers(deployment, [prompt], speculate=True)
+                assert a == b, "guessing changed the answer"
+                ratios.append(fast / slow)
+                rates.append(fast)
+                plain.append(slow)
+            found[kind] = {
+                "guessing_of_plain": median(ratios),
+                "tokens_per_second": median(rates),
+                "plain_tokens_per_second": median(plain),
+            }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    every = ("speed", "faults", "distance")
+    parser.add_argument("--part", nargs="+", choices=every, default=list(every))
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    local = local_model()
+    document: dict[str, Any] = {
+        "benchmark": "generate",
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": {"num_cores": os.cpu_count(), "python": platform.python_version()},
+    }
+    with tempfile.TemporaryDirectory() as store:
+        model = dagflow.load(local, store=store)
+        if "speed" in options.part:
+            document["speed"] = measure_speed(model, local, options.rounds)
+        if "faults" in options.part:
+            prompt = random_prompt(0)
+            wanted, _ = locally(local, prompt)
+            document["killed"] = measure_fault(model, wanted, prompt, signal.SIGKILL)
+            document["frozen"] = measure_fault(model, wanted, prompt, signal.SIGSTOP)
+        if "distance" in options.part:
+            document["distance"] = measure_distance(model, max(2, options.rounds // 2))
+    for part in ("speed", "killed", "frozen", "distance"):
+        if part in document:
+            print(f"{part}:")
+            for name, value in document[part].items():
+                print(f"  {name:36} {value}")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "generate.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"\nwritten: {path}")
+
+
+if __name__ == "__main__":
+    main()
