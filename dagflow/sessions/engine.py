@@ -10,14 +10,14 @@ import asyncio
 import contextlib
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
 from distributed import Client, Future
 
-from dagflow.errors import TaskFailed, WorkersLost
+from dagflow.errors import SettingsInvalid, TaskFailed, WorkersLost
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition
 from dagflow.run.clusters import in_background
@@ -25,12 +25,16 @@ from dagflow.run.dask_internals import connection_arguments
 from dagflow.run.membership import Membership
 from dagflow.sessions.links import CommClosedError, Link, Message
 from dagflow.sessions.models import Model
-from dagflow.sessions.service import SessionWorker, StageSpec, close_deployment, open_stage
+from dagflow.sessions.service import SessionWorker, StageSpec, open_stage, take_part
 from dagflow_tasks.attention import ATTEND
 from dagflow_tasks.decoding import ALL, LAST, NOTHING, TOKENS, Part
 from dagflow_tasks.results import TensorDict
 
-_LOOK_SECONDS = 0.2
+# A worker that hasn't answered for so many looks is frozen. Looks are counted rather than seconds:
+# if it is this process that didn't move, nobody else is to blame.
+_LOOK_SECONDS = 0.25
+_MOST_UNHEARD = 8
+_CONNECT_SECONDS = 5.0
 _CHUNK_TOKENS = 256
 
 
@@ -97,9 +101,15 @@ class Engine:
         self._note = note
         self._wait_seconds = wait_seconds
         self._membership = Membership(client)
-        self.addresses: list[str] = []
-        self._opened: dict[tuple[int, str], Future] = {}
+        self._addresses: list[str] = []
+        # Open stages, and those that are being opened, by stage and address.
+        self._opened: dict[tuple[int, str], asyncio.Task[Future]] = {}
         self._links: dict[str, Link] = {}
+        self._inviting: set[str] = set()
+        self._joined = asyncio.Event()
+        # Stages that were placed again and haven't been told what those before them know.
+        self._bare: set[int] = set()
+        self._lacking: set[tuple[int, str]] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._live: dict[str, Live] = {}
         self._mending = asyncio.Lock()
@@ -108,25 +118,15 @@ class Engine:
     # From any thread
 
     def start(self) -> None:
-        """Place and open the stages, and have spares read weights.
+        """Place and open the stages; spares read weights meanwhile and afterwards.
 
         Raises
         ------
         WorkersLost
             If there is no worker.
         """
-        self._client.register_plugin(SessionWorker())
         self._membership.__enter__()
-        workers = self._membership.usable()
-        if not workers:
-            raise WorkersLost("No worker is there to run the model on.")
-        count = len(self.cut)
-        self.addresses = [
-            workers[stage * min(len(workers), count) // count] for stage in range(count)
-        ]
-        self._open([(stage, address) for stage, address in enumerate(self.addresses)])
-        spares = [address for address in workers if address not in self.addresses]
-        self._open([(stage, address) for address in spares for stage in range(count)])
+        self._client.register_plugin(SessionWorker())
         self.call(self._begin())
 
     def close(self) -> None:
@@ -136,10 +136,10 @@ class Engine:
         self._closed = True
         self.call(self._end())
         self._membership.__exit__()
-        for future in self._opened.values():
-            future.release()
-        with contextlib.suppress(OSError, TimeoutError):
-            self._client.run(close_deployment, self.name)
+
+    def address_of(self, stage: int) -> str:
+        """Return which worker has a stage; empty while nobody has."""
+        return self._addresses[stage]
 
     def call(self, doing: Any) -> Any:
         """Run a coroutine on the client's loop, and return what it returns."""
@@ -149,48 +149,145 @@ class Engine:
         """Run a coroutine on the client's loop, and return its future at once."""
         return in_background(self._client, doing)
 
-    def _open(self, places: Sequence[tuple[int, str]]) -> None:
-        """Open stages on workers, and wait until they are."""
-        futures = {}
-        for stage, address in places:
-            following = self.addresses[stage + 1] if stage + 1 < len(self.cut) else None
-            spec = StageSpec(self.name, stage, self.model.ref, self.cut[stage].to_json(), following)
-            key = f"open-stage-{self.name}-{stage}-{uuid.uuid4().hex[:6]}"
-            futures[stage, address] = self._client.submit(
-                open_stage, spec, key=key, workers=[address], pure=False, retries=0
-            )
-        for place, future in futures.items():
-            future.result()
-            self._opened[place] = future
-
     # On the loop
 
     async def _begin(self) -> None:
-        for address in {address for _, address in self._opened}:
-            await self._connect(address)
+        await asyncio.gather(*(self._connect(a) for a in self._membership.usable()))
+        workers = sorted(self._links)
+        if not workers:
+            raise WorkersLost("No worker is there to run the model on.")
+        count = len(self.cut)
+        self._addresses = [
+            workers[stage * min(len(workers), count) // count] for stage in range(count)
+        ]
+        opening = (self._open(stage, address) for stage, address in enumerate(self._addresses))
+        for error in await asyncio.gather(*opening, return_exceptions=True):
+            if isinstance(error, BaseException) and not isinstance(error, OSError):
+                raise error
+        for stage in range(count):
+            await self._route(stage)
         self._spawn(self._watch())
+        for address in self._links.keys() - set(self._addresses):
+            self._spawn(self._warm(address))
 
     async def _end(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
+        """End everything; workers forget their stages when their driver hangs up."""
         for live in list(self._live.values()):
             self._give_up(live, TaskFailed("The model was closed."))
+        self._live.clear()
         for link in self._links.values():
             link.close()
         self._links.clear()
+        ended = [*self._tasks, *self._opened.values()]
+        for task in ended:
+            task.cancel()
+        await asyncio.gather(*ended, return_exceptions=True)
+        self._opened.clear()
 
-    def _spawn(self, doing: Any) -> None:
+    def _spawn(self, doing: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(doing)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Have whoever waits hear of an error that nobody has expected."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._note(f"{type(error).__name__}: {error}")
+            for live in self._live.values():
+                self._give_up(live, TaskFailed(f"{type(error).__name__}: {error}"))
+
+    # Workers
 
     async def _connect(self, address: str) -> None:
-        if address in self._links:
-            return
+        """Hold a connection to a worker, if it can be reached."""
         hello = {"deployment": self.name, "role": "driver"}
-        link = await Link.open(address, connection_arguments(self._client), hello)
+        try:
+            ready = self._client.run(take_part, workers=[address], asynchronous=True)
+            await asyncio.wait_for(ready, _CONNECT_SECONDS)
+            link = await Link.open(address, connection_arguments(self._client), hello)
+        except (OSError, ValueError):
+            return  # frozen, or it has left; if it is still there at the next look, once more
         self._links[address] = link
+        self._joined.set()
         self._spawn(self._listen(address, link))
+
+    async def _open(self, stage: int, address: str) -> None:
+        """Have a worker open a stage, unless it has it open.
+
+        Raises
+        ------
+        CommClosedError
+            If the worker leaves meanwhile.
+        """
+        place = (stage, address)
+        if place not in self._opened:
+            link = self._links.get(address)
+            if link is None:
+                raise CommClosedError(f"The worker {address} has left.")
+            self._opened[place] = asyncio.ensure_future(self._opening(stage, address, link))
+        opening = self._opened[place]
+        try:
+            await asyncio.shield(opening)
+        except BaseException:
+            if opening.done() and self._opened.get(place) is opening:
+                del self._opened[place]
+            raise
+
+    async def _opening(self, stage: int, address: str, link: Link) -> Future:
+        spec = StageSpec(self.name, stage, self.model.ref, self.cut[stage].to_json())
+        key = f"open-stage-{self.name}-{stage}-{uuid.uuid4().hex[:6]}"
+        future = self._client.submit(
+            open_stage, spec, key=key, workers=[address], pure=False, retries=0
+        )
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
+        waiting = [asyncio.ensure_future(event.wait()) for event in (ended, link.closed)]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waiting:
+                wait.cancel()
+        if link.closed.is_set() or future.status in ("lost", "cancelled"):
+            raise CommClosedError(f"The worker {address} left while it opened stage {stage}.")
+        if future.status == "error":
+            raise await loop.run_in_executor(None, future.exception)
+        return future
+
+    async def _invite(self, address: str) -> None:
+        """Make a worker that has come, or come back, a spare."""
+        self._inviting.add(address)
+        try:
+            await self._connect(address)
+        finally:
+            self._inviting.discard(address)
+        if address in self._links:
+            if self._lost():
+                self._spawn(self._mend())
+            await self._warm(address)
+
+    async def _warm(self, address: str) -> None:
+        """Have a spare read all stages' weights: it may have to replace anybody."""
+        try:
+            for stage in range(len(self.cut)):
+                await self._open(stage, address)
+        except OSError:
+            return
+        except Exception as error:
+            self._note(f"The spare {address} can't read all weights: {error}")
+
+    async def _ping(self, link: Link) -> None:
+        with contextlib.suppress(OSError):
+            await link.send({"kind": "ping"})
+
+    async def _hang_up(self, link: Link, address: str) -> None:
+        """Tell a worker to wait no longer for one that is gone."""
+        with contextlib.suppress(OSError):
+            await link.send({"kind": "lost", "address": address})
+
+    def _lost(self) -> list[int]:
+        return [s for s, address in enumerate(self._addresses) if address not in self._links]
 
     async def _listen(self, address: str, link: Link) -> None:
         try:
@@ -206,26 +303,43 @@ class Engine:
         if link is not None:
             link.close()
         for place in [place for place in self._opened if place[1] == address]:
-            self._opened.pop(place).release()
-        if address in self.addresses and not self._closed:
-            stages = [s for s, a in enumerate(self.addresses) if a == address]
+            del self._opened[place]
+        if self._closed:
+            return
+        for other in self._links.values():
+            self._spawn(self._hang_up(other, address))
+        stages = [s for s, a in enumerate(self._addresses) if a == address]
+        for stage in stages:
+            self._addresses[stage] = ""  # were it to come back, it would have forgotten
+        if stages:
             self._note(f"The worker {address} {how}, with stage {', '.join(map(str, stages))}.")
             self._spawn(self._mend())
 
     async def _watch(self) -> None:
-        """Notice workers that are silent, though their connections are open."""
+        """Notice workers that are silent, though their connections are open, and those that come."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             usable = set(self._membership.usable())
-            for address in [a for a in self._links if a not in usable]:
-                self._gone(address, "has fallen silent")
+            for address, link in list(self._links.items()):
+                link.num_unheard += 1
+                if address not in usable:
+                    self._gone(address, "has left")
+                elif link.num_unheard > _MOST_UNHEARD:
+                    self._gone(address, "has fallen silent")
+                elif not link.is_sending:
+                    self._spawn(self._ping(link))
+            for address in usable - self._links.keys() - self._inviting:
+                self._spawn(self._invite(address))
 
     def _hear(self, message: Message) -> None:
         kind = message["kind"]
         if kind == "logits":
             self._answer([Part(*part) for part in message["parts"]], message["values"]["logits"])
         elif kind == "gap":
-            self._spawn(self._refill(message["stage"], message["sessions"]))
+            self._lacking |= {(message["stage"], name) for name in message["sessions"]}
+            self._spawn(self._refill())
+        elif kind == "unreached":
+            self._gone(message["address"], "can't be reached by another")
         elif kind == "failed":
             for name in message["sessions"]:
                 if name in self._live:
@@ -269,7 +383,12 @@ class Engine:
         ------
         TaskFailed
             If a stage can't compute them.
+        SettingsInvalid
+            If the session or the model was closed.
         """
+        self._check_open(live)
+        if self._lost() and not self._mending.locked():
+            self._spawn(self._mend())  # nobody was there when it was tried last
         futures = []
         for begin in range(0, len(tokens), _CHUNK_TOKENS):
             chunk = list(tokens[begin : begin + _CHUNK_TOKENS])
@@ -287,6 +406,7 @@ class Engine:
 
     def rewind(self, live: Live, position: int) -> None:
         """Forget the tokens from a position on."""
+        self._check_open(live)
         del live.tokens[position:]
         live.epoch += 1
         for wanted in live.wanted:
@@ -295,6 +415,7 @@ class Engine:
 
     async def fork(self, live: Live, length: int) -> Live:
         """Begin a session with the first tokens of another."""
+        self._check_open(live)
         new = await self.open()
         new.tokens = live.tokens[:length]
         for stage in range(len(self.cut)):
@@ -305,10 +426,15 @@ class Engine:
 
     async def end(self, live: Live) -> None:
         """Forget a session, here and on the workers."""
-        self._live.pop(live.name, None)
+        if self._live.pop(live.name, None) is None:
+            return
         self._give_up(live, TaskFailed("The session was closed."))
         for stage in range(len(self.cut)):
             await self._tell(stage, {"kind": "close", "sessions": [live.name]})
+
+    def _check_open(self, live: Live) -> None:
+        if live.name not in self._live:
+            raise SettingsInvalid("The session was closed: open another, or fork it before.")
 
     async def _send_tokens(
         self, parts: Sequence[Part], tokens: torch.Tensor, rebuilt: Sequence[int]
@@ -318,7 +444,7 @@ class Engine:
 
     async def _tell(self, stage: int, message: Message, values: TensorDict | None = None) -> None:
         """Send to a stage; if its worker is gone, mending sends again what matters."""
-        link = self._links.get(self.addresses[stage])
+        link = self._links.get(self._addresses[stage])
         if link is None:
             return
         with contextlib.suppress(OSError):
@@ -329,46 +455,61 @@ class Engine:
     async def _mend(self) -> None:
         """Put lost stages on other workers, and have what they knew sent to them again."""
         async with self._mending:
-            while True:
-                lost = [s for s, a in enumerate(self.addresses) if a not in self._links]
-                if not lost:
-                    return
+            while self._lost() or self._bare:
                 try:
-                    for stage in lost:
-                        self.addresses[stage] = await self._replacement(stage)
+                    for stage in self._lost():
+                        self._bare.add(stage)
+                        self._addresses[stage] = await self._replacement(stage)
                 except WorkersLost as error:
                     for live in self._live.values():
                         self._give_up(live, error)
                     return
-                except OSError:
-                    continue  # gone as well
-                for stage in lost:
-                    following = self.addresses[stage + 1] if stage + 1 < len(self.cut) else None
-                    await self._tell(stage, {"kind": "route", "following": following})
-                for first, last in _runs(lost):
+                if self._lost():
+                    continue  # another one has left meanwhile
+                bare = sorted(self._bare)
+                self._bare.clear()
+                for stage in bare:
+                    await self._route(stage)
+                for first, last in _runs(bare):
                     await self._send_again(first, list(range(first, last + 1)), None)
+
+    async def _route(self, stage: int) -> None:
+        following = self._addresses[stage + 1] if stage + 1 < len(self.cut) else None
+        await self._tell(stage, {"kind": "route", "following": following})
 
     async def _replacement(self, stage: int) -> str:
         """Return a worker that has the stage open: a spare that has its weights, if there is one."""
-        used = Counter(a for a in self.addresses if a in self._links)
-        for address in sorted(self._links, key=lambda a: used[a]):
-            if (stage, address) in self._opened and not used[address]:
-                return address
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait_seconds
-        while not (usable := self._membership.usable()):
-            if loop.time() > deadline:
-                raise WorkersLost(
-                    f"0 of 1 workers joined {self._client.scheduler.address} within "
-                    f"{self._wait_seconds:g} s."
-                )
-            await asyncio.sleep(_LOOK_SECONDS)
-        address = min(usable, key=lambda a: (used[a], (stage, a) not in self._opened))
-        if (stage, address) not in self._opened:
-            self._note(f"Stage {stage} is being opened on {address}.")
-            await loop.run_in_executor(None, self._open, [(stage, address)])
-        await self._connect(address)
-        return address
+        while True:
+            used = Counter(self._addresses)
+            address = min(
+                self._links, key=lambda a: (used[a], not self._is_open(stage, a), a), default=None
+            )
+            if address is None:
+                self._joined.clear()
+                try:
+                    await asyncio.wait_for(self._joined.wait(), deadline - loop.time())
+                except TimeoutError as error:
+                    raise WorkersLost(
+                        f"0 of 1 workers joined {self._client.scheduler.address} within "
+                        f"{self._wait_seconds:g} s."
+                    ) from error
+                continue
+            if not self._is_open(stage, address):
+                self._note(f"Stage {stage} is being opened on {address}.")
+            try:
+                await self._open(stage, address)
+                return address
+            except OSError:
+                continue  # gone as well
+            except Exception as error:
+                self._membership.exclude(address, str(error))
+                self._gone(address, f"can't open stage {stage}: {error}")
+
+    def _is_open(self, stage: int, address: str) -> bool:
+        opening = self._opened.get((stage, address))
+        return opening is not None and opening.done()
 
     async def _send_again(
         self, stage: int, rebuilt: list[int], names: Sequence[str] | None
@@ -377,8 +518,6 @@ class Engine:
         lives = [live for live in self._live.values() if names is None or live.name in names]
         lives.sort(key=lambda live: not live.wanted)  # those that somebody waits for first
         sessions = [(live, *_still_wanted(live)) for live in lives if live.tokens]
-        if not sessions:
-            return
         if stage == 0:
             for live, deliver, want in sessions:
                 tokens = torch.tensor(live.tokens)
@@ -387,22 +526,29 @@ class Engine:
             return
         message = {
             "kind": "resend",
-            "following": self.addresses[stage],
+            "following": self._addresses[stage],
             "sessions": [(live.name, deliver, want) for live, deliver, want in sessions],
             "rebuilt": rebuilt,
         }
         await self._tell(stage - 1, message)
 
-    async def _refill(self, stage: int, names: Sequence[str]) -> None:
-        """A stage lacks what came before: it has got something out of turn."""
+    async def _refill(self) -> None:
+        """Some stages lack what came before: they have got something out of turn."""
         async with self._mending:
-            await self._send_again(stage, [stage], names)
+            lacking, self._lacking = self._lacking, set()
+            for stage in sorted({stage for stage, _ in lacking}):
+                names = [name for number, name in lacking if number == stage]
+                await self._send_again(stage, [stage], names)
 
 
 def _still_wanted(live: Live) -> tuple[int, str]:
-    """Return from which token on the stages behind must be given a session's tokens, and why."""
+    """Return from which token on the stages behind must be given a session's tokens, and why.
+
+    Tokens that are fed from now on may get to the stage that sends again before it is told to: what
+    they are wanted for isn't known yet, so it is all.
+    """
     if not live.wanted:
-        return len(live.tokens), NOTHING
+        return len(live.tokens), ALL
     first = min(wanted.start for wanted in live.wanted)
     one = len(live.wanted) == 1 and live.wanted[0].want == LAST
     return first, LAST if one and live.wanted[0].end == len(live.tokens) else ALL

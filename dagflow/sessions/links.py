@@ -17,11 +17,26 @@ _CONNECT_SECONDS = 5.0
 
 
 class Link:
-    """Sends messages over a comm, one after the other, whoever sends them."""
+    """Sends messages over a comm, one after the other, whoever sends them.
+
+    Attributes
+    ----------
+    num_unheard : int
+        How often somebody has looked since the last message came; for whoever looks to count.
+    closed : asyncio.Event
+        Set once this side knows that nothing comes any more.
+    """
 
     def __init__(self, comm: Comm) -> None:
-        self.comm = comm
+        self.num_unheard = 0
+        self.closed = asyncio.Event()
+        self._comm = comm
         self._turn = asyncio.Lock()
+        self._writing: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_sending(self) -> bool:
+        return self._turn.locked()
 
     @classmethod
     async def open(cls, address: str, arguments: Mapping[str, Any], hello: Message) -> Link:
@@ -45,8 +60,11 @@ class Link:
         """
         if values is not None:
             message = {**message, "values": to_serialize(values)}
-        async with self._turn:
-            await self.comm.write(message)
+        # A comm whose write is cancelled is closed by dask: who gives up waiting must not cancel it.
+        writing = asyncio.ensure_future(self._write(message))
+        self._writing.add(writing)
+        writing.add_done_callback(self._written)
+        await asyncio.shield(writing)
 
     async def receive(self) -> Message:
         """Return the next message.
@@ -55,11 +73,23 @@ class Link:
         ------
         CommClosedError
         """
-        message: Message = await self.comm.read()
+        message: Message = await self._comm.read()
+        self.num_unheard = 0
         return message
 
     def close(self) -> None:
-        self.comm.abort()
+        """End the connection; whoever is writing or reading gets a `CommClosedError`."""
+        self.closed.set()
+        self._comm.abort()
+
+    async def _write(self, message: Message) -> None:
+        async with self._turn:
+            await self._comm.write(message)
+
+    def _written(self, writing: asyncio.Task[None]) -> None:
+        self._writing.discard(writing)
+        if writing.cancelled() or writing.exception() is not None:
+            self.close()
 
 
 __all__ = ["OPERATION", "CommClosedError", "Link", "Message"]

@@ -7,9 +7,9 @@ stay open; dask's tasks only open and close stages.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -43,15 +43,12 @@ class StageSpec:
     model : ModelRef
     program : str
         As JSON.
-    following : str or None
-        Address of the next stage's worker.
     """
 
     deployment: str
     stage: int
     model: ModelRef
     program: str
-    following: str | None
 
 
 def open_stage(spec: StageSpec) -> int:
@@ -59,9 +56,14 @@ def open_stage(spec: StageSpec) -> int:
     return _hub(get_worker()).open(spec)
 
 
-def close_deployment(deployment: str, dask_worker: Any = None) -> None:
-    """Forget a deployment's stages on a worker."""
-    _hub(dask_worker).close(deployment)
+def take_part(dask_worker: Any = None) -> None:
+    """Have a worker listen to drivers; dask sets plugins up some time after a worker has joined."""
+    _hub(dask_worker)
+
+
+def num_tokens_computed(deployment: str, dask_worker: Any = None) -> dict[int, int]:
+    """Return how many tokens each of a deployment's stages on a worker has computed."""
+    return _hub(dask_worker).num_tokens(deployment)
 
 
 class SessionWorker(WorkerPlugin):  # type: ignore[misc]
@@ -87,7 +89,7 @@ class _Hub:
         self._loop = worker.loop.asyncio_loop
         self._arguments = connection_arguments(worker)
         self._stages: dict[tuple[str, int], _Running] = {}
-        self._links: dict[str, asyncio.Task[Link]] = {}
+        self._links: dict[tuple[str, str], asyncio.Task[Link]] = {}
         self.drivers: dict[str, Link] = {}
         # Of its own: dask's threads may be busy with training.
         self.computing = ThreadPoolExecutor(1, "dagflow-sessions")
@@ -98,31 +100,36 @@ class _Hub:
         program = StageProgram.from_json(spec.program)
         weights = read_weights(spec.model, program, current_device())
         stage = DecoderStage(program, current_device(), weights)
-        opened = threading.Event()
+        opened: Future[None] = Future()
 
         def take_up() -> None:
+            if spec.deployment not in self.drivers:
+                opened.set_exception(CommClosedError("The driver has left."))
+                return
             known = self._stages.pop(key, None)
             if known is not None:
                 known.stop()
             self._stages[key] = _Running(self, spec, stage)
-            opened.set()
+            opened.set_result(None)
 
         self._loop.call_soon_threadsafe(take_up)
-        opened.wait()
+        opened.result()
         return sum(tensor.nbytes for tensor in weights.values())
 
-    def close(self, deployment: str) -> None:
-        def forget() -> None:
-            for key in [key for key in self._stages if key[0] == deployment]:
-                self._stages.pop(key).stop()
-
-        self._loop.call_soon_threadsafe(forget)
+    def num_tokens(self, deployment: str) -> dict[int, int]:
+        return {s: r.num_tokens for (name, s), r in self._stages.items() if name == deployment}
 
     def stop(self) -> None:
-        for running in self._stages.values():
-            running.stop()
-        self._stages.clear()
+        for deployment in {key[0] for key in [*self._stages, *self._links]}:
+            self._forget(deployment)
         self.computing.shutdown(wait=False)
+
+    def _forget(self, deployment: str) -> None:
+        """A driver has left: its stages and connections go, too."""
+        for key in [key for key in self._stages if key[0] == deployment]:
+            self._stages.pop(key).stop()
+        for name, address in [key for key in self._links if key[0] == deployment]:
+            self._hang_up(name, address)
 
     async def _serve(self, comm: Any, deployment: str, role: str) -> Any:
         """Take messages from one connection until it ends."""
@@ -131,12 +138,19 @@ class _Hub:
             self.drivers[deployment] = link
         try:
             while True:
-                self.take(await link.receive())
+                message = await link.receive()
+                if message["kind"] == "ping":
+                    await link.send({"kind": "pong"})
+                elif message["kind"] == "lost":
+                    self._hang_up(deployment, message["address"])
+                else:
+                    self.take(message)
         except CommClosedError:
             return Status.dont_reply
         finally:
             if self.drivers.get(deployment) is link:
                 del self.drivers[deployment]
+                self._forget(deployment)
 
     def take(self, message: Message) -> None:
         """Queue a message for its stage; those for stages that aren't here any more are dropped."""
@@ -145,23 +159,45 @@ class _Hub:
             running.queue.put_nowait(message)
 
     async def send(self, address: str, message: Message, values: TensorDict) -> None:
-        """Send to a stage on some worker. If that is gone, the driver will have it sent again."""
+        """Send to a stage on some worker. If that is gone, the driver has it sent again."""
         if address == self.address:
             self.take({**message, "values": values})
             return
+        key = (message["deployment"], address)
         try:
-            link = await self._link(address, message["deployment"])
-            await link.send(message, values)
+            await (await self._link(key)).send(message, values)
         except OSError:
-            self._links.pop(address, None)
+            # Without a connection of its own to that worker the driver wouldn't hear of it.
+            if self._links.pop(key, None) is not None:
+                await self.tell_driver(key[0], {"kind": "unreached", "address": address})
 
-    async def _link(self, address: str, deployment: str) -> Link:
-        known = self._links.get(address)
-        if known is None or (known.done() and (known.exception() or known.result().comm.closed())):
-            hello = {"deployment": deployment, "role": "stage"}
-            known = asyncio.ensure_future(Link.open(address, self._arguments, hello))
-            self._links[address] = known
-        return await known
+    async def tell_driver(
+        self, deployment: str, message: Message, values: TensorDict | None = None
+    ) -> None:
+        """Send to a driver; if it is gone, nobody waits for it."""
+        driver = self.drivers.get(deployment)
+        if driver is not None:
+            with suppress(OSError):
+                await driver.send(message, values)
+
+    async def _link(self, key: tuple[str, str]) -> Link:
+        known = self._links.get(key)
+        if known is None:
+            hello = {"deployment": key[0], "role": "stage"}
+            known = asyncio.ensure_future(Link.open(key[1], self._arguments, hello))
+            self._links[key] = known
+        await asyncio.wait([known])
+        if known.cancelled():
+            raise CommClosedError(f"The worker {key[1]} was given up.")
+        return known.result()
+
+    def _hang_up(self, deployment: str, address: str) -> None:
+        """Wait no longer for a worker that may never read again what is sent to it."""
+        link = self._links.pop((deployment, address), None)
+        if link is None:
+            return
+        if not link.cancel() and link.exception() is None:
+            link.result().close()
 
 
 class _Running:
@@ -171,10 +207,14 @@ class _Running:
         self._hub = hub
         self._deployment = spec.deployment
         self._number = spec.stage
-        self._following = spec.following
+        self._following: str | None = None
         self._stage = stage
         self.queue: asyncio.Queue[Message] = asyncio.Queue()
         self._pump = asyncio.ensure_future(self._run())
+
+    @property
+    def num_tokens(self) -> int:
+        return self._stage.num_tokens
 
     def stop(self) -> None:
         self._pump.cancel()
@@ -187,23 +227,28 @@ class _Running:
                 waiting.append(self.queue.get_nowait())
             while waiting:
                 passes = _together(waiting)
-                if passes:
-                    del waiting[: len(passes)]
-                    await self._compute(passes)
-                else:
-                    await self._obey(waiting.pop(0))
+                try:
+                    if passes:
+                        del waiting[: len(passes)]
+                        await self._compute(passes)
+                    else:
+                        await self._obey(waiting.pop(0))
+                except Exception as error:
+                    sessions = list(self._stage.sessions)
+                    await self._tell({"kind": "failed", "sessions": sessions, "why": str(error)})
 
     async def _compute(self, messages: Sequence[Message]) -> None:
         rebuilt = messages[0]["rebuilt"]
         accepted: list[tuple[list[Part], TensorDict]] = []
         for message in messages:
             parts = [Part(*part) for part in message["parts"]]
-            gaps = [part for part in parts if not self._stage.accepts(part)]
+            over = [part for part in parts if self._stage.is_over(part)]
+            gaps = [part for part in parts if part not in over and not self._stage.accepts(part)]
             if gaps:
                 await self._tell({"kind": "gap", "sessions": [part.session for part in gaps]})
-                parts, values = _without(parts, message["values"], gaps)
-            else:
-                values = message["values"]
+            values = message["values"]
+            if gaps or over:
+                parts, values = _without(parts, values, [*gaps, *over])
             if parts:
                 accepted.append((parts, values))
         if not accepted:
@@ -264,13 +309,7 @@ class _Running:
                     await self._send_on([sent[0]], sent[1], message["rebuilt"])
 
     async def _tell(self, message: Message, values: TensorDict | None = None) -> None:
-        driver = self._hub.drivers.get(self._deployment)
-        if driver is None:
-            return
-        try:
-            await driver.send({**message, "stage": self._number}, values)
-        except OSError:
-            return  # gone; whoever comes next asks again
+        await self._hub.tell_driver(self._deployment, {**message, "stage": self._number}, values)
 
 
 def _together(waiting: Sequence[Message]) -> list[Message]:

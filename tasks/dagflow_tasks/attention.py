@@ -102,9 +102,9 @@ class Span:
     ----------
     cache : SessionCache or None
         None for a sequence that nobody goes on with: nothing is kept.
-    start : int
-        Position of the first token; the cache forgets what it had from there on.
-    count : int
+    start, count : int
+        Position of the first token, and how many. The cache must reach as far as `start`; tokens
+        that it has from there on are computed again.
     """
 
     cache: SessionCache | None
@@ -126,7 +126,7 @@ def attending(spans: Sequence[Span]) -> Iterator[None]:
         _PASS.spans = before
     for span in spans:
         if span.cache is not None:
-            span.cache.length = span.start + span.count
+            span.cache.length = max(span.cache.length, span.start + span.count)
 
 
 def attend(

@@ -7,6 +7,7 @@ other stage computes anything.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +24,7 @@ NOTHING, LAST, ALL = "nothing", "last", "all"
 
 # Grows by doubling from this many tokens.
 _FIRST_TOKENS = 64
+_REMEMBERED = 1024
 _NO_RANDOM = RandomAddress(0, 0, 0)
 
 
@@ -78,7 +80,7 @@ class _Sent:
                     grown[:start] = known[:start]
                 self.buffers[name] = known = grown
             known[start:end] = value
-            self.length = end
+            self.length = max(self.length, end)
 
     def take(self, begin: int, end: int) -> dict[str, torch.Tensor]:
         return {name: buffer[begin:end] for name, buffer in self.buffers.items()}
@@ -93,8 +95,11 @@ class DecoderStage:
     device : torch.device
     weights : mapping
         Parameters and buffers by name, those included that other stages own.
-    later : set of str
-        Values that later stages read: this one's outputs, and those that pass through it.
+
+    Attributes
+    ----------
+    num_tokens : int
+        How many it has computed since it was opened, over all sessions.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class DecoderStage:
     ) -> None:
         self.program = program
         self.device = device
+        self.num_tokens = 0
         self._executable = Executable(program, device)
         self._weights = {use.value: weights[use.parameter] for use in program.parameters}
         self._weights |= {use.value: weights[use.buffer] for use in program.buffers}
@@ -115,6 +121,8 @@ class DecoderStage:
         self.sessions: dict[str, SessionCache] = {}
         self._epochs: dict[str, int] = {}
         self._sent: dict[str, _Sent] = {}
+        # Tokens may still be on their way to a session that was closed.
+        self._closed: deque[str] = deque(maxlen=_REMEMBERED)
 
     @property
     def is_last(self) -> bool:
@@ -124,6 +132,11 @@ class DecoderStage:
     def num_cache_bytes(self) -> int:
         """What all sessions' caches take."""
         return sum(cache.num_bytes for cache in self.sessions.values())
+
+    def is_over(self, part: Part) -> bool:
+        """Tell whether nobody needs a part any more: it was rewound, or its session closed."""
+        rewound = part.epoch < self._epochs.get(part.session, 0)
+        return rewound or part.session in self._closed
 
     def accepts(self, part: Part) -> bool:
         """Tell whether a part's tokens follow on those that are here."""
@@ -160,6 +173,7 @@ class DecoderStage:
             else:
                 given[name] = _to_dim(values[name], self._dims[name]).to(self.device)
         count = sum(part.count for part in parts)
+        self.num_tokens += count
         sizes = {s: len(rows) if s in self._rows else count for s in self.program.symbols}
         if self.is_last and not len(rows):
             sizes |= dict.fromkeys(self._rows, 1)
@@ -184,7 +198,8 @@ class DecoderStage:
         return part, TensorDict(sent.take(0, sent.length))
 
     def close(self, session: str) -> None:
-        """Forget a session."""
+        """Forget a session, and leave out what still comes for it."""
+        self._closed.append(session)
         self.sessions.pop(session, None)
         self._epochs.pop(session, None)
         self._sent.pop(session, None)
@@ -222,9 +237,7 @@ class DecoderStage:
         for part in parts:
             end = begin + part.count
             sent = self._sent.setdefault(part.session, _Sent())
-            longest = max(sent.length, part.end)
             sent.put(part.start, {name: value[begin:end] for name, value in found.items()})
-            sent.length = longest
             begin = end
 
 

@@ -1,0 +1,65 @@
+"""Small causal language models of every family that is served, with windows that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from zoo import SIZES, build
+
+import dagflow
+
+
+def _mistral() -> Any:
+    config = hf.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8)
+    return hf.MistralForCausalLM(config)
+
+
+def _gemma3() -> Any:
+    config = hf.Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=8, sliding_window=8)
+    return hf.Gemma3ForCausalLM(config)
+
+
+FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "mixtral", "gpt2", "opt", "bloom")
+_OWN: dict[str, Callable[[], Any]] = {"mistral": _mistral, "gemma3": _gemma3}
+
+
+def language_model(family: str, seed: int = 0) -> Any:
+    """Return a model of a family in evaluation mode, with weights that make it say something."""
+    torch.manual_seed(seed)
+    model: Any = _OWN[family]() if family in _OWN else build(family, seed).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    return model.eval()
+
+
+def stored(family: str, store: Path) -> tuple[Any, dagflow.Model]:
+    """Return a model, and the same in a store."""
+    model = language_model(family)
+    return model, dagflow.load(model, store=store)
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """Return what transformers goes on with, past end tokens."""
+    found = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    tokens: list[int] = found[0, len(prompt) :].tolist()
+    return tokens
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokens: list[int]) -> torch.Tensor:
+    """Return the uncut model's logits (T, V)."""
+    logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits
