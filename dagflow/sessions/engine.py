@@ -141,6 +141,15 @@ class Engine:
         """Return which worker has a stage; empty while nobody has."""
         return self._addresses[stage]
 
+    def spares(self) -> list[str]:
+        """Return the workers without a stage that have the weights of all."""
+        return [
+            address
+            for address in list(self._links)
+            if address not in self._addresses
+            and all(self._is_open(stage, address) for stage in range(len(self.cut)))
+        ]
+
     def call(self, doing: Any) -> Any:
         """Run a coroutine on the client's loop, and return what it returns."""
         return in_background(self._client, doing).result()

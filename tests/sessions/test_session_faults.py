@@ -7,33 +7,34 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from distributed import Client, LocalCluster
-from families import greedy, stored
+from families import greedy, logits_of, stored, wait_until
 
 import dagflow
 from dagflow.sessions.service import num_tokens_computed
 
 PROMPT = [5, 17, 3, 42, 8, 23, 5, 17]
 NUM_NEW = 24
+NUM_WORKERS = 3
 # A frozen worker must be noticed and replaced within so long; what it takes to answer comes on top.
 NOTICED_SECONDS = 3.0
 
 
 class Swarm:
-    """Worker processes that each hold one stage, or none, of a model."""
+    """A deployment of two stages, and its workers' processes."""
 
-    def __init__(
-        self, cluster: LocalCluster, client: Client, deployment: dagflow.Deployment
-    ) -> None:
-        self.cluster = cluster
+    def __init__(self, client: Client, deployment: dagflow.Deployment) -> None:
         self.client = client
         self.deployment = deployment
         self.engine = deployment.engine
+
+    def wait_for_spares(self, count: int) -> None:
+        """Wait until so many workers could replace any other at once."""
+        wait_until(lambda: len(self.engine.spares()) >= count, f"{count} spares")
 
     def address(self, stage: int) -> str:
         return self.engine.address_of(stage)
@@ -55,24 +56,28 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dagflow.Model]
     return stored("llama", tmp_path_factory.mktemp("models"))
 
 
-@contextmanager
-def a_swarm(model: dagflow.Model, num_workers: int, num_stages: int) -> Iterator[Swarm]:
-    with (
-        LocalCluster(
-            n_workers=num_workers,
-            threads_per_worker=1,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-            memory_limit=0,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        # A killed worker stays away: its nanny would bring it back otherwise.
-        for nanny in cluster.workers.values():
-            nanny.auto_restart = False
-        client.run(torch.set_num_threads, 1)
-        with dagflow.Deployment(model, client, num_stages=num_stages) as deployment:
-            yield Swarm(cluster, client, deployment)
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    """Three workers; those that are killed are started again, under another address."""
+    with LocalCluster(
+        n_workers=NUM_WORKERS,
+        threads_per_worker=1,
+        dashboard_address="127.0.0.1:0",
+        silence_logs=logging.CRITICAL,
+        memory_limit=0,
+    ) as local:
+        yield local
+
+
+@pytest.fixture
+def swarm(cluster: LocalCluster, llama: tuple[Any, dagflow.Model]) -> Iterator[Swarm]:
+    """Two stages and a spare."""
+    with Client(cluster, set_as_default=False) as client:
+        client.wait_for_workers(NUM_WORKERS, timeout=60)
+        with dagflow.Deployment(llama[1], client, num_stages=2) as deployment:
+            found = Swarm(client, deployment)
+            found.wait_for_spares(1)
+            yield found
 
 
 def answer(swarm: Swarm, then: Callable[[], None], at: int = 6) -> list[int]:
@@ -89,38 +94,102 @@ def answer(swarm: Swarm, then: Callable[[], None], at: int = 6) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("stages", [[0], [1], [2], [0, 1], [1, 2], [0, 1, 2]])
+def kill(swarm: Swarm, stages: Iterable[int]) -> None:
+    pids = swarm.pids()
+    for address in {swarm.address(stage) for stage in stages}:
+        os.kill(pids[address], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("stages", [[0], [1], [0, 1]])
 def test_killed_workers_are_replaced_and_the_tokens_stay_the_same(
-    llama: tuple[Any, dagflow.Model], stages: list[int]
+    llama: tuple[Any, dagflow.Model], swarm: Swarm, stages: list[int]
 ) -> None:
-    with a_swarm(llama[1], 4, 3) as swarm:
-        pids = swarm.pids()
-        others = [stage for stage in range(3) if stage not in stages]
-
-        def kill() -> None:
-            for stage in stages:
-                os.kill(pids[swarm.address(stage)], signal.SIGKILL)
-
-        assert answer(swarm, kill) == greedy(llama[0], PROMPT, NUM_NEW)
-        once = len(PROMPT) + NUM_NEW - 1
-        # What was under way may come a second time, from where it was lost.
-        assert all(once <= swarm.computed(stage) <= once + 1 for stage in others)
+    others = [stage for stage in range(2) if stage not in stages]
+    before = {stage: swarm.address(stage) for stage in range(2)}
+    found = answer(swarm, lambda: kill(swarm, stages))
+    assert found == greedy(llama[0], PROMPT, NUM_NEW)
+    once = len(PROMPT) + NUM_NEW - 1
+    for stage in others:
+        assert swarm.address(stage) == before[stage]
+        # What was under way may come a second time.
+        assert once <= swarm.computed(stage) <= once + 1
 
 
 def test_a_frozen_worker_is_noticed_and_replaced_in_seconds(
-    llama: tuple[Any, dagflow.Model],
+    llama: tuple[Any, dagflow.Model], swarm: Swarm
 ) -> None:
-    with a_swarm(llama[1], 3, 2) as swarm:
-        pid = swarm.pids()[swarm.address(1)]
-        frozen_at: list[float] = []
+    pid = swarm.pids()[swarm.address(1)]
+    frozen_at: list[float] = []
 
-        def freeze() -> None:
-            os.kill(pid, signal.SIGSTOP)
-            frozen_at.append(time.monotonic())
+    def freeze() -> None:
+        os.kill(pid, signal.SIGSTOP)
+        frozen_at.append(time.monotonic())
 
-        try:
-            found = answer(swarm, freeze, at=NUM_NEW - 2)
-            assert time.monotonic() - frozen_at[0] < NOTICED_SECONDS
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        assert found == greedy(llama[0], PROMPT, NUM_NEW)
+    try:
+        found = answer(swarm, freeze, at=NUM_NEW - 1)
+        assert time.monotonic() - frozen_at[0] < NOTICED_SECONDS
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert found == greedy(llama[0], PROMPT, NUM_NEW)
+    swarm.wait_for_spares(1)  # awake again, it is one
+
+
+def test_with_all_workers_gone_the_answer_goes_on_where_others_join(
+    llama: tuple[Any, dagflow.Model], swarm: Swarm
+) -> None:
+    def kill_all() -> None:
+        for pid in swarm.pids().values():
+            os.kill(pid, signal.SIGKILL)
+
+    assert answer(swarm, kill_all) == greedy(llama[0], PROMPT, NUM_NEW)
+
+
+def test_a_retired_worker_hands_its_stage_over(
+    llama: tuple[Any, dagflow.Model], swarm: Swarm
+) -> None:
+    retired = swarm.address(0)
+
+    def retire() -> None:
+        swarm.client.retire_workers([retired], close_workers=False, remove=True)
+
+    assert answer(swarm, retire) == greedy(llama[0], PROMPT, NUM_NEW)
+    wait_until(lambda: swarm.address(0) != retired, "the stage has moved")
+
+
+def test_between_sessions_a_lost_stage_is_replaced_as_well(
+    llama: tuple[Any, dagflow.Model], swarm: Swarm
+) -> None:
+    before = swarm.address(1)
+    kill(swarm, [1])
+    wait_until(lambda: swarm.address(1) not in ("", before), "the stage was placed again")
+    assert answer(swarm, lambda: None) == greedy(llama[0], PROMPT, NUM_NEW)
+
+
+def test_sessions_forked_before_a_loss_go_on_after_it(
+    llama: tuple[Any, dagflow.Model], swarm: Swarm
+) -> None:
+    with dagflow.Session(swarm.deployment) as session:
+        session.prefill(PROMPT)
+        before = swarm.address(1)
+        with session.fork(5) as fork:
+            kill(swarm, [1])
+            rest, other = session.decode(7), fork.decode(9)
+            assert torch.allclose(rest, logits_of(llama[0], [*PROMPT, 7])[-1], atol=1e-4)
+            assert torch.allclose(other, logits_of(llama[0], [*PROMPT[:5], 9])[-1], atol=1e-4)
+    assert swarm.address(1) != before
+
+
+def test_several_answers_at_once_survive_a_loss(
+    llama: tuple[Any, dagflow.Model], swarm: Swarm
+) -> None:
+    prompts = [PROMPT, PROMPT[:3], [9, 4, 4], [60]]
+    requests = [
+        swarm.deployment.request(p, max_new_tokens=NUM_NEW, ignore_end=True) for p in prompts
+    ]
+    found: list[list[int]] = [[] for _ in prompts]
+    for count, token in enumerate(swarm.deployment.stream(requests)):
+        assert token.token is not None
+        found[token.prompt].append(token.token)
+        if count == 10:
+            kill(swarm, [1])
+    assert found == [greedy(llama[0], p, NUM_NEW) for p in prompts]

@@ -1,0 +1,123 @@
+"""Attention over sessions' caches equals attention over whole sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dagflow_tasks.attention import SessionCache, Span, attend, attending
+
+HEADS, WIDTH, LENGTH = 4, 8, 23
+SCALE = WIDTH**-0.5
+
+
+def _qkv(key_heads: int = 2, length: int = LENGTH) -> tuple[torch.Tensor, ...]:
+    return (
+        torch.randn(1, HEADS, length, WIDTH),
+        torch.randn(1, key_heads, length, WIDTH),
+        torch.randn(1, key_heads, length, WIDTH),
+    )
+
+
+def _reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int = 0,
+    slopes: torch.Tensor | None = None,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Score by score, on the whole sequence (1, T, H, D)."""
+    groups = HEADS // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * SCALE
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    at = torch.arange(query.shape[2])
+    if slopes is not None:
+        scores = scores + slopes[:, None, None] * at
+    hidden = at[None, :] > at[:, None]
+    if window:
+        hidden |= at[None, :] <= at[:, None] - window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    return (torch.softmax(scores, -1) @ value).transpose(1, 2)
+
+
+KINDS = {
+    "plain": {},
+    "window": {"window": 5},
+    "alibi": {"slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
+    "softcap": {"softcap": 2.0},
+    "windowed softcap": {"window": 5, "softcap": 2.0},
+}
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cuts", [[LENGTH], [10, 13], [7, 1, 9, 6], [1] * LENGTH])
+def test_a_sequence_in_pieces_equals_the_whole(kind: str, key_heads: int, cuts: list[int]) -> None:
+    query, key, value = _qkv(key_heads)
+    cache, found, start = SessionCache(), [], 0
+    for count in cuts:
+        piece = slice(start, start + count)
+        with attending([Span(cache, start, count)]):
+            given = (t[:, :, piece] for t in (query, key, value))
+            found.append(attend(*given, 0, SCALE, **KINDS[kind]))
+        start += count
+    assert cache.length == LENGTH
+    wanted = _reference(query, key, value, **KINDS[kind])
+    torch.testing.assert_close(torch.cat(found, 1), wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sessions_of_one_pass_see_only_themselves(kind: str) -> None:
+    first, second, third = _qkv(length=9), _qkv(length=1), _qkv(length=14)
+    cache = SessionCache()
+    with attending([Span(cache, 0, 6)]):
+        attend(*(t[:, :, :6] for t in first), 0, SCALE, **KINDS[kind])
+    tails = [tuple(t[:, :, 6:] for t in first), second, third]
+    row = [torch.cat([some[i] for some in tails], 2) for i in range(3)]
+    spans = [Span(cache, 6, 3), Span(None, 0, 1), Span(SessionCache(), 0, 14)]
+    with attending(spans):
+        found = attend(*row, 0, SCALE, **KINDS[kind])
+    wanted = [_reference(*some, **KINDS[kind]) for some in (first, second, third)]
+    torch.testing.assert_close(found, torch.cat([wanted[0][:, 6:], *wanted[1:]], 1))
+
+
+def test_caches_keep_everything_while_they_grow() -> None:
+    cache = SessionCache()
+    keys = torch.randn(2, 200, WIDTH)
+    for position in range(200):
+        found, _ = cache.put(3, position, keys[:, position : position + 1], keys[:, :1])
+    assert torch.equal(found, keys)
+    assert cache.layers[3].keys.shape[1] == 256
+    assert cache.num_bytes == 2 * 2 * 256 * WIDTH * 4
+
+
+def test_a_fork_is_independent_of_its_origin() -> None:
+    cache = SessionCache()
+    keys, others = torch.randn(2, 8, WIDTH), torch.randn(2, 8, WIDTH)
+    cache.put(0, 0, keys, keys)
+    fork = cache.fork(5)
+    assert fork.length == 5
+    found, _ = fork.put(0, 5, others[:, 5:], others[:, 5:])
+    assert torch.equal(found, torch.cat([keys[:, :5], others[:, 5:]], 1))
+    assert torch.equal(cache.layers[0].keys[:, :8], keys)
+
+
+def test_tokens_that_come_twice_take_nothing_from_the_cache() -> None:
+    query, key, value = _qkv()
+    cache = SessionCache()
+    with attending([Span(cache, 0, LENGTH)]):
+        attend(query, key, value, 0, SCALE)
+    with attending([Span(cache, 3, 4)]):
+        again = attend(*(t[:, :, 3:7] for t in (query, key, value)), 0, SCALE)
+    assert cache.length == LENGTH
+    torch.testing.assert_close(again, _reference(query, key, value)[:, 3:7])
+
+
+def test_a_pass_that_fails_leaves_the_length_as_it_was() -> None:
+    cache = SessionCache(4)
+    with pytest.raises(RuntimeError), attending([Span(cache, 4, 3)]):
+        raise RuntimeError
+    assert cache.length == 4
