@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -108,17 +108,26 @@ class Deployment:
         if stops:
             _ = self.model.tokenizer  # stop strings need one: said now rather than later
         ends = () if ignore_end else self.model.end_tokens
-        return Request(tokens, wanted, Sampling.of(sampling), stops, ends, speculate)
+        chosen = Sampling.of(sampling)
+        unknown = self._first_unknown(chosen.logit_bias)
+        if unknown is not None:
+            raise SettingsInvalid(
+                f"logit_bias names token {unknown}, which isn't in the vocabulary."
+            )
+        return Request(tokens, wanted, chosen, stops, ends, speculate)
 
     def _tokens(self, prompt: str | Sequence[int] | torch.Tensor) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(self.model.tokenizer(prompt)["input_ids"]) if prompt else ()
         tokens = tuple(int(token) for token in prompt)
-        size = int(self.model.config.get("vocab_size") or 0)
-        wrong = next((token for token in tokens if not 0 <= token < (size or token + 1)), None)
+        wrong = self._first_unknown(tokens)
         if wrong is not None:
-            raise BatchInvalid(f"The prompt holds token {wrong}; the vocabulary has {size}.")
+            raise BatchInvalid(f"The prompt holds token {wrong}, which isn't in the vocabulary.")
         return tokens
+
+    def _first_unknown(self, tokens: Iterable[int]) -> int | None:
+        size = int(self.model.config.get("vocab_size") or 0)
+        return next((token for token in tokens if not 0 <= token < (size or token + 1)), None)
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Token]:
         """Yield tokens of all answers as they come. Closing the iterator ends the sessions."""

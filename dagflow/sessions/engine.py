@@ -83,6 +83,11 @@ class Engine:
         Tells people what happens.
     wait_seconds : float
         How long to wait for workers when too few are left.
+
+    Attributes
+    ----------
+    num_fed : int
+        How often tokens were sent through the stages.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Engine:
         self.model = model
         self.name = uuid.uuid4().hex[:8]
         self.cut = cut_at_layers(model.dag, num_stages)
+        self.num_fed = 0
         self._client = client
         self._note = note
         self._wait_seconds = wait_seconds
@@ -396,6 +402,7 @@ class Engine:
             If the session or the model was closed.
         """
         self._check_open(live)
+        self.num_fed += 1
         if self._lost() and not self._mending.locked():
             self._spawn(self._mend())  # nobody was there when it was tried last
         futures = []

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -144,18 +144,6 @@ def test_with_all_workers_gone_the_answer_goes_on_where_others_join(
     assert answer(swarm, kill_all) == greedy(llama[0], PROMPT, NUM_NEW)
 
 
-def test_a_retired_worker_hands_its_stage_over(
-    llama: tuple[Any, dagflow.Model], swarm: Swarm
-) -> None:
-    retired = swarm.address(0)
-
-    def retire() -> None:
-        swarm.client.retire_workers([retired], close_workers=False, remove=True)
-
-    assert answer(swarm, retire) == greedy(llama[0], PROMPT, NUM_NEW)
-    wait_until(lambda: swarm.address(0) != retired, "the stage has moved")
-
-
 def test_between_sessions_a_lost_stage_is_replaced_as_well(
     llama: tuple[Any, dagflow.Model], swarm: Swarm
 ) -> None:
@@ -193,3 +181,16 @@ def test_several_answers_at_once_survive_a_loss(
         if count == 10:
             kill(swarm, [1])
     assert found == [greedy(llama[0], p, NUM_NEW) for p in prompts]
+
+
+# Last: the cluster doesn't start another in its place.
+def test_a_retired_worker_hands_its_stage_over(
+    llama: tuple[Any, dagflow.Model], swarm: Swarm
+) -> None:
+    retired = swarm.address(0)
+
+    def retire() -> None:
+        swarm.client.retire_workers([retired], close_workers=False, remove=True)
+
+    assert answer(swarm, retire) == greedy(llama[0], PROMPT, NUM_NEW)
+    wait_until(lambda: swarm.address(0) != retired, "the stage has moved")
