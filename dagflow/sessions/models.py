@@ -180,7 +180,10 @@ def _from_folder(folder: Path) -> tuple[torch.nn.Module, Callable[[str], torch.T
     _check_shards(folder)
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise SettingsInvalid(f"{folder / 'config.json'} can't be read: {error}") from error
     with empty_weights():
         model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     files = WeightFiles(folder)

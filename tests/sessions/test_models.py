@@ -1,0 +1,155 @@
+"""Models are brought into a store once, from folders and modules, and opened by anybody."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import language_model
+from safetensors.torch import load_file, save_file
+
+import dagflow
+from dagflow.errors import DagflowError, NotFound, SettingsInvalid
+from dagflow.sessions.engine import cut_at_layers
+from dagflow.sessions.models import read_weights
+from dagflow_storage import Store
+
+CPU = torch.device("cpu")
+
+
+def _saved(family: str, folder: Path, seed: int = 0) -> Any:
+    """Save a model in several shards, as transformers does."""
+    model = language_model(family, seed)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return model
+
+
+def _weights(model: dagflow.Model) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for program in cut_at_layers(model.dag, 2):
+        found |= read_weights(model.ref, program, CPU)
+    return found
+
+
+def _objects(store: Path) -> set[str]:
+    return {str(p.relative_to(store)) for p in (store / "weights").rglob("*") if p.is_file()}
+
+
+def _assert_holds(model: dagflow.Model, wanted: Any) -> None:
+    expected = wanted.state_dict()
+    found = _weights(model)
+    assert [n for n, t in found.items() if n in expected and not torch.equal(t, expected[n])] == []
+    assert {n for n, _ in wanted.named_parameters()} <= found.keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_saved_folder_and_the_module_are_the_same_model(family: str, tmp_path: Path) -> None:
+    model = _saved(family, tmp_path / "saved")
+    loaded = dagflow.load(tmp_path / "saved", store=tmp_path / "store")
+    _assert_holds(loaded, model)
+    before = _objects(tmp_path / "store")
+    again = dagflow.load(tmp_path / "saved", store=tmp_path / "store")
+    assert again.ref.name == loaded.ref.name
+    dagflow.load(model, store=tmp_path / "store")
+    assert _objects(tmp_path / "store") == before
+
+
+def test_a_fine_tune_shares_what_it_has_not_changed(tmp_path: Path) -> None:
+    model = language_model("llama")
+    base = dagflow.load(model, store=tmp_path)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.add_(1.0)
+    tuned = dagflow.load(model, store=tmp_path)
+    paths, others = ([g["path"] for g in m.description["groups"]] for m in (base, tuned))
+    assert len(set(others) - set(paths)) == 1
+    _assert_holds(tuned, model)
+
+
+def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
+    model = language_model("gpt2")
+    model.save_pretrained(tmp_path / "saved")
+    loaded = dagflow.load(tmp_path / "saved", store=tmp_path / "store")
+    names = [a["name"] for g in loaded.description["groups"] for a in g["arrays"]]
+    assert len([n for n in names if "wte" in n or "lm_head" in n]) == 1
+
+
+def test_half_precision_is_that_of_weights_and_model(tmp_path: Path) -> None:
+    model = language_model("llama")
+    loaded = dagflow.load(model, store=tmp_path, weights="bf16")
+    found = _weights(loaded)["model.layers.0.mlp.up_proj.weight"]
+    wanted = model.model.layers[0].mlp.up_proj.weight
+    assert wanted.dtype == torch.float32
+    assert torch.equal(found, wanted.bfloat16())
+
+
+def test_another_process_opens_it(tmp_path: Path) -> None:
+    loaded = dagflow.load(language_model("llama"), store=tmp_path)
+    program = (
+        "import sys\n"
+        "from dagflow_storage import Store\n"
+        "import dagflow\n"
+        "model = dagflow.Model.open(Store(sys.argv[1]), sys.argv[2])\n"
+        "print(len(model.dag.nodes), model.max_tokens)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), loaded.ref.name],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(len(loaded.dag.nodes)), "64"]
+    with pytest.raises(NotFound):
+        dagflow.Model.open(Store(str(tmp_path)), "another")
+
+
+def _without_shard(folder: Path) -> str:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    return shard.name
+
+
+def _without_config(folder: Path) -> str:
+    (folder / "config.json").unlink()
+    return "config.json"
+
+
+def _with_damaged_config(folder: Path) -> str:
+    (folder / "config.json").write_text('{"model_type": "llama", ')
+    return "config.json"
+
+
+def _with_wrong_shape(folder: Path) -> str:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(folder / index[name])
+    tensors[name] = tensors[name][:5].clone()
+    save_file(tensors, folder / index[name], {"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize(
+    "damage", [_without_shard, _without_config, _with_damaged_config, _with_wrong_shape]
+)
+def test_what_a_folder_lacks_is_named_and_no_model_is_left(
+    damage: Callable[[Path], str], tmp_path: Path
+) -> None:
+    _saved("llama", tmp_path / "saved")
+    words = damage(tmp_path / "saved")
+    with pytest.raises(SettingsInvalid) as caught:
+        dagflow.load(tmp_path / "saved", store=tmp_path / "store")
+    assert words in str(caught.value)
+    assert not list((tmp_path / "store").glob("models/*/model.json"))
+
+
+def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
+    loaded = dagflow.load(language_model("llama"), store=tmp_path)
+    assert not loaded.has_tokenizer
+    with pytest.raises(DagflowError, match="no tokenizer"):
+        _ = loaded.tokenizer
