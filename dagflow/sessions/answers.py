@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import torch
+
 from dagflow.sessions.engine import Engine, Live
 from dagflow.sessions.models import Model
 from dagflow.sessions.sampling import Sampling
@@ -13,6 +15,30 @@ from dagflow.sessions.text import Detokenizer, StopStrings
 from dagflow_tasks.decoding import ALL, LAST
 
 STOP, LENGTH = "stop", "length"
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """How likely the model found a token, before penalties, temperature and cuts.
+
+    Attributes
+    ----------
+    chosen : float
+        The token's log-probability.
+    top : tuple of (int, float)
+        The most likely tokens and theirs, in this order.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, token: int, count: int) -> Logprobs:
+        """Return those of a token and of the `count` most likely ones, given the logits (V,)."""
+        shares = torch.log_softmax(logits.float(), -1)
+        top = torch.topk(shares, min(count, shares.numel()))
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return cls(float(shares[token]), tuple(pairs))
 
 
 @dataclass(frozen=True)
@@ -29,17 +55,20 @@ class Token:
         The text that is certain now; empty without a tokenizer.
     finish_reason : str or None
         With the last one: "stop" (an end token or a stop string) or "length".
+    logprobs : Logprobs or None
+        If the request wants them.
     """
 
     prompt: int
     token: int | None
     text: str = ""
     finish_reason: str | None = None
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of one prompt."""
+    """What is wanted of one prompt; `logprobs` counts the most likely tokens told with each."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -47,6 +76,7 @@ class Request:
     stop: tuple[str, ...] = ()
     ends: tuple[int, ...] = ()
     speculate: bool = True
+    logprobs: int | None = None
 
 
 class Answer:
@@ -68,21 +98,21 @@ class Answer:
     async def tokens(self) -> AsyncIterator[Token]:
         request, new = self._request, 0
         while True:
-            for token in await self._next_tokens(request.max_new_tokens - new):
+            for token, logprobs in await self._next_tokens(request.max_new_tokens - new):
                 new += 1
                 if token in request.ends:
-                    yield Token(self._number, token, self._rest(), STOP)
+                    yield Token(self._number, token, self._rest(), STOP, logprobs)
                     return
                 text, stopped = self._text(token)
                 if stopped:
-                    yield Token(self._number, token, text, STOP)
+                    yield Token(self._number, token, text, STOP, logprobs)
                     return
                 if new == request.max_new_tokens:
-                    yield Token(self._number, token, text + self._rest(), LENGTH)
+                    yield Token(self._number, token, text + self._rest(), LENGTH, logprobs)
                     return
-                yield Token(self._number, token, text)
+                yield Token(self._number, token, text, None, logprobs)
 
-    async def _next_tokens(self, room: int) -> list[int]:
+    async def _next_tokens(self, room: int) -> list[tuple[int, Logprobs | None]]:
         """Return the tokens that one traversal of the stages gives: one, and guesses that were right."""
         live, known = self._live, self._known
         guesses = self._guesses.guess(known)[: room - 1] if self._guesses is not None else []
@@ -91,11 +121,12 @@ class Answer:
         feed = [*known[begin:], *guesses]
         logits = await self._engine.feed(live, feed, ALL if guesses else LAST)
         logits = logits[len(logits) - len(guesses) - 1 :]
-        found: list[int] = []
+        found: list[tuple[int, Logprobs | None]] = []
+        count = self._request.logprobs
         for row, guess in zip(logits, [*guesses, None], strict=True):
             token = self._request.sampling.choose(row, known)
             known.append(token)
-            found.append(token)
+            found.append((token, None if count is None else Logprobs.of(row, token, count)))
             if token != guess:
                 break
         right = len(found) - 1

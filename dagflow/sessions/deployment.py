@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import Any
 
@@ -80,6 +81,7 @@ class Deployment:
         stop: str | Sequence[str] = (),
         ignore_end: bool = False,
         speculate: bool = True,
+        logprobs: int | None = None,
         **sampling: Any,
     ) -> Request:
         """Check what is wanted.
@@ -114,7 +116,7 @@ class Deployment:
             raise SettingsInvalid(
                 f"logit_bias names token {unknown}, which isn't in the vocabulary."
             )
-        return Request(tokens, wanted, chosen, stops, ends, speculate)
+        return Request(tokens, wanted, chosen, stops, ends, speculate, logprobs)
 
     def _tokens(self, prompt: str | Sequence[int] | torch.Tensor) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -132,21 +134,7 @@ class Deployment:
     def stream(self, requests: Sequence[Request]) -> Iterator[Token]:
         """Yield tokens of all answers as they come. Closing the iterator ends the sessions."""
         heard: queue.SimpleQueue[Token | BaseException | None] = queue.SimpleQueue()
-
-        async def tell(number: int, request: Request) -> None:
-            async for token in self.answer(request, number):
-                heard.put(token)
-
-        async def all_of_them() -> None:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for number, request in enumerate(requests):
-                        group.create_task(tell(number, request))
-                heard.put(None)
-            except BaseExceptionGroup as error:
-                heard.put(error.exceptions[0])
-
-        running = self.engine.begin(all_of_them())
+        running = self.begin(requests, heard.put)
         try:
             while (found := heard.get()) is not None:
                 if isinstance(found, BaseException):
@@ -154,6 +142,30 @@ class Deployment:
                 yield found
         finally:
             running.cancel()
+
+    def begin(
+        self, requests: Sequence[Request], tell: Callable[[Token | BaseException | None], None]
+    ) -> Future[None]:
+        """Begin answers; `tell` gets their tokens on the client's loop, then None or what went wrong.
+
+        Cancelling the future ends the sessions, and tells nothing more.
+        """
+
+        async def one(number: int, request: Request) -> None:
+            async for token in self.answer(request, number):
+                tell(token)
+
+        async def all_of_them() -> None:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for number, request in enumerate(requests):
+                        group.create_task(one(number, request))
+                tell(None)
+            except BaseExceptionGroup as error:
+                tell(error.exceptions[0])
+
+        running: Future[None] = self.engine.begin(all_of_them())
+        return running
 
     async def answer(self, request: Request, number: int = 0) -> AsyncIterator[Token]:
         """Yield the tokens of one answer; runs on the client's loop."""
