@@ -1,4 +1,4 @@
-"""The command line: ``dagflow train | join | demo | inspect | runs``, also as ``dask dagflow ...``."""
+"""The command line: ``dagflow train | serve | chat | join | ...``, also as ``dask dagflow ...``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 @click.group("dagflow", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="dagflow")
 def main() -> None:
-    """Train torch models on machines nobody controls, as a dask graph of stages."""
+    """Train and serve torch models on machines nobody controls, as a dask graph of stages."""
 
 
 @main.command()
@@ -187,6 +187,104 @@ def demo(fresh: bool, folder: str, scheduler: str | None) -> None:
     from dagflow.demo.run import run_demo
 
     run_demo(folder, fresh=fresh, client=scheduler)
+
+
+def _model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say which model runs where."""
+    for option in (
+        click.option("--workers", type=click.IntRange(1), help="Size of the local cluster."),
+        click.option(
+            "--stages",
+            default="auto",
+            show_default=True,
+            callback=_number_or_auto,
+            help="Number of stages, or auto: one a worker. Workers beyond are spares.",
+        ),
+        click.option("--weights", type=click.Choice(["fp32", "bf16"]), help="fp32 by default."),
+        click.option(
+            "--scheduler", help="Address of a dask scheduler; a local cluster by default."
+        ),
+        click.option(
+            "--store", default="models", show_default=True, help="Folder or fsspec URL for models."
+        ),
+        click.option(
+            "--model", required=True, help="Hugging Face folder, or name of a model in the store."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_model_options
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--api-key",
+    multiple=True,
+    envvar="DAGFLOW_API_KEYS",
+    help="Who has none of these is refused; may be repeated. Everybody is served by default.",
+)
+@click.option(
+    "--max-running",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Requests answered at a time.",
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Requests that may wait; others are told to come back.",
+)
+@_clear_errors
+def serve(api_key: tuple[str, ...], max_running: int, max_queue: int, **options: Any) -> None:
+    """Serve a language model as OpenAI's clients expect it, and a page to talk to it.
+
+    \b
+    dagflow serve --model ./SmolLM2-135M-Instruct
+    dagflow serve --model ./SmolLM2-135M-Instruct --host 0.0.0.0 --api-key secret
+    dagflow serve --model ./Llama --weights bf16 --scheduler tcp://10.0.0.1:8786 --store s3://bucket
+
+    Ctrl-C ends it. Keys that the command line shouldn't show go into DAGFLOW_API_KEYS.
+    """
+    from dagflow.server.app import ServerSettings
+    from dagflow.server.serve import serve as serve_model
+
+    settings = ServerSettings(api_key, max_running, max_queue)
+    serve_model(**options, settings=settings, note=click.echo)
+
+
+@main.command()
+@_model_options
+@click.option("--system", help="What the model is told before the conversation.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.7, show_default=True)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Longest answer.",
+)
+@_clear_errors
+def chat(**options: Any) -> None:
+    """Talk to a language model in the terminal.
+
+    \b
+    dagflow chat --model ./SmolLM2-135M-Instruct
+    dagflow chat --model ./SmolLM2-135M-Instruct --temperature 0 --system "Answer in one sentence."
+    dagflow chat --model ./Llama --scheduler tcp://10.0.0.1:8786 --store s3://bucket
+
+    Ctrl-C ends an answer; Ctrl-D, or Ctrl-C where it is your turn, the conversation.
+    """
+    from dagflow.server.terminal import chat as talk
+
+    def write(text: str) -> None:
+        click.echo(text, nl=False)
+
+    talk(**options, write=write)
 
 
 @main.command()

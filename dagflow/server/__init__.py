@@ -1,0 +1,1 @@
+"""Serving: a deployment behind an OpenAI-compatible HTTP interface, a page, and a terminal."""

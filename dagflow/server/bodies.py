@@ -1,0 +1,200 @@
+"""What clients ask for: bodies of requests, checked before anything runs."""
+
+from __future__ import annotations
+
+import random
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+
+from dagflow.server.conversation import Message
+from dagflow.server.errors import ApiError
+
+MAX_CHOICES = 16
+_COMPLETION_TOKENS, _CHAT_TOKENS = 16, 1024
+
+# Options of OpenAI's that the server doesn't have, and the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+# They change no answer.
+_IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user"}
+
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+_Tokens = Annotated[list[int], Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class Common(_Strict):
+    """What both kinds of requests may hold."""
+
+    model: str
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    max_tokens: int | None = Field(default=None, ge=1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    logit_bias: dict[str, _Bias] = {}
+
+    @property
+    def max_new_tokens(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the most likely tokens to tell with each; None for no log-probabilities."""
+        raise NotImplementedError
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def sampling(self, vocabulary: int) -> list[dict[str, Any]]:
+        """Return the sampling options of each choice; they differ in their seeds."""
+        options = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": {_token_id(t, vocabulary): b for t, b in self.logit_bias.items()},
+        }
+        seed = random.getrandbits(63) if self.seed is None else self.seed
+        return [{**options, "seed": seed + choice} for choice in range(self.n)]
+
+
+class CompletionBody(Common):
+    """Of POST /v1/completions."""
+
+    prompt: str | list[str] | _Tokens | list[_Tokens]
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.max_tokens or _COMPLETION_TOKENS
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt  # type: ignore[return-value]
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def plain(self) -> Message:
+        """Return it as chat templates know it."""
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return {"role": role, "content": self.content}
+        return {"role": role, "content": "".join(part.text for part in self.content)}
+
+
+class ChatBody(Common):
+    """Of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or _CHAT_TOKENS
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+Body = TypeVar("Body", bound=Common)
+
+
+def parse(kind: type[Body], text: bytes) -> Body:
+    """Return a body.
+
+    Raises
+    ------
+    ApiError
+        400; names the option.
+    """
+    try:
+        found = from_json(text)
+    except ValueError as error:
+        raise ApiError(400, f"The body is no valid JSON: {error}.", "invalid_json") from error
+    if not isinstance(found, dict):
+        raise ApiError(400, "The body is no JSON object.", "invalid_json")
+    given = {name: value for name, value in found.items() if value is not None}
+    for name in _IGNORED & given.keys():
+        del given[name]
+    for name in _NEUTRAL.keys() & given.keys():
+        if given.pop(name) not in _NEUTRAL[name]:
+            raise ApiError(400, f"This server has no {name!r}.", "unsupported_parameter", name)
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _option_error(error) from error
+
+
+def _option_error(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+        return ApiError(400, f"There is no option {name!r}.", "unknown_parameter", name)
+    where = ".".join(str(part) for part in first["loc"])
+    return ApiError(400, f"{where}: {first['msg']}.", "invalid_value", name)
+
+
+def _token_id(text: str, vocabulary: int) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < vocabulary):
+        message = f"logit_bias: {text!r} is no token; the vocabulary has {vocabulary}."
+        raise ApiError(400, message, "invalid_value", "logit_bias")
+    return int(text)

@@ -1,0 +1,77 @@
+"""`dagflow serve`: a model on a swarm, behind HTTP, until somebody ends it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+import uvicorn
+
+from dagflow.errors import SettingsInvalid
+from dagflow.run.clusters import ClusterSettings
+from dagflow.server.app import ServerSettings, Service, make_app
+from dagflow.server.opening import open_model, public_name
+from dagflow.sessions.deployment import Deployment
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_LAST_WORDS_SECONDS = 3
+
+
+def serve(
+    model: str,
+    *,
+    store: str,
+    scheduler: str | None,
+    host: str,
+    port: int,
+    stages: int | str,
+    weights: str | None,
+    workers: int | None,
+    settings: ServerSettings,
+    note: Callable[[str], None] = print,
+) -> None:
+    """Serve a model until Ctrl-C or a SIGTERM.
+
+    Raises
+    ------
+    SettingsInvalid
+        If there is no such model, or somebody else has the port.
+    WorkersLost
+    """
+    # A service manager ends with SIGTERM what a terminal ends with Ctrl-C: workers end with us.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt), _listen(host, port) as listening:
+        found = open_model(model, store, weights)
+        cluster = ClusterSettings(num_workers=workers)
+        with Deployment(
+            found, scheduler, num_stages=stages, cluster=cluster, verbose=True
+        ) as deployment:
+            service = Service(deployment, public_name(model), settings)
+            config = uvicorn.Config(
+                make_app(service),
+                log_level="warning",
+                lifespan="off",
+                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+            )
+            place = f"[{host}]" if ":" in host else host
+            url = f"http://{place}:{listening.getsockname()[1]}"
+            count = len(deployment.engine.cut)
+            note(f"{service.name} in {count} stages: {url}/v1 for programs, {url} for people.")
+            if host not in _LOOPBACK and not settings.api_keys:
+                note(
+                    "Whoever reaches this machine can use the model: --api-key KEY keeps others out."
+                )
+            uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the port before anything is read or started for it."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise SettingsInvalid(
+            f"Can't listen at {host}:{port} ({error.strerror or error}): choose another --port or --host."
+        ) from error

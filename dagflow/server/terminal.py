@@ -1,0 +1,86 @@
+"""`dagflow chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import closing
+
+from dagflow.errors import BatchInvalid
+from dagflow.run.clusters import ClusterSettings
+from dagflow.server.conversation import Message, to_prompt
+from dagflow.server.opening import open_model
+from dagflow.sessions.deployment import Deployment
+
+_PROMPT = "> "
+
+
+def chat(
+    model: str,
+    *,
+    store: str,
+    scheduler: str | None,
+    stages: int | str,
+    weights: str | None,
+    workers: int | None,
+    system: str | None,
+    temperature: float,
+    max_tokens: int,
+    write: Callable[[str], None],
+) -> None:
+    """Talk to a model until Ctrl-D, or Ctrl-C where it is the person's turn.
+
+    Parameters
+    ----------
+    write : callable
+        Shows text at once, without a line's end.
+    """
+    found = open_model(model, store, weights)
+    cluster = ClusterSettings(num_workers=workers)
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    with Deployment(found, scheduler, num_stages=stages, cluster=cluster) as deployment:
+        write("Ctrl-C ends an answer, Ctrl-D the conversation.\n")
+        while True:
+            try:
+                said = input(_PROMPT)
+            except (EOFError, KeyboardInterrupt):
+                write("\n")
+                return
+            if not said.strip():
+                continue
+            messages.append({"role": "user", "content": said})
+            try:
+                answer = _answer(deployment, messages, temperature, max_tokens, write)
+            except BatchInvalid as error:
+                write(f"{error}\nA new conversation begins.\n")
+                del messages[1 if system else 0 :]
+                continue
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(
+    deployment: Deployment,
+    messages: list[Message],
+    temperature: float,
+    max_tokens: int,
+    write: Callable[[str], None],
+) -> str:
+    """Show an answer as it comes, and return it, or what there was of it at Ctrl-C."""
+    prompt, stops = to_prompt(deployment.model.tokenizer, messages)
+    request = deployment.request(
+        prompt,
+        max_new_tokens=max_tokens,
+        stop=stops,
+        temperature=temperature,
+        seed=random.getrandbits(63),
+    )
+    answer = ""
+    try:
+        with closing(deployment.stream([request])) as tokens:  # type: ignore[type-var]
+            for token in tokens:
+                answer += token.text
+                write(token.text)
+    except KeyboardInterrupt:
+        write(" [ended]")
+    write("\n")
+    return answer

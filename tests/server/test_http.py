@@ -1,0 +1,105 @@
+"""What the server does for clients that are many, wrong, or gone."""
+
+from __future__ import annotations
+
+import json
+import socket
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+import httpx
+import pytest
+from conftest import KEYS, Served
+from test_openai_client import GOES_ON, complete
+
+MODEL_TOKENS = 4096
+LONG = {"stream": True, "max_tokens": MODEL_TOKENS}
+
+
+def error_of(response: httpx.Response) -> dict[str, str | None]:
+    error = response.json()["error"]
+    assert sorted(error) == ["code", "message", "param", "type"]
+    return error
+
+
+def test_the_queue_has_an_end_and_a_client_that_leaves_frees_its_place(served: Served) -> None:
+    before = served.metrics
+    stream = complete(served, **LONG)
+    next(iter(stream))  # it is being answered: the one place is taken
+    body = {"model": "tiny", "prompt": "Stages", "max_tokens": 3, "logit_bias": GOES_ON}
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(served.http.post, "/v1/completions", json=body) for _ in "ab"]
+        # One of them waits. So the first answer is the other's.
+        (first,), (second,) = wait(both, return_when=FIRST_COMPLETED)
+        refused = first.result()
+        assert refused.status_code == 429
+        assert error_of(refused)["code"] == "queue_full"
+        assert int(refused.headers["Retry-After"]) >= 1
+        stream.close()
+        assert second.result().status_code == 200
+    after = served.metrics
+    cancelled = 'dagflow_requests_total{ended="cancelled"}'
+    assert after[cancelled] == before[cancelled] + 1
+    tokens = "dagflow_completion_tokens_total"
+    assert after[tokens] - before[tokens] < MODEL_TOKENS // 2
+    assert after["dagflow_requests_running"] == after["dagflow_requests_waiting"] == 0
+
+
+def test_a_client_that_never_reads_holds_nobody_up(served: Served) -> None:
+    host, port = served.url.removeprefix("http://").split(":")
+    body = json.dumps({"model": "tiny", "prompt": "A", "stream": True, "max_tokens": 500})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((host, int(port)))
+        deaf.sendall(f"{head}Authorization: Bearer {KEYS[0]}\r\n\r\n{body}".encode())
+        assert deaf.recv(12) == b"HTTP/1.1 200"
+        assert complete(served).choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"model": "tiny", "prompt": "\\ud800"}', b"\xff", b"[" * 100_000]
+)
+def test_a_body_that_is_no_json_object_is_a_bad_request(served: Served, body: bytes) -> None:
+    response = served.http.post("/v1/completions", content=body)
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "invalid_json"
+
+
+def test_a_body_that_is_too_long_is_refused(served: Served) -> None:
+    response = served.http.post("/v1/completions", content=b" " * (10 * 2**20 + 1))
+    assert response.status_code == 413
+    assert error_of(response)["code"] == "request_too_large"
+
+
+def test_every_refusal_has_the_same_form(served: Served) -> None:
+    assert served.http.get("/v1/nothing").status_code == 404
+    assert error_of(served.http.get("/v1/nothing"))["type"] == "invalid_request_error"
+    wrong = served.http.get("/v1/completions")
+    assert wrong.status_code == 405
+    error_of(wrong)
+    with httpx.Client(base_url=served.url) as stranger:
+        for response in (stranger.get("/v1/models"), stranger.post("/v1/chat/completions")):
+            assert response.status_code == 401
+            assert error_of(response)["code"] == "invalid_api_key"
+
+
+def test_health_metrics_and_the_page_need_no_key(served: Served) -> None:
+    with httpx.Client(base_url=served.url) as stranger:
+        health = stranger.get("/health")
+        metrics = stranger.get("/metrics")
+        page = stranger.get("/")
+    assert health.json() == {"status": "ok", "model": "tiny", "running": 0, "waiting": 0}
+    assert "# TYPE dagflow_requests_total counter" in metrics.text
+    assert page.headers["content-type"].startswith("text/html")
+    assert "v1/chat/completions" in page.text
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+
+
+def test_metrics_count_tokens(served: Served) -> None:
+    before = served.metrics
+    usage = complete(served).usage
+    after = served.metrics
+    for kind, count in (("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)):
+        name = f"dagflow_{kind}_tokens_total"
+        assert after[name] - before[name] == count

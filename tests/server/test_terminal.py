@@ -1,0 +1,103 @@
+"""Conversations in the terminal, and what is made of them for the model."""
+
+from __future__ import annotations
+
+import io
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tiny import save_tiny
+from transformers import AutoTokenizer
+
+from dagflow.cli import main
+from dagflow.errors import SettingsInvalid
+from dagflow.server.conversation import to_prompt
+from dagflow.server.opening import open_model
+from dagflow.server.terminal import chat
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who leaves?"},
+]
+
+
+def test_a_conversation_follows_the_template(model_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokens, stops = to_prompt(tokenizer, MESSAGES)
+    wanted = "<|system|>Be brief.\n<|user|>Who leaves?\n<|assistant|>"
+    assert tokenizer.decode(tokens) == wanted
+    assert stops == ()
+
+
+def test_without_a_template_a_message_is_a_line(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny(tmp_path, template=None))
+    tokens, stops = to_prompt(tokenizer, MESSAGES)
+    assert tokenizer.decode(tokens) == "system: Be brief.\nuser: Who leaves?\nassistant:"
+    assert stops == ("\nuser:",)
+
+
+def test_the_terminal_answers_until_the_input_ends(model_folder: Path) -> None:
+    options = ["chat", "--model", str(model_folder), "--store", "memory://chat", "--workers", "1"]
+    options += ["--temperature", "0", "--max-tokens", "8"]
+    answers = [
+        CliRunner().invoke(main, options, input=said) for said in ("Who?\n", "Who?\n\nWhere?\n")
+    ]
+    for answer in answers:
+        assert answer.exit_code == 0, answer.output
+    once, twice = (answer.output for answer in answers)
+    assert len(once.splitlines()[1]) > len("> ")
+    assert twice.startswith(once.rstrip("> \n"))
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_conversation(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\nWhere?\n"))
+    shown: list[str] = []
+
+    def write(text: str) -> None:
+        shown.append(text)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+
+    chat(
+        str(model_folder),
+        store="memory://interrupted",
+        scheduler=None,
+        stages="auto",
+        weights=None,
+        workers=1,
+        system=None,
+        temperature=0.0,
+        max_tokens=8,
+        write=write,
+    )
+    assert shown[3] == " [ended]"
+    assert len(shown) > 8
+
+
+def test_a_stored_model_is_opened_by_its_name(model_folder: Path) -> None:
+    name = open_model(str(model_folder), "memory://names", "bf16").ref.name
+    assert open_model(name, "memory://names").ref.name == name
+    with pytest.raises(SettingsInvalid, match="stored as bf16"):
+        open_model(name, "memory://names", "fp32")
+    with pytest.raises(SettingsInvalid, match=name):
+        open_model("nothing", "memory://names")
+
+
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_the_help_texts_have_examples(command: str) -> None:
+    result = CliRunner().invoke(main, [command, "--help"])
+    assert result.exit_code == 0
+    assert result.output.count(f"dagflow {command}") >= 3
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(main, ["serve", "--model", "none", "--port", port])
+    assert result.exit_code == 1
+    assert "another --port" in result.output
