@@ -68,6 +68,8 @@ class Service:
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings.max_running, self.settings.max_queue)
+        self.live: set[Answers] = set()
+        self.is_ending = False
         self.created = int(time.time())
         # Read now: the first request shouldn't wait for it, and two shouldn't at the same time.
         self.tokenizer = self.deployment.model.tokenizer
@@ -139,7 +141,7 @@ class Service:
         Raises
         ------
         ApiError
-            429 if too many wait already.
+            429 if too many wait already, 503 if the server is being ended.
         """
         try:
             await self.admission.enter()
@@ -150,14 +152,26 @@ class Service:
             )
             retry = {"Retry-After": str(self.metrics.retry_seconds)}
             raise ApiError(429, message, "queue_full", headers=retry) from None
+        if self.is_ending:
+            self.admission.leave()
+            raise _ending()
         began = time.monotonic()
         self.metrics.prompt_tokens += num_prompt_tokens
 
         def ended(how: Ending, num_tokens: int) -> None:
             self.metrics.add_request(how, num_tokens, time.monotonic() - began)
+            self.live.discard(answers)
             self.admission.leave()
 
-        return Answers(self.deployment, wanted, ended)
+        answers = Answers(self.deployment, wanted, ended)
+        self.live.add(answers)
+        return answers
+
+    def end(self) -> None:
+        """End all answers, and begin none any more."""
+        self.is_ending = True
+        for answers in list(self.live):
+            answers.fail(_ending())
 
     async def answer(
         self, request: Request, body: Common, wanted: list[Wanted], reply: type[Reply]
@@ -243,6 +257,10 @@ def make_app(service: Service) -> ASGIApp:
         return Response(status_code=_CLIENT_LEFT)
 
     return _Counting(app, service.metrics)
+
+
+def _ending() -> ApiError:
+    return ApiError(503, "The server is being ended.", "unavailable")
 
 
 def refuse(error: ApiError) -> Response:

@@ -52,6 +52,11 @@ class Answers:
         self._running.cancel()
         self._end(Ending.CANCELLED)
 
+    def fail(self, error: Exception) -> None:
+        """End the sessions; who reads the tokens gets the error after those that were made."""
+        self.cancel()
+        self._heard.put_nowait(error)
+
     def _tell(self, found: Token | BaseException | None) -> None:
         with suppress(RuntimeError):  # the server has gone, and its loop with it
             self._loop.call_soon_threadsafe(self._hear, found)

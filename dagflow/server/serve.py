@@ -19,6 +19,18 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _LAST_WORDS_SECONDS = 3
 
 
+class _Server(uvicorn.Server):
+    """A server that tells clients that it ends, instead of breaking off in mid-answer."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.end()
+        await super().shutdown(sockets)
+
+
 def serve(
     model: str,
     *,
@@ -63,7 +75,7 @@ def serve(
                 note(
                     "Whoever reaches this machine can use the model: --api-key KEY keeps others out."
                 )
-            uvicorn.Server(config).run(sockets=[listening])
+            _Server(config, service).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:

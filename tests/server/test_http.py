@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
 
 import httpx
 import pytest
-from conftest import KEYS, Served
+from cluster.processes import BIN
+from conftest import KEYS, Served, process_of
 from test_openai_client import GOES_ON, complete
 
 MODEL_TOKENS = 4096
@@ -103,3 +106,15 @@ def test_metrics_count_tokens(served: Served) -> None:
     for kind, count in (("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)):
         name = f"dagflow_{kind}_tokens_total"
         assert after[name] - before[name] == count
+
+
+def test_a_server_that_is_ended_tells_its_clients(model_folder: Path) -> None:
+    command: list[str | Path] = [BIN / "dagflow", "serve", "--model", model_folder, "--port", "0"]
+    with process_of([*command, "--workers", "1"], model_folder.parent / "ended.log") as (url, end):
+        body = {"model": "tiny", "prompt": "A", "logit_bias": GOES_ON, **LONG}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+            assert "error" not in json.loads(next(lines))
+            end(signal.SIGTERM)
+            *_, last = lines
+        assert json.loads(last)["error"]["code"] == "unavailable"
