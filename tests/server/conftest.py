@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import subprocess
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,28 +45,28 @@ def served(model_folder: Path) -> Iterator[Served]:
     command += ["--workers", "2", "--max-running", "1", "--max-queue", "1"]
     for key in KEYS:
         command += ["--api-key", key]
-    with process_of(command, model_folder.parent / "serve.log") as (url, end):
+    with process_of(command, model_folder.parent / "serve.log") as (url, process):
         headers = {"Authorization": f"Bearer {KEYS[0]}"}
         with (
             httpx.Client(base_url=url, headers=headers, timeout=60) as http,
             OpenAI(base_url=f"{url}/v1", api_key=KEYS[1], max_retries=0, timeout=60) as openai,
         ):
             yield Served(url, http, openai)
-        end(signal.SIGINT)
+        kill_group(process, signal.SIGINT)  # as a terminal does
 
 
 @contextmanager
 def process_of(
     command: Sequence[str | Path], log: Path
-) -> Iterator[tuple[str, Callable[[signal.Signals], None]]]:
-    """Yield the URL of a server and what sends it a signal; the signal must end it, without a word."""
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Yield a server's URL and process; whoever gets it sends it a signal that ends it, without a word."""
     process = start(command, log)
     try:
         assert process.stdout is not None
         said = process.stdout.readline()
         found = re.search(r"(http://\S+)/v1", said)
         assert found, said + log.read_text()
-        yield found[1], process.send_signal
+        yield found[1], process
         assert process.wait(30) == 0, log.read_text()
         assert log.read_text() == ""
     finally:

@@ -110,11 +110,14 @@ def test_metrics_count_tokens(served: Served) -> None:
 
 def test_a_server_that_is_ended_tells_its_clients(model_folder: Path) -> None:
     command: list[str | Path] = [BIN / "dagflow", "serve", "--model", model_folder, "--port", "0"]
-    with process_of([*command, "--workers", "1"], model_folder.parent / "ended.log") as (url, end):
+    with process_of([*command, "--workers", "1"], model_folder.parent / "ended.log") as (
+        url,
+        process,
+    ):
         body = {"model": "tiny", "prompt": "A", "logit_bias": GOES_ON, **LONG}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
             lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
             assert "error" not in json.loads(next(lines))
-            end(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
             *_, last = lines
         assert json.loads(last)["error"]["code"] == "unavailable"
