@@ -2,7 +2,7 @@
 
 >>> import dagflow
 >>> sorted(name for name in dagflow.__all__ if name[0].islower())
-['capture', 'empty_weights', 'generate', 'load', 'partition', 'train']
+['capture', 'embed', 'empty_weights', 'generate', 'load', 'partition', 'score', 'train']
 """
 
 from importlib import import_module
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dagflow.sessions.generate import Generation, generate
     from dagflow.sessions.models import Model, load
     from dagflow.sessions.sampling import Sampling
+    from dagflow.sessions.score import Scores, embed, score
     from dagflow.sessions.session import Session
     from dagflow_storage import Retention
     from dagflow_tasks.optimizer import Optimizer, Schedule
@@ -69,6 +70,7 @@ __all__ = [
     "Retention",
     "Sampling",
     "Schedule",
+    "Scores",
     "Session",
     "SettingsInvalid",
     "StageTooLarge",
@@ -83,10 +85,12 @@ __all__ = [
     "WorkersLost",
     "__version__",
     "capture",
+    "embed",
     "empty_weights",
     "generate",
     "load",
     "partition",
+    "score",
     "train",
 ]
 
@@ -138,6 +142,11 @@ _HOMES = {
         "load",
     ),
     "dagflow.sessions.sampling": ("Sampling",),
+    "dagflow.sessions.score": (
+        "Scores",
+        "embed",
+        "score",
+    ),
     "dagflow.sessions.session": ("Session",),
     "dagflow_storage": ("Retention",),
     "dagflow_tasks.optimizer": (

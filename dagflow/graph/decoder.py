@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,9 +18,10 @@ import torch
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.capture import export_module
-from dagflow.graph.dag import OperatorDag, input_value
+from dagflow.graph.dag import OperatorDag, buffer_value, input_value
 from dagflow.graph.translate import translate
 from dagflow_tasks.attention import attend
+from dagflow_tasks.operators import argument_references, multiplies
 from dagflow_tasks.program import ValueSpec
 
 TOKENS, POSITIONS, ROWS = "tokens", "positions", "rows"
@@ -66,6 +68,31 @@ def capture_decoder(model: torch.nn.Module) -> OperatorDag:
             "others like them."
         )
     return dag
+
+
+def without_head(dag: OperatorDag) -> OperatorDag:
+    """Return a decoder's operator DAG up to what its head reads.
+
+    That are the hidden states (1, R, D) after the last norm. The head, its last product of matrices,
+    and what only it needs is left out.
+    """
+    head = next(node for node in reversed(dag.nodes) if multiplies(node))
+    (output,) = argument_references(head.args[0])
+    needed = {output}
+    for node in reversed(dag.nodes):
+        if node.name in needed:
+            needed.update(node.references())
+    uses = {p.name: tuple(use for use in p.uses if use in needed) for p in dag.parameters}
+    nodes = tuple(node for node in dag.nodes if node.name in needed)
+    return replace(
+        dag,
+        parameters=tuple(replace(p, uses=uses[p.name]) for p in dag.parameters if uses[p.name]),
+        buffers=tuple(b for b in dag.buffers if buffer_value(b.name) in needed),
+        constants=tuple(c for c in dag.constants if c.name in needed),
+        nodes=nodes,
+        info={node.name: dag.info[node.name] for node in nodes},
+        loss=output,
+    )
 
 
 class _LogitsModule(torch.nn.Module):

@@ -92,7 +92,7 @@ class Deployment:
             If the prompt is empty, or longer than the model allows.
         SettingsInvalid
         """
-        tokens = self._tokens(prompt)
+        tokens = self.model.encode(prompt)
         limit = self.model.max_tokens
         if not tokens:
             raise BatchInvalid("The prompt is empty: a model goes on from at least one token.")
@@ -117,15 +117,6 @@ class Deployment:
                 f"logit_bias names token {unknown}, which isn't in the vocabulary."
             )
         return Request(tokens, wanted, chosen, stops, ends, speculate, logprobs)
-
-    def _tokens(self, prompt: str | Sequence[int] | torch.Tensor) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(self.model.tokenizer(prompt)["input_ids"]) if prompt else ()
-        tokens = tuple(int(token) for token in prompt)
-        wrong = self._first_unknown(tokens)
-        if wrong is not None:
-            raise BatchInvalid(f"The prompt holds token {wrong}, which isn't in the vocabulary.")
-        return tokens
 
     def _first_unknown(self, tokens: Iterable[int]) -> int | None:
         size = int(self.model.config.get("vocab_size") or 0)

@@ -95,7 +95,7 @@ def generate(
                 speculate=speculate,
                 **sampling,
             )
-            for prompt in _separate(prompts)
+            for prompt in separate(prompts)
         ]
         tokens = deployment.stream(requests)
     except BaseException:
@@ -107,7 +107,14 @@ def generate(
         return _gathered(tokens, len(requests))
 
 
-def _separate(prompts: Any) -> list[Any]:
+def separate(prompts: Any) -> list[Any]:
+    """Return prompts one by one, whichever form they have.
+
+    Raises
+    ------
+    BatchInvalid
+        If there is none, or one row of ids stands for a batch.
+    """
     if isinstance(prompts, str):
         return [prompts]
     found = list(prompts)

@@ -19,7 +19,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 
-from dagflow.errors import SettingsInvalid
+from dagflow.errors import BatchInvalid, SettingsInvalid
 from dagflow.graph.dag import OperatorDag
-from dagflow.graph.decoder import capture_decoder
+from dagflow.graph.decoder import capture_decoder, without_head
+from dagflow.graph.quantisation import QUANTISERS, quantised, scale_name
 from dagflow.run.weights import WeightFiles, empty_weights
 from dagflow_storage import ArraySpec, NotFound, Store, StoredArray, read_arrays, write_arrays
 from dagflow_tasks.operators import dtype_of
@@ -37,7 +38,8 @@ from dagflow_tasks.program import StageProgram
 from dagflow_tasks.state import from_array, to_array
 
 FORMAT, FORMAT_VERSION = "dagflow-model", 1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What is computed with: next to quantised weights, what torch's kernels for them are fast in.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16} | dict.fromkeys(QUANTISERS, torch.bfloat16)
 _LAYER = re.compile(r"^.*?\.\d+(?=\.)")
 _TOKENIZER_FILES = (
     "tokenizer",
@@ -66,10 +68,13 @@ class Model:
     ref : ModelRef
     description : mapping
         What the store says of it.
+    has_head : bool
+        Without its head a model returns hidden states where it would return logits.
     """
 
     ref: ModelRef
     description: Mapping[str, Any]
+    has_head: bool = True
 
     @classmethod
     def open(cls, store: Store, name: str) -> Model:
@@ -86,7 +91,12 @@ class Model:
     @cached_property
     def dag(self) -> OperatorDag:
         text = self.ref.store.read_bytes(f"models/{self.ref.name}/decoder.json")
-        return OperatorDag.from_json(text.decode("utf-8"))
+        dag = OperatorDag.from_json(text.decode("utf-8"))
+        return dag if self.has_head else without_head(dag)
+
+    def without_head(self) -> Model:
+        """Return the same model, with hidden states (after the last norm) for results."""
+        return replace(self, has_head=False)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -133,6 +143,23 @@ class Model:
                 Path(temporary, name).write_bytes(data)
             return AutoTokenizer.from_pretrained(temporary)
 
+    def encode(self, text: str | Sequence[int] | torch.Tensor) -> tuple[int, ...]:
+        """Return a text's token ids; ids themselves are checked.
+
+        Raises
+        ------
+        BatchInvalid
+            If an id isn't in the vocabulary.
+        """
+        if isinstance(text, str):
+            return tuple(self.tokenizer(text)["input_ids"]) if text else ()
+        tokens = tuple(int(token) for token in text)
+        size = int(self.config.get("vocab_size") or 0)
+        wrong = next((token for token in tokens if not 0 <= token < (size or token + 1)), None)
+        if wrong is not None:
+            raise BatchInvalid(f"The prompt holds token {wrong}; the vocabulary has {size}.")
+        return tokens
+
 
 def load(
     source: str | Path | torch.nn.Module, *, store: str | Path = "models", weights: str = "fp32"
@@ -148,13 +175,16 @@ def load(
         A Hugging Face folder (``config.json``, ``*.safetensors``), or a model of transformers.
     store
         Folder or fsspec URL.
-    weights : {"fp32", "bf16"}
-        In which precision they are stored and computed with.
+    weights : {"fp32", "bf16", "int8", "int4"}
+        In which precision they are stored and computed with. Quantised, the weights of the layers'
+        linear operators take a byte each (a scale for every output channel), or half of one (a scale
+        for every 32 inputs), in the store, on the wire and in workers' memory; everything else is
+        bfloat16.
 
     Raises
     ------
     SettingsInvalid
-        If the folder isn't complete; names what is missing.
+        If the folder isn't complete, naming what is missing, or nothing in it can be quantised.
     CaptureFailed
     """
     if weights not in DTYPES:
@@ -225,19 +255,33 @@ def _bring_in(
         dag = capture_decoder(model)
     finally:
         model.to(before)
+    full = {p.name: tuple(p.shape) for p in dag.parameters}
+    full |= {b.name: tuple(b.shape) for b in dag.buffers}
+    quantiser = QUANTISERS.get(weights)
+    in_few_bits: dict[str, tuple[str, int]] = {}
+    if quantiser is not None:
+        dag, chosen = quantised(dag, quantiser)
+        in_few_bits = {name: (name, 0) for name in chosen}
+        in_few_bits |= {scale_name(name): (name, 1) for name in chosen}
     tensors: dict[str, tuple[int, ...]] = {p.name: tuple(p.shape) for p in dag.parameters}
     tensors |= {b.name: tuple(b.shape) for b in dag.buffers}
     dtypes = {p.name: p.dtype for p in dag.parameters} | {b.name: b.dtype for b in dag.buffers}
     buffers = dict(model.named_buffers())
 
-    def found(tensor: str) -> torch.Tensor:
+    def original(tensor: str) -> torch.Tensor:
         value = buffers[tensor] if tensor in buffers else read(tensor)
-        if tuple(value.shape) != tensors[tensor]:
+        if tuple(value.shape) != full[tensor]:
             raise SettingsInvalid(
                 f"{folder or name} has {tensor!r} with shape {list(value.shape)}; the model wants "
-                f"{list(tensors[tensor])}."
+                f"{list(full[tensor])}."
             )
-        return value.detach().to(dtype_of(dtypes[tensor]))
+        return value.detach()
+
+    def found(tensor: str) -> torch.Tensor:
+        if quantiser is not None and tensor in in_few_bits:
+            source, which = in_few_bits[tensor]
+            return quantiser.quantise(original(source))[which]
+        return original(tensor).to(dtype_of(dtypes[tensor]))
 
     groups = [_write_group(store, group, found) for group in _groups(tensors)]
     config: Any = model.config

@@ -18,6 +18,7 @@ import torch
 
 from dagflow_tasks.attention import ATTEND, attend
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid
+from dagflow_tasks.quantised import LINEAR_INT4, LINEAR_INT8, linear_int4, linear_int8
 
 Argument = Any
 """JSON: None, bool, int, float, str, a list, or a one-key mapping (`ref`, `size`, `dtype`, ...)."""
@@ -294,6 +295,8 @@ _EXTENSIONS: dict[str, Callable[..., Any]] = {
     # that a worker needs no transformers.
     "transformers.grouped_mm_fallback.default": _grouped_matmul,
     ATTEND: attend,
+    LINEAR_INT8: linear_int8,
+    LINEAR_INT4: linear_int4,
 }
 
 
