@@ -123,7 +123,15 @@ def volunteers(count: int, folder: Path, delay: bool = False) -> Iterator[tuple[
         for number in range(count):
             command = [sys.executable, "-m", "dask", "worker", cluster.scheduler_address]
             command += ["--name", f"volunteer-{number}", "--nthreads", "1", "--no-nanny"]
-            command += ["--no-dashboard", "--preload", "dagflow.worker", "--torch-threads", "1"]
+            command += [
+                "--host",
+                "127.0.0.1",
+                "--no-dashboard",
+                "--preload",
+                "dagflow.worker",
+                "--torch-threads",
+                "1",
+            ]
             if delay:
                 relay = stack.enter_context(Relay(DELAY_SECONDS))
                 command += ["--worker-port", str(relay.behind)]
@@ -204,7 +212,7 @@ def measure_fault(
                     times.append(time.perf_counter())
                     tokens.append(token.token)
                     if len(tokens) == 64:
-                        os.kill(pids[deployment.engine.addresses[stage]], how)
+                        os.kill(pids[deployment.engine.address_of(stage)], how)
                 assert tokens == list(wanted), "other tokens than undisturbed"
                 between = [b - a for a, b in itertools.pairwise(times)]
                 gaps.append(max(between))

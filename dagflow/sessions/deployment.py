@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import Any
@@ -111,16 +111,12 @@ class Deployment:
             _ = self.model.tokenizer  # stop strings need one: said now rather than later
         ends = () if ignore_end else self.model.end_tokens
         chosen = Sampling.of(sampling)
-        unknown = self._first_unknown(chosen.logit_bias)
+        unknown = self.model.first_unknown(chosen.logit_bias)
         if unknown is not None:
             raise SettingsInvalid(
                 f"logit_bias names token {unknown}, which isn't in the vocabulary."
             )
         return Request(tokens, wanted, chosen, stops, ends, speculate, logprobs)
-
-    def _first_unknown(self, tokens: Iterable[int]) -> int | None:
-        size = int(self.model.config.get("vocab_size") or 0)
-        return next((token for token in tokens if not 0 <= token < (size or token + 1)), None)
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Token]:
         """Yield tokens of all answers as they come. Closing the iterator ends the sessions."""

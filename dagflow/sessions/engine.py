@@ -123,11 +123,6 @@ class Engine:
 
     # From any thread
 
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """Each stage's worker."""
-        return tuple(self._addresses)
-
     def start(self) -> None:
         """Place and open the stages; spares read weights meanwhile and afterwards.
 

@@ -154,11 +154,17 @@ class Model:
         if isinstance(text, str):
             return tuple(self.tokenizer(text)["input_ids"]) if text else ()
         tokens = tuple(int(token) for token in text)
-        size = int(self.config.get("vocab_size") or 0)
-        wrong = next((token for token in tokens if not 0 <= token < (size or token + 1)), None)
+        wrong = self.first_unknown(tokens)
         if wrong is not None:
-            raise BatchInvalid(f"The prompt holds token {wrong}; the vocabulary has {size}.")
+            raise BatchInvalid(
+                f"The prompt holds token {wrong}; the vocabulary has {self.config['vocab_size']}."
+            )
         return tokens
+
+    def first_unknown(self, tokens: Iterable[int]) -> int | None:
+        """Return the first token that isn't in the vocabulary."""
+        size = int(self.config.get("vocab_size") or 0)
+        return next((token for token in tokens if not 0 <= token < (size or token + 1)), None)
 
 
 def load(
