@@ -134,7 +134,7 @@ def volunteers(count: int, folder: Path, delay: bool = False) -> Iterator[tuple[
             ]
             if delay:
                 relay = stack.enter_context(Relay(DELAY_SECONDS))
-                command += ["--worker-port", str(relay.behind)]
+                command += ["--listen-address", f"tcp://127.0.0.1:{relay.behind}"]
                 command += ["--contact-address", f"tcp://127.0.0.1:{relay.port}"]
             log = stack.enter_context((folder / f"volunteer-{number}.log").open("w"))
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
