@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from weakref import WeakKeyDictionary
 from distributed import Client, Future
 
 from dagflow.errors import SchedulerLost
+from dagflow.run.clusters import in_background
 from dagflow.run.watch import TOPIC
 
 STALLED = "it has stalled"
@@ -129,21 +131,19 @@ class Membership:
             computed again by the same worker, and wait for that for ever.
         """
         future.add_done_callback(lambda _: self._news.set())
-        fruitless = 0
-        while True:
+        while not future.done():
             look_around()
-            if not future.done():
-                self.wait(_TICK_SECONDS)
-                fruitless += bool(fruitless)
-            else:
-                try:
-                    return future.result(_TICK_SECONDS)
-                except TimeoutError:
-                    if future.status == "error":
-                        raise
-                    fruitless += 1
-            if fruitless > _FRUITLESS_TICKS:
-                raise ResultGone(f"The result of {future.key} went with its worker.")
+            self.wait(_TICK_SECONDS)
+        fetching = in_background(self.client, self.client.gather(future, asynchronous=True))
+        try:
+            for _ in range(_FRUITLESS_TICKS):
+                if wait([fetching], _TICK_SECONDS).done:
+                    return fetching.result()
+                look_around()
+        finally:
+            fetching.cancel()
+            del fetching  # it may hold an error, whose traceback would hold it
+        raise ResultGone(f"The result of {future.key} went with its worker.")
 
     def wait(self, seconds: float) -> None:
         """Return when there is news, such as somebody who has come or gone, or time is up."""
