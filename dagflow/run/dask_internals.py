@@ -16,6 +16,8 @@ __all__ = [
     "StepTask",
     "Task",
     "TaskRef",
+    "add_handler",
+    "connection_arguments",
     "executing_seconds",
     "notice_retirement",
     "retire",

@@ -32,7 +32,10 @@ class Deployment:
         None starts a local cluster.
     num_stages : int or "auto"
         "auto" takes one a worker. With fewer, the other workers are spares.
-    config : ClusterSettings
+    cluster : ClusterSettings
+        How to start a local one, and how long to wait for workers.
+    verbose : bool
+        Print what happens to workers.
     """
 
     def __init__(
@@ -51,10 +54,9 @@ class Deployment:
             connected = self._stack.enter_context(open_cluster(client, settings, model.ref.store))
             workers = roster(connected, settings.num_workers or 1, settings.wait_seconds)
             count = _number_of_stages(num_stages, len(workers))
-            note = print if verbose else _say_nothing
-            self.engine = Engine(
-                model, connected, count, note=note, wait_seconds=settings.wait_seconds
-            )
+            self.engine = Engine(model, connected, count, wait_seconds=settings.wait_seconds)
+            if verbose:
+                self.engine.note = print
             self._stack.callback(self.engine.close)
             self.engine.start()
         except BaseException:
@@ -172,7 +174,3 @@ def _number_of_stages(num_stages: int | str, num_workers: int) -> int:
     if num_stages < 1:
         raise SettingsInvalid(f"num_stages counts from 1; found {num_stages}.")
     return num_stages
-
-
-def _say_nothing(text: str) -> None:
-    pass

@@ -79,13 +79,13 @@ class Engine:
     model : Model
     client : Client
     num_stages : int
-    note : callable
-        Tells people what happens.
     wait_seconds : float
         How long to wait for workers when too few are left.
 
     Attributes
     ----------
+    note : callable
+        Tells people what happens; says nothing unless it is set.
     num_fed : int
         How often tokens were sent through the stages.
     """
@@ -96,7 +96,6 @@ class Engine:
         client: Client,
         num_stages: int,
         *,
-        note: Callable[[str], None] = lambda text: None,
         wait_seconds: float = 60.0,
     ) -> None:
         self.model = model
@@ -104,7 +103,7 @@ class Engine:
         self.cut = cut_at_layers(model.dag, num_stages)
         self.num_fed = 0
         self._client = client
-        self._note = note
+        self.note: Callable[[str], None] = lambda text: None
         self._wait_seconds = wait_seconds
         self._membership = Membership(client)
         self._addresses: list[str] = []
@@ -208,7 +207,7 @@ class Engine:
         """Have whoever waits hear of an error that nobody has expected."""
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._note(f"{type(error).__name__}: {error}")
+            self.note(f"{type(error).__name__}: {error}")
             for live in self._live.values():
                 self._give_up(live, TaskFailed(f"{type(error).__name__}: {error}"))
 
@@ -290,7 +289,7 @@ class Engine:
         except OSError:
             return
         except Exception as error:
-            self._note(f"The spare {address} can't read all weights: {error}")
+            self.note(f"The spare {address} can't read all weights: {error}")
 
     async def _ping(self, link: Link) -> None:
         with contextlib.suppress(OSError):
@@ -327,7 +326,7 @@ class Engine:
         for stage in stages:
             self._addresses[stage] = ""  # were it to come back, it would have forgotten
         if stages:
-            self._note(f"The worker {address} {how}, with stage {', '.join(map(str, stages))}.")
+            self.note(f"The worker {address} {how}, with stage {', '.join(map(str, stages))}.")
             self._spawn(self._mend())
 
     async def _watch(self) -> None:
@@ -513,7 +512,7 @@ class Engine:
                     ) from error
                 continue
             if not self._is_open(stage, address):
-                self._note(f"Stage {stage} is being opened on {address}.")
+                self.note(f"Stage {stage} is being opened on {address}.")
             try:
                 await self._open(stage, address)
                 return address

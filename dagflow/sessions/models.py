@@ -115,9 +115,13 @@ class Model:
         """Tokens that end an answer."""
         return tuple(self.description["end_tokens"])
 
-    @cached_property
+    @property
     def has_tokenizer(self) -> bool:
-        return bool(self.ref.store.list(f"models/{self.ref.name}/tokenizer"))
+        return bool(self._tokenizer_files)
+
+    @cached_property
+    def _tokenizer_files(self) -> list[str]:
+        return self.ref.store.list(f"models/{self.ref.name}/tokenizer")
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -128,9 +132,7 @@ class Model:
         SettingsInvalid
             If the model has none.
         """
-        folder = f"models/{self.ref.name}/tokenizer"
-        names = self.ref.store.list(folder)
-        if not names:
+        if not self.has_tokenizer:
             raise SettingsInvalid(
                 f"The model {self.ref.name!r} has no tokenizer: its folder had none. Pass prompts as "
                 "token ids, or load it from a folder with tokenizer.json."
@@ -138,8 +140,8 @@ class Model:
         from transformers import AutoTokenizer
 
         with tempfile.TemporaryDirectory() as temporary:
-            for name in names:
-                data = self.ref.store.read_bytes(f"{folder}/{name}")
+            for name in self._tokenizer_files:
+                data = self.ref.store.read_bytes(f"models/{self.ref.name}/tokenizer/{name}")
                 Path(temporary, name).write_bytes(data)
             return AutoTokenizer.from_pretrained(temporary)
 
