@@ -35,7 +35,7 @@ from dagflow.run.feed import Feed, StepBatch
 from dagflow.run.graph import Key, Places, Priorities, Standing, StepGraph, StepInputs
 from dagflow.run.interrupts import Interrupts
 from dagflow.run.ledger import Ledger
-from dagflow.run.membership import STALLED, Membership, place_again
+from dagflow.run.membership import STALLED, Membership, ResultGone, place_again
 from dagflow_storage import (
     Lease,
     LeaseUnconfirmed,
@@ -408,12 +408,12 @@ class Driver:
         Disturbed
             If something was lost on the way.
         """
-        self.membership.count_as_news(future)
-        while not future.done():
-            self._look_around()
-            self.membership.wait(_TICK_SECONDS)
         try:
-            return future.result()
+            return self.membership.result_of(future, self._look_around)
+        except (Disturbed, SchedulerLost):
+            raise
+        except ResultGone as error:
+            raise Disturbed(str(error)) from error
         except (CancelledError, KilledWorker, OSError) as error:
             if _CONNECTION_LOST not in str(error):
                 self._check_workers()

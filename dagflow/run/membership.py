@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,11 +15,19 @@ from weakref import WeakKeyDictionary
 from distributed import Client, Future
 
 from dagflow.errors import SchedulerLost
+from dagflow.run.clusters import in_background
 from dagflow.run.watch import TOPIC
 
 STALLED = "it has stalled"
 
 _REFRESH_SECONDS = 10.0
+# Interrupts are heeded and the roster is looked at this often; news wakes whoever waits at once.
+_TICK_SECONDS = 0.5
+_FRUITLESS_TICKS = 10
+
+
+class ResultGone(Exception):
+    """A task was done, but its result can't be had any more."""
 
 
 @dataclass(eq=False)
@@ -107,9 +116,34 @@ class Membership:
         self.excluded.clear()
         self.stalled.clear()
 
-    def count_as_news(self, future: Future) -> None:
-        """Have `wait` return when this future is done."""
+    def result_of(self, future: Future, look_around: Callable[[], None]) -> Any:
+        """Wait for a task, and fetch its result; raises what the task has raised.
+
+        Parameters
+        ----------
+        look_around
+            Called meanwhile; what it raises ends the wait.
+
+        Raises
+        ------
+        ResultGone
+            If the worker that had the result left before it was fetched. dask would have it
+            computed again by the same worker, and wait for that for ever.
+        """
         future.add_done_callback(lambda _: self._news.set())
+        while not future.done():
+            look_around()
+            self.wait(_TICK_SECONDS)
+        fetching = in_background(self.client, self.client.gather(future, asynchronous=True))
+        try:
+            for _ in range(_FRUITLESS_TICKS):
+                if wait([fetching], _TICK_SECONDS).done:
+                    return fetching.result()
+                look_around()
+        finally:
+            fetching.cancel()
+            del fetching  # it may hold an error, whose traceback would hold it
+        raise ResultGone(f"The result of {future.key} went with its worker.")
 
     def wait(self, seconds: float) -> None:
         """Return when there is news, such as somebody who has come or gone, or time is up."""

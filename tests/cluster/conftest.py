@@ -33,13 +33,22 @@ def client(cluster: LocalCluster) -> Iterator[Client]:
         yield connected
 
 
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test leaves a scheduler that knows no task: a run that is over costs nothing."""
+    used = request.getfixturevalue("cluster") if "cluster" in request.fixturenames else None
+    yield
+    if used is not None:
+        tasks = used.scheduler.tasks
+        wait_until(lambda: not tasks, lambda: f"the tasks {list(tasks)[:5]} are forgotten")
+
+
 @pytest.fixture
 def refused(cluster: LocalCluster, client: Client) -> Callable[..., Any]:
     """Expect an error that matches, and a scheduler that has heard of no task."""
 
     @contextmanager
     def expecting(error: type[Exception], *words: str) -> Iterator[None]:
-        wait_until(lambda: not cluster.scheduler.tasks, "earlier runs' tasks are forgotten")
         before = cluster.scheduler.transition_counter
         with pytest.raises(error) as caught:
             yield

@@ -75,10 +75,13 @@ def assert_same_run(found: dagflow.TrainResult, wanted: dagflow.TrainResult) -> 
     assert [n for n in expected if not torch.equal(tensors[n], expected[n])] == []
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+def wait_until(
+    condition: Callable[[], bool], what: str | Callable[[], str], seconds: float = 60.0
+) -> None:
     """Look again and again until a condition holds; fail at the deadline."""
     deadline = time.monotonic() + seconds
     pause = threading.Event()
     while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what() if callable(what) else what}: not within {seconds:g} s")
         pause.wait(0.02)

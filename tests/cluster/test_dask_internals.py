@@ -166,15 +166,19 @@ def test_a_transition_says_what_the_watch_wants_to_know(
     told: list[dict[str, Any]] = []
     client.subscribe_topic(TOPIC, lambda event: told.append(event[1]))
     good, bad = ("forward-0123abcd", 5, 1, 0), ("backward-0123abcd", 5, 1, 0)
-    (first,) = client.get({good: Task(good, time.sleep, 0.01)}, [good], sync=False)
-    first.result()
-    watch = cluster.scheduler.plugins["dagflow-stage-scheduler"]._watch
-    assert watch.longest["forward", 1][-1] >= 0.01
+    (first,) = client.get({good: Task(good, time.sleep, 0.1)}, [good], sync=False)
     (second,) = client.get({bad: Task(bad, int, "x")}, [bad], sync=False)
-    with pytest.raises(ValueError, match="invalid literal"):
-        second.result()
-    wait_until(lambda: bool(told), "the failure is told")
-    assert told[0]["action"] == "erred"
-    assert list(told[0]["key"]) == ["backward-0123abcd", "5", "1", "0"]
-    assert told[0]["worker"] in client.scheduler_info()["workers"]
-    client.unsubscribe_topic(TOPIC)
+    try:
+        first.result()
+        watch = cluster.scheduler.plugins["dagflow-stage-scheduler"]._watch
+        assert watch.longest["forward", 1][-1] > 0.05
+        with pytest.raises(ValueError, match="invalid literal"):
+            second.result()
+        wait_until(lambda: bool(told), "the failure is told")
+        assert told[0]["action"] == "erred"
+        assert list(told[0]["key"]) == ["backward-0123abcd", "5", "1", "0"]
+        assert told[0]["worker"] in client.scheduler_info()["workers"]
+    finally:
+        client.unsubscribe_topic(TOPIC)
+        for future in (first, second):  # by hand: the traceback that was caught holds this frame
+            future.release()

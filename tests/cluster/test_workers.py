@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from processes import BIN, kill_group, swarm
 from small import assert_same_run, batches, example, train, train_with_torch
 
 import dagflow
+from dagflow.run.membership import Membership, ResultGone
 from dagflow.run.workers import SEND_INTERVAL_SECONDS, describe
 
 DASK_WORKER = [BIN / "dask", "worker", "ADDRESS", "--nthreads", "1", "--dashboard-address", ":0"]
@@ -157,6 +159,21 @@ def test_when_all_workers_are_gone_the_run_waits_then_ends_and_can_be_resumed(
     again = train(of, data, run, client=client, callbacks=[lambda event: heard.append(event.step)])
     assert_same_run(again, wanted)
     assert heard == list(range(heard[0], 9))
+
+
+def test_a_result_that_nobody_hands_out_is_not_waited_for(tmp_path: Path) -> None:
+    with (
+        swarm({"plain": COMMANDS["plain"]}, tmp_path) as (volunteers, workers),
+        Membership(volunteers) as membership,
+    ):
+        future = volunteers.submit(pow, 2, 5, pure=False)
+        assert membership.result_of(future, lambda: None) == 32
+        failing = volunteers.submit(divmod, 1, 0, pure=False)
+        with pytest.raises(ZeroDivisionError):
+            membership.result_of(failing, lambda: None)
+        kill_group(workers["plain"], signal.SIGSTOP)
+        with pytest.raises(ResultGone, match="went with its worker"):
+            membership.result_of(future, lambda: None)
 
 
 def test_an_iterator_that_cannot_be_read_again_is_no_trouble_with_a_journal(
