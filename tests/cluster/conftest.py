@@ -33,14 +33,18 @@ def client(cluster: LocalCluster) -> Iterator[Client]:
         yield connected
 
 
+def wait_until_forgotten(cluster: LocalCluster) -> None:
+    tasks = cluster.scheduler.tasks
+    wait_until(lambda: not tasks, lambda: f"the tasks {list(tasks)[:5]} are forgotten")
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test leaves a scheduler that knows no task: a run that is over costs nothing."""
     used = request.getfixturevalue("cluster") if "cluster" in request.fixturenames else None
     yield
     if used is not None:
-        tasks = used.scheduler.tasks
-        wait_until(lambda: not tasks, lambda: f"the tasks {list(tasks)[:5]} are forgotten")
+        wait_until_forgotten(used)
 
 
 @pytest.fixture
@@ -49,6 +53,7 @@ def refused(cluster: LocalCluster, client: Client) -> Callable[..., Any]:
 
     @contextmanager
     def expecting(error: type[Exception], *words: str) -> Iterator[None]:
+        wait_until_forgotten(cluster)
         before = cluster.scheduler.transition_counter
         with pytest.raises(error) as caught:
             yield
