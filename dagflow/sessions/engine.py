@@ -483,14 +483,15 @@ class Engine:
                     continue  # another one has left meanwhile
                 bare = sorted(self._bare)
                 self._bare.clear()
-                for stage in bare:
+                for stage in {0, *bare}:  # the first has to know how many workers there are
                     await self._route(stage)
                 for first, last in _runs(bare):
                     await self._send_again(first, list(range(first, last + 1)), None)
 
     async def _route(self, stage: int) -> None:
         following = self._addresses[stage + 1] if stage + 1 < len(self.cut) else None
-        await self._tell(stage, {"kind": "route", "following": following})
+        message = {"kind": "route", "following": following}
+        await self._tell(stage, {**message, "num_workers": len(set(self._addresses))})
 
     async def _replacement(self, stage: int) -> str:
         """Return a worker that has the stage open: a spare that has its weights, if there is one."""

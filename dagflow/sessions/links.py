@@ -9,11 +9,14 @@ from typing import Any
 from distributed.comm import Comm, CommClosedError, connect
 from distributed.protocol import to_serialize
 
+from dagflow.run.wire import pack_tensors, unpack_tensors
 from dagflow_tasks.results import TensorDict
 
 Message = dict[str, Any]
 OPERATION = "dagflow-sessions"
 _CONNECT_SECONDS = 5.0
+# A token's hidden state is copied into the message: dask's serializers would take longer.
+_COPIED_BYTES = 1 << 15
 
 
 class Link:
@@ -58,8 +61,12 @@ class Link:
         ------
         CommClosedError
         """
+        small = values is None or sum(t.nbytes for t in values.values()) <= _COPIED_BYTES
         if values is not None:
-            message = {**message, "values": to_serialize(values)}
+            message = {**message, "values": _copied(values) if small else to_serialize(values)}
+        if small and not self._turn.locked():
+            await self._write(message)  # doesn't wait for anything, so nobody can give up waiting
+            return
         # A comm whose write is cancelled is closed by dask: who gives up waiting must not cancel it.
         writing = asyncio.ensure_future(self._write(message))
         self._writing.add(writing)
@@ -75,6 +82,10 @@ class Link:
         """
         message: Message = await self._comm.read()
         self.num_unheard = 0
+        copied = message.get("values")
+        if isinstance(copied, tuple):
+            headers, frames = copied
+            message["values"] = TensorDict(unpack_tensors(headers, frames))
         return message
 
     def close(self) -> None:
@@ -83,13 +94,22 @@ class Link:
         self._comm.abort()
 
     async def _write(self, message: Message) -> None:
-        async with self._turn:
-            await self._comm.write(message)
+        try:
+            async with self._turn:
+                await self._comm.write(message)
+        except BaseException:
+            self.close()
+            raise
 
     def _written(self, writing: asyncio.Task[None]) -> None:
         self._writing.discard(writing)
-        if writing.cancelled() or writing.exception() is not None:
-            self.close()
+        if not writing.cancelled():
+            writing.exception()  # whoever gave up waiting doesn't ask
+
+
+def _copied(values: TensorDict) -> tuple[list[dict[str, Any]], list[bytes]]:
+    headers, frames = pack_tensors(values, None)
+    return headers, [bytes(frame) for frame in frames]
 
 
 __all__ = ["OPERATION", "CommClosedError", "Link", "Message"]

@@ -7,6 +7,7 @@ stay open; dask's tasks only open and close stages.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -186,7 +187,8 @@ class _Hub:
             hello = {"deployment": key[0], "role": "stage"}
             known = asyncio.ensure_future(Link.open(key[1], self._arguments, hello))
             self._links[key] = known
-        await asyncio.wait([known])
+        if not known.done():
+            await asyncio.wait([known])
         if known.cancelled():
             raise CommClosedError(f"The worker {key[1]} was given up.")
         return known.result()
@@ -207,6 +209,7 @@ class _Running:
         self._hub = hub
         self._deployment = spec.deployment
         self._number = spec.stage
+        self._num_workers = 1
         self._following: str | None = None
         self._stage = stage
         self.queue: asyncio.Queue[Message] = asyncio.Queue()
@@ -226,7 +229,7 @@ class _Running:
             while not self.queue.empty():
                 waiting.append(self.queue.get_nowait())
             while waiting:
-                passes = _together(waiting)
+                passes = _together(waiting, self._most_sessions(waiting))
                 try:
                     if passes:
                         del waiting[: len(passes)]
@@ -236,6 +239,16 @@ class _Running:
                 except Exception as error:
                     sessions = list(self._stage.sessions)
                     await self._tell({"kind": "failed", "sessions": sessions, "why": str(error)})
+
+    def _most_sessions(self, waiting: Sequence[Message]) -> int:
+        """How many sessions may share a pass: so many that every worker has one to compute.
+
+        With all of them in one pass, the workers would take turns. They go on to the next stage in
+        the groups that the first stage has made.
+        """
+        known = {part[0] for message in waiting for part in message.get("parts", ())}
+        known.update(self._stage.sessions)
+        return len(known) if self._number else math.ceil(len(known) / self._num_workers)
 
     async def _compute(self, messages: Sequence[Message]) -> None:
         rebuilt = messages[0]["rebuilt"]
@@ -301,6 +314,7 @@ class _Running:
                 await self._tell({"kind": "gap", "sessions": [message["new"]]})
         elif kind == "route":
             self._following = message["following"]
+            self._num_workers = message["num_workers"]
         elif kind == "resend":
             self._following = message["following"]
             for session, deliver, want in message["sessions"]:
@@ -312,7 +326,7 @@ class _Running:
         await self._hub.tell_driver(self._deployment, {**message, "stage": self._number}, values)
 
 
-def _together(waiting: Sequence[Message]) -> list[Message]:
+def _together(waiting: Sequence[Message], most_sessions: int) -> list[Message]:
     """Return the first messages that make one pass; none if the first isn't a pass."""
     found: list[Message] = []
     tokens = 0
@@ -324,6 +338,8 @@ def _together(waiting: Sequence[Message]) -> list[Message]:
         tokens += sum(part[3] for part in message["parts"])
         # Tokens of one session come one part after the other.
         if found and (tokens > _MOST_TOKENS or own & sessions):
+            break
+        if found and len(own | sessions) > most_sessions:
             break
         sessions |= own
         found.append(message)
