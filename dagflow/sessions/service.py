@@ -327,7 +327,13 @@ class _Running:
 
 
 def _together(waiting: Sequence[Message], most_sessions: int) -> list[Message]:
-    """Return the first messages that make one pass; none if the first isn't a pass."""
+    """Return the first messages that make one pass; none if the first isn't a pass.
+
+    >>> parts = [[(session, 0, 0, 1, 0, "last")] for session in "abc"]
+    >>> waiting = [{"kind": "pass", "rebuilt": [], "parts": part} for part in parts]
+    >>> [len(_together(waiting, most_sessions=most)) for most in (1, 2, 3)]
+    [1, 2, 3]
+    """
     found: list[Message] = []
     tokens = 0
     sessions: set[str] = set()
