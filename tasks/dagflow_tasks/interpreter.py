@@ -1,8 +1,8 @@
 """Runs a stage program's operators on one micro-batch.
 
-The program is compiled once to a list of instructions over numbered slots, once more for every
-combination of sizes (size expressions become plain integers), and then executed in order; a value
-is dropped after its last reader, so that memory follows the program's own needs.
+The program is compiled once to a list of instructions over numbered slots, those that mention sizes
+once more for every combination of these (size expressions become plain integers), and then executed
+in order; a value is dropped after its last reader, so that memory follows the program's own needs.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ from dagflow_tasks.program import StageProgram
 # Seeding torch's generator and drawing from it must not be torn apart by another thread of this
 # process: whoever does either holds this.
 RANDOM_LOCK = threading.Lock()
+
+# Micro-batches have a few sizes, passes of sessions any: instructions are kept for the latest.
+_MOST_SIZES = 64
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -81,6 +84,12 @@ def _fill(template: Any, slots: Sequence[Any]) -> Any:
     return template
 
 
+def _mentions_size(argument: Argument) -> bool:
+    if isinstance(argument, Mapping):
+        return "size" in argument
+    return isinstance(argument, (list, tuple)) and any(map(_mentions_size, argument))
+
+
 class Executable:
     """A stage program made ready to run on one device.
 
@@ -116,7 +125,9 @@ class Executable:
             for name in node.references()
         } & parameters
         self._trainable = {use.value for use in program.parameters if use.trainable}
+        # In the order of their last use.
         self._compiled: dict[tuple[int, ...], list[_Instruction]] = {}
+        self._without_sizes: dict[str, _Instruction] = {}
 
     def _last_reads(self) -> dict[str, list[int]]:
         keep = {output.value.name for output in self.program.outputs} | {self.program.loss}
@@ -201,9 +212,20 @@ class Executable:
 
     def _specialise(self, sizes: Mapping[str, int]) -> list[_Instruction]:
         key = tuple(sizes[symbol] for symbol in self.program.symbols)
-        if key not in self._compiled:
-            self._compiled[key] = [self._compile(node, sizes) for node in self._nodes]
-        return self._compiled[key]
+        found = self._compiled.pop(key, None)
+        if found is None:
+            found = [self._instruction(node, sizes) for node in self._nodes]
+            if len(self._compiled) == _MOST_SIZES:
+                del self._compiled[next(iter(self._compiled))]
+        self._compiled[key] = found
+        return found
+
+    def _instruction(self, node: Node, sizes: Mapping[str, int]) -> _Instruction:
+        if _mentions_size([*node.args, *node.kwargs.values()]):
+            return self._compile(node, sizes)
+        if node.name not in self._without_sizes:
+            self._without_sizes[node.name] = self._compile(node, sizes)
+        return self._without_sizes[node.name]
 
     def _compile(self, node: Node, sizes: Mapping[str, int]) -> _Instruction:
         def template(argument: Argument) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from typing import Any
@@ -229,6 +230,20 @@ def test_size_expressions(expression: Any, value: int, text: str) -> None:
 def test_sizes_are_filled_in_for_each_batch() -> None:
     node = Node("z", "aten.zeros.default", ([{"size": ["mul", 2, "s0"]}, 3],))
     assert [run(node, s0=size).shape for size in (1, 5)] == [(2, 3), (10, 3)]
+
+
+def test_what_is_kept_for_sizes_has_an_end() -> None:
+    nodes = [Node(f"z{i}", "aten.zeros.default", ([{"size": "s0"}],)) for i in range(10)]
+    executable = Executable(program(*nodes), CPU)
+
+    def num_objects_after(sizes: range) -> int:
+        for size in sizes:
+            executable.run({}, {"s0": size}, ADDRESS)
+        gc.collect()
+        return len(gc.get_objects())
+
+    first = num_objects_after(range(200))
+    assert num_objects_after(range(200, 400)) - first < 200
 
 
 def test_a_failing_operator_names_itself_its_module_and_its_tensors() -> None:
