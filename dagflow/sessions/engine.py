@@ -146,6 +146,15 @@ class Engine:
         """Return which worker has a stage; empty while nobody has."""
         return self._addresses[stage]
 
+    @property
+    def num_workers(self) -> int:
+        """How many workers take part, spares included."""
+        return len(self._links)
+
+    def missing(self) -> list[int]:
+        """Return the stages that no worker has now; requests wait for these."""
+        return self._lost()
+
     def spares(self) -> list[str]:
         """Return the workers without a stage that have the weights of all."""
         return [
@@ -380,6 +389,7 @@ class Engine:
         for wanted in live.wanted:
             if not wanted.future.done():
                 wanted.future.set_exception(error)
+                wanted.future.exception()  # who asked may have left: asyncio needn't complain
         live.wanted.clear()
 
     # Sessions
@@ -444,8 +454,12 @@ class Engine:
         if self._live.pop(live.name, None) is None:
             return
         self._give_up(live, TaskFailed("The session was closed."))
+        # Not by the caller, who may be cancelled in the middle: some stages would keep it for ever.
+        self._spawn(self._tell_ended(live.name))
+
+    async def _tell_ended(self, session: str) -> None:
         for stage in range(len(self.cut)):
-            await self._tell(stage, {"kind": "close", "sessions": [live.name]})
+            await self._tell(stage, {"kind": "close", "sessions": [session]})
 
     def _check_open(self, live: Live) -> None:
         if live.name not in self._live:

@@ -86,8 +86,8 @@ class Sampling:
             logits[seen] = torch.where(found < 0, found * penalty, found / penalty)
         if self.logit_bias:
             logits = logits.clone()
-            for token, bias in self.logit_bias.items():
-                logits[token] += bias
+            biases = torch.tensor(list(self.logit_bias.values()), dtype=logits.dtype)
+            logits[list(self.logit_bias)] += biases
         return logits
 
     def choose(self, logits: torch.Tensor, tokens: Sequence[int]) -> int:

@@ -67,6 +67,11 @@ def num_tokens_computed(deployment: str, dask_worker: Any = None) -> dict[int, i
     return _hub(dask_worker).num_tokens(deployment)
 
 
+def sessions_open(dask_worker: Any = None) -> dict[tuple[str, int], int]:
+    """Return how many sessions each stage on a worker remembers, by deployment and stage."""
+    return _hub(dask_worker).num_sessions()
+
+
 class SessionWorker(WorkerPlugin):  # type: ignore[misc]
     """Lets a worker take part in sessions."""
 
@@ -119,6 +124,9 @@ class _Hub:
 
     def num_tokens(self, deployment: str) -> dict[int, int]:
         return {s: r.num_tokens for (name, s), r in self._stages.items() if name == deployment}
+
+    def num_sessions(self) -> dict[tuple[str, int], int]:
+        return {key: running.num_sessions for key, running in self._stages.items()}
 
     def stop(self) -> None:
         for deployment in {key[0] for key in [*self._stages, *self._links]}:
@@ -218,6 +226,10 @@ class _Running:
     @property
     def num_tokens(self) -> int:
         return self._stage.num_tokens
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._stage.sessions)
 
     def stop(self) -> None:
         self._pump.cancel()
