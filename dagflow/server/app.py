@@ -22,6 +22,7 @@ from dagflow.server.bodies import MAX_CHOICES, ChatBody, Common, CompletionBody,
 from dagflow.server.bridge import Answers, Ending
 from dagflow.server.connection import EventStream, read_body, while_connected
 from dagflow.server.conversation import to_prompt
+from dagflow.server.encoding import encode
 from dagflow.server.errors import ApiError, as_api_error
 from dagflow.server.metrics import CONTENT_TYPE, Metrics
 from dagflow.server.replies import ChatReply, CompletionReply, Reply, Usage
@@ -101,8 +102,27 @@ class Service:
             "max_model_len": self.deployment.model.max_tokens,
         }
 
+    def health(self) -> dict[str, Any]:
+        """Return what is going on, and why requests can't be answered now, if they can't."""
+        engine = self.deployment.engine
+        missing, count = engine.missing(), len(engine.cut)
+        reasons = [f"Stage {stage} of {count} has no worker." for stage in missing]
+        if not engine.num_workers:
+            reasons = ["No worker is there."]
+        if self.is_ending:
+            reasons = ["The server is being ended."]
+        return {
+            "status": "unavailable" if reasons else "ok",
+            "model": self.name,
+            "running": self.admission.num_running,
+            "waiting": self.admission.num_waiting,
+            "workers": engine.num_workers,
+            "missing": reasons,
+        }
+
     def wanted_of_chat(self, body: ChatBody) -> list[Wanted]:
-        prompt, stops = to_prompt(self.tokenizer, [message.plain for message in body.messages])
+        messages = [message.plain for message in body.messages]
+        prompt, stops = to_prompt(self.tokenizer, messages, self.deployment.model.max_tokens)
         return self._wanted(body, [prompt], (*body.stops, *stops), "messages")
 
     def wanted_of_completion(self, body: CompletionBody) -> list[Wanted]:
@@ -117,11 +137,14 @@ class Service:
         self, body: Common, prompts: Sequence[str | list[int]], stops: tuple[str, ...], param: str
     ) -> list[Wanted]:
         found = []
+        limit = self.deployment.model.max_tokens
         for prompt in prompts:
-            tokens = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-            limit = self.deployment.model.max_tokens
+            tokens = encode(self.tokenizer, prompt, limit) if isinstance(prompt, str) else prompt
             if limit is not None and len(tokens) >= limit:
-                message = f"{param} has {len(tokens)} tokens; the model has room for {limit} with the answer."
+                message = (
+                    f"{param} has {len(tokens)} tokens or more; the model has room for {limit} with "
+                    "the answer."
+                )
                 raise ApiError(400, message, "context_length_exceeded", param)
             found += [
                 self.deployment.request(
@@ -204,9 +227,9 @@ def make_app(service: Service) -> ASGIApp:
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        running, waiting = service.admission.num_running, service.admission.num_waiting
-        return {"status": "ok", "model": service.name, "running": running, "waiting": waiting}
+    async def health() -> Response:
+        found = service.health()
+        return JSONResponse(found, 200 if found["status"] == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

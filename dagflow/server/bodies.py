@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, from_json
 
 from dagflow.server.conversation import Message
 from dagflow.server.errors import ApiError
@@ -38,13 +38,29 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # They change no answer.
 _IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user"}
 
+# A body of 10 MiB may hold millions of values, and an error of each would take gigabytes: lists are
+# given up at the first, and objects at the first name that they mustn't have.
+_Item = TypeVar("_Item")
+_List = Annotated[list[_Item], Field(fail_fast=True)]
+_Prompts = Annotated[_List[_Item], Field(max_length=MAX_CHOICES)]
+_MOST_BIASES = 4096
+
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-_Tokens = Annotated[list[int], Field(min_length=1)]
+_Tokens = Annotated[_List[int], Field(min_length=1)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_all(cls, given: Any) -> Any:
+        names = given if isinstance(given, dict) else ()
+        for name in names:
+            if name not in cls.model_fields:
+                raise PydanticCustomError("unknown", "There is no option {name}", {"name": name})
+        return given
 
 
 class StreamOptions(_Strict):
@@ -57,7 +73,7 @@ class Common(_Strict):
 
     model: str
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] = []
+    stop: _Stop | Annotated[_List[_Stop], Field(max_length=16)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     max_tokens: int | None = Field(default=None, ge=1)
@@ -67,7 +83,7 @@ class Common(_Strict):
     top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
-    logit_bias: dict[str, _Bias] = {}
+    logit_bias: Annotated[dict[str, _Bias], Field(max_length=_MOST_BIASES)] = {}
 
     @property
     def max_new_tokens(self) -> int:
@@ -99,7 +115,7 @@ class Common(_Strict):
 class CompletionBody(Common):
     """Of POST /v1/completions."""
 
-    prompt: str | list[str] | _Tokens | list[_Tokens]
+    prompt: str | _Prompts[str] | _Tokens | _Prompts[_Tokens]
     logprobs: int | None = Field(default=None, ge=0, le=5)
 
     @property
@@ -126,7 +142,7 @@ class TextPart(_Strict):
 
 class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | _List[TextPart]
     name: str | None = None
 
     @property
@@ -141,7 +157,7 @@ class ChatMessage(_Strict):
 class ChatBody(Common):
     """Of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[_List[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
@@ -178,6 +194,9 @@ def parse(kind: type[Body], text: bytes) -> Body:
     for name in _NEUTRAL.keys() & given.keys():
         if given.pop(name) not in _NEUTRAL[name]:
             raise ApiError(400, f"This server has no {name!r}.", "unsupported_parameter", name)
+    for name in given:
+        if name not in kind.model_fields:
+            raise ApiError(400, f"There is no option {name!r}.", "unknown_parameter", name)
     try:
         return kind.model_validate(given)
     except ValidationError as error:
@@ -187,8 +206,6 @@ def parse(kind: type[Body], text: bytes) -> Body:
 def _option_error(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0])
-    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-        return ApiError(400, f"There is no option {name!r}.", "unknown_parameter", name)
     where = ".".join(str(part) for part in first["loc"])
     return ApiError(400, f"{where}: {first['msg']}.", "invalid_value", name)
 

@@ -18,7 +18,8 @@ T = TypeVar("T")
 MAX_BODY_BYTES = 10 * 2**20
 # A client that is still sending doesn't read: what is too long is read on for a while, unkept.
 _MAX_READ_BYTES = 4 * MAX_BODY_BYTES
-_WRITE_SECONDS = 60.0
+# Who neither sends nor reads for so long is dropped.
+PATIENCE_SECONDS = 60.0
 
 
 async def read_body(request: Request) -> bytes:
@@ -27,11 +28,19 @@ async def read_body(request: Request) -> bytes:
     Raises
     ------
     ApiError
-        413 if it is too long.
+        413 if it is too long, 408 if the client stops in the middle.
     """
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
+    coming = aiter(request.stream())
+    while True:
+        try:
+            part = await asyncio.wait_for(anext(coming), PATIENCE_SECONDS)
+        except StopAsyncIteration:
+            break
+        except TimeoutError:
+            message = f"Nothing of the body has come for {PATIENCE_SECONDS:g} s."
+            raise ApiError(408, message, "request_timeout") from None
         size += len(part)
         if size <= MAX_BODY_BYTES:
             parts.append(part)
@@ -99,5 +108,5 @@ class EventStream(StreamingResponse):
         async with aclosing(self._events) as events:
             async for event in events:
                 body = {"type": "http.response.body", "body": event.encode(), "more_body": True}
-                await asyncio.wait_for(send(body), _WRITE_SECONDS)
+                await asyncio.wait_for(send(body), PATIENCE_SECONDS)
         await send({"type": "http.response.body", "body": b""})

@@ -8,15 +8,19 @@ from typing import Any
 from jinja2 import TemplateError
 
 from dagflow.errors import SettingsInvalid
+from dagflow.server.encoding import encode
 
 Message = Mapping[str, str]  # role and content
 
 
-def to_prompt(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], tuple[str, ...]]:
+def to_prompt(
+    tokenizer: Any, messages: Sequence[Message], limit: int | None = None
+) -> tuple[list[int], tuple[str, ...]]:
     """Return token ids that ask for the assistant's next message, and strings that end it.
 
     A tokenizer without a chat template (that of a model that wasn't trained to chat) gets one line
     a message, ``user: ...``, and the answer ends where the model writes the user's next line.
+    Of a conversation with more tokens than `limit`, only more than that are returned.
 
     Raises
     ------
@@ -26,13 +30,13 @@ def to_prompt(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], t
     if tokenizer.chat_template is None:
         lines = [f"{message['role']}: {message['content']}" for message in messages]
         text = "\n".join([*lines, "assistant:"])
-        return list(tokenizer(text)["input_ids"]), ("\nuser:",)
+        return encode(tokenizer, text, limit), ("\nuser:",)
     try:
-        found = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
         )
     except TemplateError as error:
         raise SettingsInvalid(
             f"The model's chat template refuses these messages: {error}"
         ) from error
-    return list(found["input_ids"]), ()
+    return encode(tokenizer, text, limit, add_special_tokens=False), ()

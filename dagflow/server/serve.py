@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -12,6 +13,7 @@ import uvicorn
 from dagflow.errors import SettingsInvalid
 from dagflow.run.clusters import ClusterSettings
 from dagflow.server.app import ServerSettings, Service, make_app
+from dagflow.server.connection import PATIENCE_SECONDS
 from dagflow.server.opening import open_model, public_name
 from dagflow.sessions.deployment import Deployment
 
@@ -54,7 +56,7 @@ def serve(
     """
     # A service manager ends with SIGTERM what a terminal ends with Ctrl-C: workers end with us.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt), _listen(host, port) as listening:
+    with suppress(KeyboardInterrupt), listen(host, port) as listening:
         found = open_model(model, store, weights)
         cluster = ClusterSettings(num_workers=workers)
         with Deployment(
@@ -78,12 +80,28 @@ def serve(
             _Server(config, service).run(sockets=[listening])
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Take the port before anything is read or started for it."""
+def listen(host: str, port: int, patience_seconds: float = PATIENCE_SECONDS) -> socket.socket:
+    """Take the port before anything is read or started for it.
+
+    Parameters
+    ----------
+    patience_seconds : float
+        Connections whose clients read nothing for so long are dropped, where the system can do so
+        (Linux): what is left to be sent would lie here for as long as they like.
+
+    Raises
+    ------
+    SettingsInvalid
+        If somebody else has the port.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise SettingsInvalid(
             f"Can't listen at {host}:{port} ({error.strerror or error}): choose another --port or --host."
         ) from error
+    if sys.platform == "linux":  # connections inherit it
+        milliseconds = int(patience_seconds * 1000)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+    return listening

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from cluster.processes import BIN, kill_group, start
+from distributed import Client, LocalCluster
 from openai import OpenAI
 from tiny import save_tiny
 
@@ -53,6 +55,36 @@ def served(model_folder: Path) -> Iterator[Served]:
         ):
             yield Served(url, http, openai)
         kill_group(process, signal.SIGINT)  # as a terminal does
+
+
+@dataclass(frozen=True)
+class Swarmed:
+    """A server of two stages over somebody else's workers, and a client of their scheduler."""
+
+    http: httpx.Client
+    client: Client
+    pid: int
+
+
+@pytest.fixture(scope="session")
+def swarmed(model_folder: Path) -> Iterator[Swarmed]:
+    with (
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+            memory_limit=0,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        command: list[str | Path] = [BIN / "dagflow", "serve", "--model", model_folder]
+        command += ["--scheduler", cluster.scheduler_address, "--stages", "2", "--port", "0"]
+        command += ["--max-queue", "256"]
+        with process_of(command, model_folder.parent / "swarmed.log") as (url, process):
+            with httpx.Client(base_url=url, timeout=60) as http:
+                yield Swarmed(http, client, process.pid)
+            kill_group(process, signal.SIGINT)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,8 +19,8 @@ TEMPLATE = (
 _TEXT = ["Stages run on volunteers' machines.", "A machine that leaves is replaced.", "naïve 火"]
 
 
-def save_tiny(folder: Path, template: str | None = TEMPLATE) -> Path:
-    """Write the model into a folder, and return it."""
+def save_tiny(folder: Path, template: str | None = TEMPLATE, **sizes: Any) -> Path:
+    """Write the model into a folder, and return it; `sizes` go into its config."""
     torch.manual_seed(0)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,17 +35,21 @@ def save_tiny(folder: Path, template: str | None = TEMPLATE) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
+    chosen = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        **sizes,
+    }
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         tie_word_embeddings=False,
+        **chosen,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
