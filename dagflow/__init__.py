@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from dagflow.sessions.answers import Token
     from dagflow.sessions.deployment import Deployment
     from dagflow.sessions.generate import Generation, generate
-    from dagflow.sessions.models import Model, load
+    from dagflow.sessions.loading import load
+    from dagflow.sessions.models import Model
     from dagflow.sessions.sampling import Sampling
     from dagflow.sessions.score import Scores, embed, score
     from dagflow.sessions.session import Session
@@ -137,10 +138,8 @@ _HOMES = {
         "Generation",
         "generate",
     ),
-    "dagflow.sessions.models": (
-        "Model",
-        "load",
-    ),
+    "dagflow.sessions.loading": ("load",),
+    "dagflow.sessions.models": ("Model",),
     "dagflow.sessions.sampling": ("Sampling",),
     "dagflow.sessions.score": (
         "Scores",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dagflow.errors import NotFound, SettingsInvalid
-from dagflow.sessions.models import Model, load
+from dagflow.sessions.loading import load
+from dagflow.sessions.models import Model
 from dagflow_storage import Store
 
 

@@ -15,13 +15,10 @@ fine-tunes share what they haven't changed.
 from __future__ import annotations
 
 import json
-import re
 import tempfile
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +26,10 @@ import torch
 
 from dagflow.errors import BatchInvalid, SettingsInvalid
 from dagflow.graph.dag import OperatorDag
-from dagflow.graph.decoder import capture_decoder, without_head
-from dagflow.graph.quantisation import QUANTISERS, quantised, scale_name
-from dagflow.run.weights import WeightFiles, empty_weights
-from dagflow_storage import ArraySpec, NotFound, Store, StoredArray, read_arrays, write_arrays
-from dagflow_tasks.operators import dtype_of
+from dagflow.graph.decoder import without_head
+from dagflow_storage import Store, StoredArray, read_arrays
 from dagflow_tasks.program import StageProgram
-from dagflow_tasks.state import from_array, to_array
-
-FORMAT, FORMAT_VERSION = "dagflow-model", 1
-# What is computed with: next to quantised weights, what torch's kernels for them are fast in.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16} | dict.fromkeys(QUANTISERS, torch.bfloat16)
-_LAYER = re.compile(r"^.*?\.\d+(?=\.)")
-_TOKENIZER_FILES = (
-    "tokenizer",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-)
+from dagflow_tasks.state import from_array
 
 
 @dataclass(frozen=True)
@@ -167,191 +148,6 @@ class Model:
         """Return the first token that isn't in the vocabulary."""
         size = int(self.config.get("vocab_size") or 0)
         return next((token for token in tokens if not 0 <= token < (size or token + 1)), None)
-
-
-def load(
-    source: str | Path | torch.nn.Module, *, store: str | Path = "models", weights: str = "fp32"
-) -> Model:
-    """Bring a causal language model into a store, from where workers read their stages' weights.
-
-    Nobody holds the whole model: it is captured without weights, and these go through one group of
-    tensors at a time.
-
-    Parameters
-    ----------
-    source
-        A Hugging Face folder (``config.json``, ``*.safetensors``), or a model of transformers.
-    store
-        Folder or fsspec URL.
-    weights : {"fp32", "bf16", "int8", "int4"}
-        In which precision they are stored and computed with. Quantised, the weights of the layers'
-        linear operators take a byte each (a scale for every output channel), or half of one (a scale
-        for every 32 inputs), in the store, on the wire and in workers' memory; everything else is
-        bfloat16.
-
-    Raises
-    ------
-    SettingsInvalid
-        If the folder isn't complete, naming what is missing, or nothing in it can be quantised.
-    CaptureFailed
-    """
-    if weights not in DTYPES:
-        raise SettingsInvalid(f"weights is one of {', '.join(DTYPES)}; found {weights!r}.")
-    place = Store(str(store))
-    place.probe()
-    if isinstance(source, torch.nn.Module):
-        model, read, folder = source, dict(source.state_dict(keep_vars=True)).__getitem__, None
-        name = type(source).__name__.lower()
-    else:
-        folder = Path(source)
-        model, read = _from_folder(folder)
-        name = folder.resolve().name
-    return _bring_in(place, name, model, read, folder, weights)
-
-
-def _from_folder(folder: Path) -> tuple[torch.nn.Module, Callable[[str], torch.Tensor]]:
-    if not (folder / "config.json").is_file():
-        raise SettingsInvalid(
-            f"{folder} is no model folder: it has no config.json. Expected a folder as transformers' "
-            "save_pretrained writes it."
-        )
-    _check_shards(folder)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise SettingsInvalid(f"{folder / 'config.json'} can't be read: {error}") from error
-    with empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    files = WeightFiles(folder)
-    wanted = {name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if wanted - files.names() - tied:
-        # Stored in another layout than the model has: let transformers convert it.
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return model, dict(model.state_dict(keep_vars=True)).__getitem__
-    kept = {n: t for n, t in model.state_dict(keep_vars=True).items() if not t.is_meta}
-    return model, lambda name: kept[name] if name in kept else files.read(name)
-
-
-def _check_shards(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    missing = [name for name in wanted if not (folder / name).is_file()]
-    if missing:
-        raise SettingsInvalid(
-            f"{folder} lacks {len(missing)} of its {len(wanted)} files: {', '.join(missing[:5])}. "
-            "Fetch them, and load again: what is stored already isn't stored twice."
-        )
-
-
-def _bring_in(
-    store: Store,
-    name: str,
-    model: torch.nn.Module,
-    read: Callable[[str], torch.Tensor],
-    folder: Path | None,
-    weights: str,
-) -> Model:
-    dtype = DTYPES[weights]
-    before = next(model.parameters()).dtype
-    model.to(dtype)
-    try:
-        dag = capture_decoder(model)
-    finally:
-        model.to(before)
-    full = {p.name: tuple(p.shape) for p in dag.parameters}
-    full |= {b.name: tuple(b.shape) for b in dag.buffers}
-    quantiser = QUANTISERS.get(weights)
-    in_few_bits: dict[str, tuple[str, int]] = {}
-    if quantiser is not None:
-        dag, chosen = quantised(dag, quantiser)
-        in_few_bits = {name: (name, 0) for name in chosen}
-        in_few_bits |= {scale_name(name): (name, 1) for name in chosen}
-    tensors: dict[str, tuple[int, ...]] = {p.name: tuple(p.shape) for p in dag.parameters}
-    tensors |= {b.name: tuple(b.shape) for b in dag.buffers}
-    dtypes = {p.name: p.dtype for p in dag.parameters} | {b.name: b.dtype for b in dag.buffers}
-    buffers = dict(model.named_buffers())
-
-    def original(tensor: str) -> torch.Tensor:
-        value = buffers[tensor] if tensor in buffers else read(tensor)
-        if tuple(value.shape) != full[tensor]:
-            raise SettingsInvalid(
-                f"{folder or name} has {tensor!r} with shape {list(value.shape)}; the model wants "
-                f"{list(full[tensor])}."
-            )
-        return value.detach()
-
-    def found(tensor: str) -> torch.Tensor:
-        if quantiser is not None and tensor in in_few_bits:
-            source, which = in_few_bits[tensor]
-            return quantiser.quantise(original(source))[which]
-        return original(tensor).to(dtype_of(dtypes[tensor]))
-
-    groups = [_write_group(store, group, found) for group in _groups(tensors)]
-    config: Any = model.config
-    text_config = config.get_text_config(decoder=True)
-    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    end = end if end is not None else text_config.eos_token_id
-    fingerprint = blake2b(json.dumps(groups).encode(), digest_size=4).hexdigest()
-    name = f"{name}-{weights}-{fingerprint}"
-    description = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "weights": weights,
-        "config": json.loads(config.to_json_string(use_diff=False)),
-        "max_tokens": getattr(text_config, "max_position_embeddings", None)
-        or getattr(text_config, "n_positions", None),
-        "end_tokens": [] if end is None else list(end) if isinstance(end, list) else [end],
-        "groups": groups,
-    }
-    store.write_bytes(f"models/{name}/decoder.json", dag.to_json().encode())
-    if folder is not None:
-        for file in sorted(folder.iterdir()):
-            if file.is_file() and file.name.startswith(_TOKENIZER_FILES):
-                store.write_bytes(f"models/{name}/tokenizer/{file.name}", file.read_bytes())
-    store.write_bytes(f"models/{name}/model.json", json.dumps(description).encode())
-    return Model(ModelRef(store, name), description)
-
-
-def _groups(names: Iterable[str]) -> list[list[str]]:
-    """Group tensors by layer: workers read whole layers, and fine-tunes change some of them."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        match = _LAYER.match(name)
-        found.setdefault(match[0] if match else "", []).append(name)
-    return list(found.values())
-
-
-def _write_group(
-    store: Store, names: Sequence[str], read: Callable[[str], torch.Tensor]
-) -> dict[str, Any]:
-    """Write tensors unless the store has them already; return where they are."""
-    digest = blake2b(digest_size=16)
-    specs = []
-    for name in names:
-        tensor = read(name)
-        spec = ArraySpec(
-            name, "weight", str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-        )
-        specs.append(spec)
-        digest.update(f"{name} {spec.dtype} {spec.shape}".encode())
-        digest.update(to_array(tensor).reshape(-1).view("uint8").data)
-    index = f"weights/{digest.hexdigest()}.json"
-    try:
-        known: dict[str, Any] = json.loads(store.read_bytes(index))
-        return known
-    except NotFound:
-        pass
-    path = f"weights/{digest.hexdigest()}-{uuid.uuid4().hex[:8]}"
-    arrays = write_arrays(store, path, specs, lambda name: to_array(read(name)))
-    store.flush(path)
-    group = {"path": path, "arrays": [array.to_json() for array in arrays]}
-    store.write_bytes(index, json.dumps(group).encode())
-    return group
 
 
 def read_weights(

@@ -289,8 +289,16 @@ def _grouped_matmul(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
     return result
 
 
+def _histc(values: torch.Tensor, *bins: Any, **more: Any) -> torch.Tensor:
+    """ATen's, for integers on CPUs as well: expert layers that were captured elsewhere count them."""
+    if values.is_floating_point() or values.device.type != "cpu":
+        return torch.histc(values, *bins, **more)
+    return torch.histc(values.float(), *bins, **more).to(values.dtype)
+
+
 _EXTENSIONS: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem,
+    "aten.histc.default": _histc,
     # transformers exports its expert layers with this custom operator; the meaning is kept, so
     # that a worker needs no transformers.
     "transformers.grouped_mm_fallback.default": _grouped_matmul,

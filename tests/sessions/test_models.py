@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import language_model
+from families import language_model, logits_of
 from safetensors.torch import load_file, save_file
 
 import dagflow
@@ -19,6 +19,7 @@ from dagflow.errors import DagflowError, NotFound, SettingsInvalid
 from dagflow.sessions.engine import cut_at_layers
 from dagflow.sessions.models import read_weights
 from dagflow_storage import Store
+from dagflow_tasks.decoding import ALL, TOKENS, DecoderStage, Part
 
 CPU = torch.device("cpu")
 
@@ -87,6 +88,57 @@ def test_half_precision_is_that_of_weights_and_model(tmp_path: Path) -> None:
     wanted = model.model.layers[0].mlp.up_proj.weight
     assert wanted.dtype == torch.float32
     assert torch.equal(found, wanted.bfloat16())
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
+def test_the_module_itself_stays_as_it_is(weights: str, tmp_path: Path) -> None:
+    model = language_model("llama").train()
+    parameters = dict(model.named_parameters())
+    before = {name: tensor.clone() for name, tensor in _all_tensors(model).items()}
+    dagflow.load(model, store=tmp_path, weights=weights)
+    assert model.training
+    assert all(found is parameters[name] for name, found in model.named_parameters())
+    after = _all_tensors(model)
+    assert [name for name in before if not _same(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize(("family", "weights"), [("llama", "int8"), ("opt", "int4")])
+def test_a_module_and_its_folder_are_converted_to_the_same_weights(
+    family: str, weights: str, tmp_path: Path
+) -> None:
+    model = _saved(family, tmp_path / "saved")
+    loaded = dagflow.load(model, store=tmp_path / "store", weights=weights)
+    other = dagflow.load(tmp_path / "saved", store=tmp_path / "store", weights=weights)
+    found, wanted = _weights(loaded), _weights(other)
+    assert found.keys() == wanted.keys()
+    assert [name for name in found if not _same(found[name], wanted[name])] == []
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_folder_computes_what_the_module_does(family: str, tmp_path: Path) -> None:
+    model = _saved(family, tmp_path / "saved")
+    loaded = dagflow.load(tmp_path / "saved", store=tmp_path / "store")
+    [program] = cut_at_layers(loaded.dag, 1)
+    stage = DecoderStage(program, CPU, read_weights(loaded.ref, program, CPU))
+    tokens = list(range(3, 40))
+    part = Part("s", 0, 0, len(tokens), 0, ALL)
+    _, found = stage.run([part], {TOKENS: torch.tensor(tokens)})
+    torch.testing.assert_close(found["logits"], logits_of(model, tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_rotary_frequencies_keep_their_precision(tmp_path: Path) -> None:
+    model = language_model("llama")
+    name = "model.rotary_emb.inv_freq"
+    found = _weights(dagflow.load(model, store=tmp_path, weights="bf16"))[name]
+    assert _same(found, model.get_buffer(name))
+
+
+def _all_tensors(model: Any) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def test_another_process_opens_it(tmp_path: Path) -> None:
