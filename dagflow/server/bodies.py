@@ -19,13 +19,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "store": (False,),
@@ -83,6 +81,8 @@ class Common(_Strict):
     top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: Annotated[dict[str, _Bias], Field(max_length=_MOST_BIASES)] = {}
 
     @property
@@ -106,6 +106,8 @@ class Common(_Strict):
             "top_k": self.top_k,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
             "logit_bias": {_token_id(t, vocabulary): b for t, b in self.logit_bias.items()},
         }
         seed = random.getrandbits(63) if self.seed is None else self.seed

@@ -124,7 +124,7 @@ class Answer:
         found: list[tuple[int, Logprobs | None]] = []
         count = self._request.logprobs
         for row, guess in zip(logits, [*guesses, None], strict=True):
-            token = self._request.sampling.choose(row, known)
+            token = self._request.sampling.choose(row, known, len(self._request.prompt))
             known.append(token)
             found.append((token, None if count is None else Logprobs.of(row, token, count)))
             if token != guess:

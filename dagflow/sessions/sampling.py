@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
@@ -21,6 +22,10 @@ class Sampling:
     repetition_penalty : float
         Logits of tokens that occurred are divided by it if positive, multiplied if negative
         (CTRL, arXiv 1909.05858). 1 for none.
+    frequency_penalty : float
+        Taken from a token's logit for each time that it occurs in the answer so far.
+    presence_penalty : float
+        Taken from a token's logit once if it occurs in the answer so far.
     logit_bias : mapping of int to float
         Added to the logits of these tokens.
     temperature : float
@@ -36,6 +41,8 @@ class Sampling:
     """
 
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     temperature: float = 0.0
     top_k: int = 0
@@ -46,6 +53,8 @@ class Sampling:
     def __post_init__(self) -> None:
         checks = {
             "repetition_penalty": (self.repetition_penalty > 0, "positive"),
+            "frequency_penalty": (math.isfinite(self.frequency_penalty), "finite"),
+            "presence_penalty": (math.isfinite(self.presence_penalty), "finite"),
             "temperature": (self.temperature >= 0, "0 or positive"),
             "top_k": (self.top_k >= 0, "0 or positive"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -76,23 +85,29 @@ class Sampling:
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
-    def adjusted(self, logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
-        """Return logits (V,) after the penalty and the bias."""
+    def adjusted(
+        self, logits: torch.Tensor, tokens: Sequence[int], num_prompt: int = 0
+    ) -> torch.Tensor:
+        """Return logits (V,) after penalties and bias; the first tokens are the prompt's."""
         if self.repetition_penalty != 1.0 and tokens:
             seen = torch.tensor(sorted(set(tokens)))
             found = logits[seen]
             penalty = self.repetition_penalty
             logits = logits.clone()
             logits[seen] = torch.where(found < 0, found * penalty, found / penalty)
+        if self.frequency_penalty or self.presence_penalty:
+            logits = logits.clone()
+            for token, count in Counter(tokens[num_prompt:]).items():
+                logits[token] -= count * self.frequency_penalty + self.presence_penalty
         if self.logit_bias:
             logits = logits.clone()
             biases = torch.tensor(list(self.logit_bias.values()), dtype=logits.dtype)
             logits[list(self.logit_bias)] += biases
         return logits
 
-    def choose(self, logits: torch.Tensor, tokens: Sequence[int]) -> int:
+    def choose(self, logits: torch.Tensor, tokens: Sequence[int], num_prompt: int = 0) -> int:
         """Return the token that follows `tokens`, given the logits (V,) at its place."""
-        logits = self.adjusted(logits, tokens)
+        logits = self.adjusted(logits, tokens, num_prompt)
         if self.is_greedy:
             return int(logits.argmax())
         kept = _kept(logits / self.temperature, self.top_k, self.top_p, self.min_p)

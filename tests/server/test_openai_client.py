@@ -144,7 +144,8 @@ def test_an_unknown_model_is_not_found(served: Served) -> None:
         ({"n": 1000}, "n", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"max_tokens": "many"}, "max_tokens", "invalid_value"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "invalid_value"),
+        ({"presence_penalty": -3}, "presence_penalty", "invalid_value"),
         ({"suffix": "."}, "suffix", "unsupported_parameter"),
         ({"extra_body": {"beams": 4}}, "beams", "unknown_parameter"),
         ({"logit_bias": {"100000": 1}}, "logit_bias", "invalid_value"),
@@ -161,6 +162,20 @@ def test_an_option_that_cannot_be_is_named(
         complete(served, **options)
     assert (caught.value.param, caught.value.code) == (param, code)
     assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("option", "times"), [("frequency_penalty", 6), ("presence_penalty", 1)])
+def test_penalties_count_in_the_answer(served: Served, option: str, times: int) -> None:
+    biases = {"40": 100, "41": 99}  # by which everything else loses
+
+    def tokens(penalty: float) -> list[str]:
+        options = {"logit_bias": biases, "logprobs": 0, option: penalty}
+        return complete(served, prompt=[40] * 5, **options).choices[0].logprobs.tokens
+
+    first, *others = tokens(0.0)
+    assert set(others) == {first}
+    found = tokens(1.8)
+    assert (found[0], sum(token != first for token in found)) == (first, times)
 
 
 def test_options_that_ask_for_nothing_are_taken(served: Served) -> None:

@@ -121,6 +121,32 @@ def test_sampling_keeps_what_transformers_keeps(seed: int) -> None:
         assert torch.equal(_kept(logits, *own), wanted[0])
 
 
+@pytest.mark.parametrize("speculate", [False, True])
+def test_frequency_and_presence_are_counted_in_the_answer_alone(
+    llama: tuple[Any, dagflow.Deployment], speculate: bool
+) -> None:
+    model, deployment = llama
+    frequency, presence = 0.7, 1.1
+    for prompt in PROMPTS[:2]:
+        wanted: list[int] = []
+        for _ in range(NUM_NEW):
+            logits = logits_of(model, [*prompt, *wanted])[-1]
+            counts = torch.bincount(torch.tensor(wanted, dtype=torch.int64), minlength=96)
+            logits = logits - counts * frequency - (counts > 0) * presence
+            wanted.append(int(logits.argmax()))
+        found = dagflow.generate(
+            deployment,
+            [prompt],
+            max_new_tokens=NUM_NEW,
+            ignore_end=True,
+            speculate=speculate,
+            frequency_penalty=frequency,
+            presence_penalty=presence,
+        )
+        assert _tokens(found) == [wanted]
+        assert wanted != greedy(model, prompt, NUM_NEW)
+
+
 def test_streaming_yields_what_generate_returns(llama: tuple[Any, dagflow.Deployment]) -> None:
     deployment = llama[1]
     options = {"max_new_tokens": 7, "ignore_end": True}
@@ -192,6 +218,7 @@ def test_a_closed_session_says_so(llama: tuple[Any, dagflow.Deployment]) -> None
         ([5, -1], {}, BatchInvalid, "token -1"),
         ([5], {"temprature": 1.0}, SettingsInvalid, "temprature"),
         ([5], {"top_p": 0.0}, SettingsInvalid, "top_p"),
+        ([5], {"presence_penalty": float("nan")}, SettingsInvalid, "presence_penalty"),
         ([5], {"max_new_tokens": 0}, SettingsInvalid, "max_new_tokens"),
         ([5], {"stop": "end"}, SettingsInvalid, "no tokenizer"),
         ([5], {"logit_bias": {96: 1.0}}, SettingsInvalid, "token 96"),
