@@ -40,7 +40,10 @@ _CHUNK_TOKENS = 256
 
 @dataclass
 class _Wanted:
-    """Logits that somebody waits for: of the tokens from `start` to `end`, or of the last."""
+    """Logits that somebody waits for: of the tokens from `start` to `end`, or of the last.
+
+    Stages that have computed all that was waited for before have the tokens up to `start`.
+    """
 
     epoch: int
     start: int
@@ -69,6 +72,15 @@ class Live:
     tokens: list[int] = field(default_factory=list)
     epoch: int = 0
     wanted: list[_Wanted] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token that follows a session's, or those of another, which it takes over first."""
+
+    live: Live
+    token: int
+    origin: Live | None = None
 
 
 class Engine:
@@ -411,9 +423,7 @@ class Engine:
             If the session or the model was closed.
         """
         self._check_open(live)
-        self.num_fed += 1
-        if self._lost() and not self._mending.locked():
-            self._spawn(self._mend())  # nobody was there when it was tried last
+        self._begin_traversal()
         futures = []
         for begin in range(0, len(tokens), _CHUNK_TOKENS):
             chunk = list(tokens[begin : begin + _CHUNK_TOKENS])
@@ -423,11 +433,45 @@ class Engine:
             live.tokens += chunk
             part = Part(live.name, live.epoch, start, len(chunk), start, asked)
             if asked != NOTHING:
-                future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
-                live.wanted.append(_Wanted(live.epoch, start, part.end, asked, future))
-                futures.append(future)
+                futures.append(_want(live, part, start))
             await self._send_tokens([part], torch.tensor(chunk), [])
         return torch.cat([await future for future in futures])
+
+    async def step(self, steps: Sequence[Step]) -> torch.Tensor:
+        """Send a token of each of several sessions, in one pass, and return their logits (S, V).
+
+        A step's origin is no session that gives up its own tokens in another step.
+
+        Raises
+        ------
+        TaskFailed, SettingsInvalid
+            As `feed` does.
+        """
+        for step in steps:
+            self._check_open(step.live)
+        self._begin_traversal()
+        parts = [self._take_over(step) for step in steps]  # before any has its new token
+        futures = []
+        for step, part in zip(steps, parts, strict=True):
+            step.live.tokens.append(step.token)
+            futures.append(_want(step.live, part, part.shared if part.origin else part.start))
+        await self._send_tokens(parts, torch.tensor([step.token for step in steps]), [])
+        return torch.cat(await asyncio.gather(*futures))
+
+    @staticmethod
+    def _take_over(step: Step) -> Part:
+        live, origin = step.live, step.origin
+        if origin is None:
+            return Part(live.name, live.epoch, len(live.tokens), 1, len(live.tokens), LAST)
+        shared, start = _num_shared(live.tokens, origin.tokens), len(origin.tokens)
+        live.tokens = list(origin.tokens)
+        live.epoch += 1
+        return Part(live.name, live.epoch, start, 1, start, LAST, origin.name, origin.epoch, shared)
+
+    def _begin_traversal(self) -> None:
+        self.num_fed += 1
+        if self._lost() and not self._mending.locked():
+            self._spawn(self._mend())  # nobody was there when it was tried last
 
     def rewind(self, live: Live, position: int) -> None:
         """Forget the tokens from a position on."""
@@ -569,6 +613,23 @@ class Engine:
             for stage in sorted({stage for stage, _ in lacking}):
                 names = [name for number, name in lacking if number == stage]
                 await self._send_again(stage, [stage], names)
+
+
+def _want(live: Live, part: Part, start: int) -> asyncio.Future[torch.Tensor]:
+    """Note that somebody waits for a part's logits, and from where on stages may lack tokens."""
+    future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
+    live.wanted.append(_Wanted(part.epoch, start, part.end, part.want, future))
+    return future
+
+
+def _num_shared(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """Count the tokens that two sequences begin with.
+
+    >>> _num_shared([5, 3, 8, 1], [5, 3, 7])
+    2
+    """
+    pairs = enumerate(zip(tokens, others, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(tokens), len(others)))
 
 
 def _still_wanted(live: Live) -> tuple[int, str]:

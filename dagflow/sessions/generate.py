@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from distributed import Client
 
-from dagflow.errors import BatchInvalid
+from dagflow.errors import BatchInvalid, SettingsInvalid
 from dagflow.run.clusters import ClusterSettings
-from dagflow.sessions.answers import Token
+from dagflow.sessions.answers import Request, Token
+from dagflow.sessions.beams import Beams, Hypothesis, search
 from dagflow.sessions.deployment import Deployment
 from dagflow.sessions.models import Model
 
@@ -29,11 +32,14 @@ class Generation:
         Empty strings if the model has no tokenizer.
     finish_reasons : list of str
         "stop" or "length".
+    scores : Tensor or None
+        Of beam search's answers: mean log-probabilities, if the length penalty is 1.
     """
 
     tokens: list[torch.Tensor]
     texts: list[str]
     finish_reasons: list[str]
+    scores: torch.Tensor | None = None
 
 
 def generate(
@@ -46,6 +52,10 @@ def generate(
     stream: bool = False,
     ignore_end: bool = False,
     speculate: bool = True,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    num_return_sequences: int = 1,
     cluster: ClusterSettings | None = None,
     **sampling: Any,
 ) -> Generation | Iterator[Token]:
@@ -70,8 +80,13 @@ def generate(
     speculate : bool
         Guess tokens from what came before, and verify several in one traversal; greedy answers, and
         sampled ones of a seed, are the same.
+    num_beams : int
+        More than 1 for beam search: the most likely of so many answers that are followed at once.
+    length_penalty, early_stopping, num_return_sequences
+        As for `Beams`. Answers to one prompt follow each other, the best first.
     sampling
-        As for `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, seed.
+        As for `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty,
+        presence_penalty, logit_bias, seed.
 
     Raises
     ------
@@ -80,6 +95,12 @@ def generate(
     WorkersLost
         If no worker is there, or none comes back in time.
     """
+    beams = _beams(num_beams, length_penalty, early_stopping, num_return_sequences)
+    if beams is not None and stream:
+        raise SettingsInvalid(
+            "stream=True shows tokens as they come, and beam search knows them at the end: leave "
+            "stream or num_beams out."
+        )
     if isinstance(model, Deployment):
         deployment, owned = model, ExitStack()
     else:
@@ -97,6 +118,9 @@ def generate(
             )
             for prompt in separate(prompts)
         ]
+        if beams is not None:
+            with owned:
+                return _searched(deployment, requests, beams)
         tokens = deployment.stream(requests)
     except BaseException:
         owned.close()
@@ -105,6 +129,49 @@ def generate(
         return _closing(owned, tokens)
     with owned:
         return _gathered(tokens, len(requests))
+
+
+def _beams(
+    num_beams: int,
+    length_penalty: float,
+    early_stopping: bool | Literal["never"],
+    num_return_sequences: int,
+) -> Beams | None:
+    """Return how beams are followed, if there are several."""
+    if num_beams != 1:
+        return Beams(num_beams, length_penalty, early_stopping, num_return_sequences)
+    if num_return_sequences != 1:
+        raise SettingsInvalid(
+            f"num_return_sequences={num_return_sequences} answers to a prompt need as many beams: "
+            "pass num_beams, or repeat the prompt with other seeds."
+        )
+    if (length_penalty, early_stopping) != (1.0, False):
+        warnings.warn(
+            "length_penalty and early_stopping change nothing without num_beams.", stacklevel=3
+        )
+    return None
+
+
+def _searched(deployment: Deployment, requests: Sequence[Request], beams: Beams) -> Generation:
+    model = deployment.model
+    for request in requests:
+        beams.check(request, int(model.config["vocab_size"]))
+
+    async def all_of_them() -> list[list[Hypothesis]]:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(search(deployment.engine, r, beams)) for r in requests]
+        return [task.result() for task in tasks]
+
+    try:
+        found = [answer for of in deployment.engine.call(all_of_them()) for answer in of]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return Generation(
+        [torch.tensor(answer.tokens, dtype=torch.int64) for answer in found],
+        [model.decode(answer.tokens) for answer in found],
+        [answer.finish_reason for answer in found],
+        torch.tensor([answer.score for answer in found]),
+    )
 
 
 def separate(prompts: Any) -> list[Any]:

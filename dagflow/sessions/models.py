@@ -144,6 +144,13 @@ class Model:
             )
         return tokens
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return an answer's text, without end tokens; empty without a tokenizer."""
+        if not self.has_tokenizer:
+            return ""
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
+
     def first_unknown(self, tokens: Iterable[int]) -> int | None:
         """Return the first token that isn't in the vocabulary."""
         size = int(self.config.get("vocab_size") or 0)

@@ -352,9 +352,10 @@ def _together(waiting: Sequence[Message], most_sessions: int) -> list[Message]:
     for message in waiting:
         if message["kind"] != "pass" or (found and message["rebuilt"] != found[0]["rebuilt"]):
             break
-        own = {part[0] for part in message["parts"]}
-        tokens += sum(part[3] for part in message["parts"])
-        # Tokens of one session come one part after the other.
+        parts = [Part(*part) for part in message["parts"]]
+        own = {name for part in parts for name in (part.session, part.origin) if name}
+        tokens += sum(part.count for part in parts)
+        # Tokens of one session come one part after the other, and before those of its copies.
         if found and (tokens > _MOST_TOKENS or own & sessions):
             break
         if found and len(own | sessions) > most_sessions:

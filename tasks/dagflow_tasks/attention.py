@@ -67,13 +67,11 @@ class SessionCache:
         cache.values[:, start:end] = values
         return cache.keys[:, :end], cache.values[:, :end]
 
-    def fork(self, length: int) -> SessionCache:
-        """Return a cache of its own with the first tokens of this one."""
-        layers = {
-            number: LayerCache(cache.keys[:, :length].clone(), cache.values[:, :length].clone())
-            for number, cache in self.layers.items()
-        }
-        return SessionCache(length, layers)
+    def copy(self, other: SessionCache, begin: int, end: int) -> None:
+        """Take over another's tokens up to `end`; those before `begin` are the same already."""
+        for layer, cache in other.layers.items():
+            self.put(layer, begin, cache.keys[:, begin:end], cache.values[:, begin:end])
+        self.length = end
 
     @property
     def num_bytes(self) -> int:

@@ -43,6 +43,12 @@ class Part:
         Position of the first token that whoever has the tokens before already is given.
     want : {"nothing", "last", "all"}
         Of which tokens to be delivered the driver wants the logits.
+    origin : str
+        A session whose first `start` tokens this one takes over before its own come, if it is new
+        or has been rewound; empty for none.
+    origin_epoch : int
+    shared : int
+        How many of these it has already, from the epoch before.
     """
 
     session: str
@@ -51,6 +57,9 @@ class Part:
     count: int
     deliver: int
     want: str
+    origin: str = ""
+    origin_epoch: int = 0
+    shared: int = 0
 
     @property
     def end(self) -> int:
@@ -59,7 +68,8 @@ class Part:
     def from_position(self, position: int) -> Part:
         """Return the part without the tokens before a position."""
         start = min(max(self.start, position), self.end)
-        return replace(self, start=start, count=self.end - start)
+        origin = self.origin if start == self.start else ""
+        return replace(self, start=start, count=self.end - start, origin=origin)
 
 
 @dataclass
@@ -140,9 +150,14 @@ class DecoderStage:
 
     def accepts(self, part: Part) -> bool:
         """Tell whether a part's tokens follow on those that are here."""
-        cache = self.sessions.get(part.session)
-        epoch = self._epochs.get(part.session, 0)
-        return part.epoch >= epoch and part.start <= (cache.length if cache is not None else 0)
+        epoch, length = self._epochs.get(part.session, 0), self._length(part.session)
+        if not part.origin or part.epoch <= epoch:
+            return part.epoch >= epoch and part.start <= length
+        has_shared = epoch == part.epoch - 1 and length >= part.shared
+        has_rest = self._epochs.get(part.origin) == part.origin_epoch
+        return (
+            has_rest and self._length(part.origin) >= part.start and (has_shared or not part.shared)
+        )
 
     def run(
         self, parts: Sequence[Part], values: Mapping[str, torch.Tensor]
@@ -206,16 +221,22 @@ class DecoderStage:
 
     def fork(self, session: str, new: str, length: int) -> bool:
         """Begin a session with the first tokens of another; False if those aren't here."""
-        cache = self.sessions.get(session)
-        if cache is None or cache.length < length:
+        if session not in self.sessions or self._length(session) < length:
             return False
-        self.sessions[new] = cache.fork(length)
+        self._copy(session, new, 0, length)
         self._epochs[new] = 0
-        sent = self._sent.get(session)
-        if sent is not None:
-            copies = {name: value.clone() for name, value in sent.take(0, length).items()}
-            self._sent[new] = _Sent(length, copies)
         return True
+
+    def _copy(self, session: str, to: str, begin: int, end: int) -> None:
+        """Have a session take over another's tokens; those before `begin` are the same already."""
+        with torch.inference_mode():  # as all that is in caches was made
+            self.sessions.setdefault(to, SessionCache()).copy(self.sessions[session], begin, end)
+        if session in self._sent:
+            sent = self._sent.setdefault(to, _Sent())
+            sent.put(begin, self._sent[session].take(begin, end))
+
+    def _length(self, session: str) -> int:
+        return self.sessions[session].length if session in self.sessions else 0
 
     def _cache(self, part: Part) -> SessionCache:
         if not self.accepts(part):
@@ -224,6 +245,8 @@ class DecoderStage:
             )
         cache = self.sessions.setdefault(part.session, SessionCache())
         if part.epoch > self._epochs.get(part.session, 0):
+            if part.origin:
+                self._copy(part.origin, part.session, part.shared, part.start)
             cache.length = part.start
             self._epochs[part.session] = part.epoch
             if part.session in self._sent:

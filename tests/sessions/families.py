@@ -61,6 +61,31 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 @torch.no_grad()
+def beam_search(
+    model: Any, prompt: list[int], max_new_tokens: int, num_beams: int = 4, **options: Any
+) -> list[tuple[list[int], float]]:
+    """Return transformers' answers, without what fills them up, and their scores."""
+    found = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **options,
+    )
+    ends = options.get("eos_token_id", model.generation_config.eos_token_id)
+    ends = ends if isinstance(ends, list) else [ends]
+    answers = []
+    for row, score in zip(found.sequences, found.sequences_scores, strict=True):
+        tokens: list[int] = row[len(prompt) :].tolist()
+        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+        answers.append((tokens[:length], float(score)))
+    return answers
+
+
+@torch.no_grad()
 def logits_of(model: Any, tokens: list[int]) -> torch.Tensor:
     """Return the uncut model's logits (T, V)."""
     logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]

@@ -98,7 +98,8 @@ def test_a_fork_is_independent_of_its_origin() -> None:
     cache = SessionCache()
     keys, others = torch.randn(2, 8, WIDTH), torch.randn(2, 8, WIDTH)
     cache.put(0, 0, keys, keys)
-    fork = cache.fork(5)
+    fork = SessionCache()
+    fork.copy(cache, 0, 5)
     assert fork.length == 5
     found, _ = fork.put(0, 5, others[:, 5:], others[:, 5:])
     assert torch.equal(found, torch.cat([keys[:, :5], others[:, 5:]], 1))

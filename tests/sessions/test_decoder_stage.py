@@ -170,3 +170,40 @@ def test_forks_go_on_by_themselves_and_can_be_sent_again() -> None:
     fresh = _stages("llama", 2)[1]
     _, outputs = fresh.run([sent[0]], sent[1])
     torch.testing.assert_close(outputs["logits"], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_session_takes_over_what_another_has_and_it_has_not() -> None:
+    stages = _stages("llama", 2)
+    model = _captured("llama")[0]
+    _feed(stages, _part(0, 8), TOKENS[:8])
+    # A new one takes all, with its first token ...
+    new = Part("b", 1, 8, 1, 8, ALL, "a", 0, 0)
+    found = _feed(stages, new, [40])
+    torch.testing.assert_close(found, logits_of(model, [*TOKENS[:8], 40])[8:], atol=1e-4, rtol=1e-4)
+    _feed(stages, _part(8, 1), [50])
+    # ... and later what differs; the same part once more takes nothing.
+    again = Part("b", 2, 9, 1, 9, ALL, "a", 0, 8)
+    wanted = logits_of(model, [*TOKENS[:8], 50, 60])[9:]
+    torch.testing.assert_close(_feed(stages, again, [60]), wanted, atol=1e-4, rtol=1e-4)
+    _feed(stages, _part(8, 1, epoch=1), [70])
+    torch.testing.assert_close(_feed(stages, again, [60]), wanted, atol=1e-4, rtol=1e-4)
+    sent = stages[0].resend("b", 0, LAST)
+    assert sent is not None
+    _, outputs = _stages("llama", 2)[1].run([sent[0]], sent[1])
+    torch.testing.assert_close(outputs["logits"], wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        Part("b", 1, 9, 1, 9, ALL, "a", 0, 0),  # the origin is shorter
+        Part("b", 1, 8, 1, 8, ALL, "a", 1, 0),  # it has been rewound since
+        Part("b", 1, 8, 1, 8, ALL, "a", 0, 3),  # the new one lacks what both have
+        Part("b", 1, 8, 1, 8, ALL, "c", 0, 0),  # there is none
+        Part("a", 2, 8, 1, 8, ALL, "b", 0, 4),  # an epoch was missed
+    ],
+)
+def test_what_cannot_be_taken_over_is_a_gap(part: Part) -> None:
+    [stage] = _stages("llama", 1)
+    _feed([stage], _part(0, 8), TOKENS[:8])
+    assert not stage.accepts(part)

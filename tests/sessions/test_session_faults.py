@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import Client, LocalCluster
-from families import greedy, logits_of, stored, wait_until
+from families import beam_search, greedy, logits_of, stored, wait_until
 
 import dagflow
 from dagflow.sessions.service import num_tokens_computed
@@ -181,6 +182,34 @@ def test_several_answers_at_once_survive_a_loss(
         if count == 10:
             kill(swarm, [1])
     assert found == [greedy(llama[0], p, NUM_NEW) for p in prompts]
+
+
+@pytest.mark.parametrize("stages", [[0], [1], [0, 1]])
+def test_a_beam_search_survives_a_loss(
+    llama: tuple[Any, dagflow.Model],
+    swarm: Swarm,
+    stages: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pids = swarm.pids()
+    addresses = {swarm.address(stage) for stage in stages}
+    step, num_steps = swarm.engine.step, itertools.count(1)
+
+    async def kill_in_between(steps: Any) -> torch.Tensor:
+        if next(num_steps) == NUM_NEW // 2:
+            for address in addresses:
+                os.kill(pids[address], signal.SIGKILL)
+        return await step(steps)
+
+    monkeypatch.setattr(swarm.engine, "step", kill_in_between)
+    options = {"max_new_tokens": NUM_NEW, "num_beams": 4, "num_return_sequences": 4}
+    prompts = [PROMPT, PROMPT[:3]]
+    found = dagflow.generate(swarm.deployment, prompts, ignore_end=True, **options)
+    answers = [
+        answer for p in prompts for answer in beam_search(llama[0], p, eos_token_id=None, **options)
+    ]
+    assert [tokens.tolist() for tokens in found.tokens] == [tokens for tokens, _ in answers]
+    assert not addresses & {swarm.address(stage) for stage in range(2)}
 
 
 # Last: the cluster doesn't start another in its place.
