@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dagflow.errors import (
         BatchInvalid,
+        CacheFull,
         CaptureFailed,
         DagflowError,
         NonFiniteLoss,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         PermanentError,
         PlanInvalid,
         ProgramInvalid,
+        RequestTooLarge,
         SettingsInvalid,
         StageTooLarge,
         StoreHoldsAnotherRun,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchInvalid",
+    "CacheFull",
     "CaptureFailed",
     "ClusterSettings",
     "Config",
@@ -68,6 +71,7 @@ __all__ = [
     "Plan",
     "PlanInvalid",
     "ProgramInvalid",
+    "RequestTooLarge",
     "Retention",
     "Sampling",
     "Schedule",
@@ -100,6 +104,7 @@ __all__ = [
 _HOMES = {
     "dagflow.errors": (
         "BatchInvalid",
+        "CacheFull",
         "CaptureFailed",
         "DagflowError",
         "NonFiniteLoss",
@@ -108,6 +113,7 @@ _HOMES = {
         "PermanentError",
         "PlanInvalid",
         "ProgramInvalid",
+        "RequestTooLarge",
         "SettingsInvalid",
         "StageTooLarge",
         "StoreHoldsAnotherRun",

@@ -27,6 +27,20 @@ def _number_or_auto(_: click.Context, __: click.Parameter, value: str) -> int | 
         raise click.BadParameter(f"{value!r} is neither a number nor auto.") from error
 
 
+def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    from dask.utils import parse_bytes
+
+    try:
+        found = int(parse_bytes(value))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no amount of memory, such as 4GB.") from error
+    if found < 1:
+        raise click.BadParameter(f"{value!r} is no room for anything.")
+    return found
+
+
 def _clear_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Show dagflow's own errors as one message, without a traceback; Ctrl-C ends with 130."""
 
@@ -238,6 +252,18 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
     default=64,
     show_default=True,
     help="Requests that may wait; others are told to come back.",
+)
+@click.option(
+    "--cache-memory",
+    callback=_bytes,
+    help="What sessions' caches may take on each worker, as 4GB; by default half of what weights "
+    "leave of its memory.",
+)
+@click.option(
+    "--prefix-reuse/--no-prefix-reuse",
+    default=True,
+    show_default=True,
+    help="Compute what prompts begin with alike only once.",
 )
 @_clear_errors
 def serve(api_key: tuple[str, ...], max_running: int, max_queue: int, **options: Any) -> None:

@@ -9,10 +9,12 @@
     │   ├── GarbageReceived            another worker's result can't be right
     │   ├── WorkersLost                too few workers are left, or none came in time
     │   │   └── SchedulerLost          the scheduler went away
+    │   ├── CacheFull                  workers' caches have no room for more tokens now
     │   └── ...
     └── PermanentError                 the same inputs fail again
         ├── CaptureFailed              the model can't become an operator DAG
         ├── BatchInvalid               a batch fits no captured signature
+        │   └── RequestTooLarge        prompt and answer are more than workers' caches hold
         ├── PlanInvalid                such a cut doesn't exist
         │   └── StageTooLarge          no worker can hold that stage
         ├── SettingsInvalid            an option of `train` that makes no sense
@@ -64,6 +66,10 @@ class BatchInvalid(PermanentError):
     """A batch doesn't fit the shapes, dtypes or names that were captured."""
 
 
+class RequestTooLarge(BatchInvalid):
+    """A prompt with its answer is longer than what the workers' caches can ever hold."""
+
+
 class PlanInvalid(PermanentError):
     """The requested cut into stages doesn't exist."""
 
@@ -84,6 +90,10 @@ class SchedulerLost(WorkersLost):
     """The scheduler has gone away; the run goes on from the store when there is one again."""
 
 
+class CacheFull(TransientError):
+    """The workers' caches have no room for a session's tokens now; others may make some."""
+
+
 class WorkerIncompatible(PermanentError):
     """A worker runs another dagflow, or a torch that can't run the programs."""
 
@@ -94,6 +104,7 @@ class NonFiniteLoss(PermanentError):
 
 __all__ = [
     "BatchInvalid",
+    "CacheFull",
     "CaptureFailed",
     "CredentialsExpired",
     "DagflowError",
@@ -110,6 +121,7 @@ __all__ = [
     "PlanInvalid",
     "ProgramInvalid",
     "ProgramTooNew",
+    "RequestTooLarge",
     "SchedulerLost",
     "SettingsInvalid",
     "StageTooLarge",

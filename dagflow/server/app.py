@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dagflow.errors import DagflowError
+from dagflow.errors import DagflowError, RequestTooLarge
 from dagflow.server.admission import Admission, QueueFull
 from dagflow.server.bodies import MAX_CHOICES, ChatBody, Common, CompletionBody, parse
 from dagflow.server.bridge import Answers, Ending
@@ -99,7 +99,7 @@ class Service:
             "object": "model",
             "created": self.created,
             "owned_by": "dagflow",
-            "max_model_len": self.deployment.model.max_tokens,
+            "max_model_len": self.deployment.max_tokens,
         }
 
     def health(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Service:
 
     def wanted_of_chat(self, body: ChatBody) -> list[Wanted]:
         messages = [message.plain for message in body.messages]
-        prompt, stops = to_prompt(self.tokenizer, messages, self.deployment.model.max_tokens)
+        prompt, stops = to_prompt(self.tokenizer, messages, self.deployment.max_tokens)
         return self._wanted(body, [prompt], (*body.stops, *stops), "messages")
 
     def wanted_of_completion(self, body: CompletionBody) -> list[Wanted]:
@@ -137,25 +137,29 @@ class Service:
         self, body: Common, prompts: Sequence[str | list[int]], stops: tuple[str, ...], param: str
     ) -> list[Wanted]:
         found = []
-        limit = self.deployment.model.max_tokens
+        limit = self.deployment.max_tokens
         for prompt in prompts:
             tokens = encode(self.tokenizer, prompt, limit) if isinstance(prompt, str) else prompt
-            if limit is not None and len(tokens) >= limit:
+            if len(tokens) >= limit:
                 message = (
-                    f"{param} has {len(tokens)} tokens or more; the model has room for {limit} with "
-                    "the answer."
+                    f"{param} has {len(tokens)} tokens or more; there is room for {limit} with the "
+                    "answer."
                 )
                 raise ApiError(400, message, "context_length_exceeded", param)
-            found += [
-                self.deployment.request(
-                    tokens,
-                    max_new_tokens=body.max_new_tokens,
-                    stop=stops,
-                    logprobs=body.num_logprobs,
-                    **sampling,
-                )
-                for sampling in body.sampling(self.vocabulary)
-            ]
+            default = min(body.default_new_tokens, limit - len(tokens))
+            try:
+                found += [
+                    self.deployment.request(
+                        tokens,
+                        max_new_tokens=body.max_new_tokens or default,
+                        stop=stops,
+                        logprobs=body.num_logprobs,
+                        **sampling,
+                    )
+                    for sampling in body.sampling(self.vocabulary)
+                ]
+            except RequestTooLarge as error:
+                raise ApiError(400, str(error), "context_length_exceeded", param) from error
         return found
 
     async def begin(self, wanted: Sequence[Wanted], num_prompt_tokens: int) -> Answers:
@@ -202,7 +206,7 @@ class Service:
         """Answer a request, whole or as a stream; end it when the client leaves."""
         # An answer more to the same prompt costs no prompt more.
         num_prompt_tokens = sum(len(one.prompt) for one in wanted[:: body.n])
-        usage = Usage(num_prompt_tokens)
+        usage = Usage(num_prompt_tokens, body.n)
         answers = await while_connected(request.receive, self.begin(wanted, num_prompt_tokens))
         saying = reply(self.name, self.tokenizer, len(wanted), usage)
         if body.stream:
@@ -234,7 +238,7 @@ def make_app(service: Service) -> ASGIApp:
     @app.get("/metrics")
     async def metrics() -> Response:
         running, waiting = service.admission.num_running, service.admission.num_waiting
-        text = service.metrics.to_text(running, waiting)
+        text = service.metrics.to_text(running, waiting, service.deployment.caches)
         return PlainTextResponse(text, media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")

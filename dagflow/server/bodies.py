@@ -86,7 +86,12 @@ class Common(_Strict):
     logit_bias: Annotated[dict[str, _Bias], Field(max_length=_MOST_BIASES)] = {}
 
     @property
-    def max_new_tokens(self) -> int:
+    def max_new_tokens(self) -> int | None:
+        """How many the answer may have; None if the request doesn't say."""
+        return self.max_tokens
+
+    @property
+    def default_new_tokens(self) -> int:
         raise NotImplementedError
 
     @property
@@ -121,8 +126,8 @@ class CompletionBody(Common):
     logprobs: int | None = Field(default=None, ge=0, le=5)
 
     @property
-    def max_new_tokens(self) -> int:
-        return self.max_tokens or _COMPLETION_TOKENS
+    def default_new_tokens(self) -> int:
+        return _COMPLETION_TOKENS
 
     @property
     def num_logprobs(self) -> int | None:
@@ -165,8 +170,12 @@ class ChatBody(Common):
     top_logprobs: int = Field(default=0, ge=0, le=20)
 
     @property
-    def max_new_tokens(self) -> int:
-        return self.max_completion_tokens or self.max_tokens or _CHAT_TOKENS
+    def max_new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def default_new_tokens(self) -> int:
+        return _CHAT_TOKENS
 
     @property
     def num_logprobs(self) -> int | None:

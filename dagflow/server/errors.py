@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dagflow.errors import BatchInvalid, SettingsInvalid, TransientError
+from dagflow.errors import BatchInvalid, RequestTooLarge, SettingsInvalid, TransientError
 
 _RETRY_SECONDS = 5
 
@@ -56,6 +56,8 @@ def as_api_error(error: BaseException) -> ApiError:
     """Return how the server says that something went wrong."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RequestTooLarge):
+        return ApiError(400, str(error), "context_length_exceeded")
     if isinstance(error, BatchInvalid | SettingsInvalid):
         return ApiError(400, str(error))
     if isinstance(error, TransientError):

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from dagflow.server.bridge import Ending
+from dagflow.sessions.pool import CacheState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -41,8 +42,16 @@ class Metrics:
         """In how many seconds a place may be free."""
         return max(1, math.ceil(self.request_seconds / max(1, self.requests.total())))
 
-    def to_text(self, running: int, waiting: int) -> str:
-        """Return the exposition, with how many requests are being answered and wait now."""
+    def to_text(self, running: int, waiting: int, caches: CacheState) -> str:
+        """Return the exposition, with what is going on now.
+
+        Parameters
+        ----------
+        running, waiting
+            Requests that are being answered, and that wait for it.
+        caches
+            Of the workers.
+        """
         lines = ["# TYPE dagflow_responses_total counter"]
         for status, count in sorted(self.responses.items()):
             lines.append(f'dagflow_responses_total{{status="{status}"}} {count}')
@@ -52,10 +61,20 @@ class Metrics:
         counters = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
+            "prefix_hits": caches.num_hits,
+            "prefix_hit_tokens": caches.hit_tokens,
         }
         for name, value in counters.items():
             lines += [f"# TYPE dagflow_{name}_total counter", f"dagflow_{name}_total {value}"]
-        for name, value in {"requests_running": running, "requests_waiting": waiting}.items():
+        gauges = {
+            "requests_running": running,
+            "requests_waiting": waiting,
+            "cache_capacity_tokens": caches.capacity_tokens,
+            "cache_used_tokens": caches.used_tokens,
+            "cache_kept_tokens": caches.kept_tokens,
+            "cache_waiting_answers": caches.num_waiting,
+        }
+        for name, value in gauges.items():
             lines += [f"# TYPE dagflow_{name} gauge", f"dagflow_{name} {value}"]
         lines += [
             "# TYPE dagflow_request_seconds summary",

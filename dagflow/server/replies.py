@@ -19,17 +19,36 @@ _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 @dataclass
 class Usage:
-    """How many tokens went in and came out."""
+    """How many tokens went in and came out.
+
+    Attributes
+    ----------
+    prompt_tokens : int
+        Each prompt counts once, however many answers it gets.
+    num_choices : int
+        Answers a prompt.
+    cached : dict
+        By prompt, how many of its tokens its first answer found computed.
+    """
 
     prompt_tokens: int
+    num_choices: int = 1
     completion_tokens: int = 0
+    cached: dict[int, int] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, int]:
+    def add(self, token: Token) -> None:
+        self.completion_tokens += token.token is not None
+        prompt, choice = divmod(token.prompt, self.num_choices)
+        if choice == 0:
+            self.cached[prompt] = token.num_cached
+
+    def to_json(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
         }
 
 
@@ -117,7 +136,7 @@ class Reply(ABC):
         choice.text += token.text
         choice.tokens.append(token)
         choice.finish_reason = token.finish_reason
-        self.usage.completion_tokens += token.token is not None
+        self.usage.add(token)
 
     def _json(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {**self._head, "object": kind, "choices": choices, **more}

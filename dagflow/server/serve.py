@@ -43,6 +43,8 @@ def serve(
     stages: int | str,
     weights: str | None,
     workers: int | None,
+    cache_memory: int | None,
+    prefix_reuse: bool,
     settings: ServerSettings,
     note: Callable[[str], None] = print,
 ) -> None:
@@ -60,7 +62,13 @@ def serve(
         found = open_model(model, store, weights)
         cluster = ClusterSettings(num_workers=workers)
         with Deployment(
-            found, scheduler, num_stages=stages, cluster=cluster, verbose=True
+            found,
+            scheduler,
+            num_stages=stages,
+            cluster=cluster,
+            cache_bytes=cache_memory,
+            prefix_reuse=prefix_reuse,
+            verbose=True,
         ) as deployment:
             service = Service(deployment, public_name(model), settings)
             config = uvicorn.Config(
@@ -71,8 +79,11 @@ def serve(
             )
             place = f"[{host}]" if ":" in host else host
             url = f"http://{place}:{listening.getsockname()[1]}"
-            count = len(deployment.engine.cut)
-            note(f"{service.name} in {count} stages: {url}/v1 for programs, {url} for people.")
+            count, room = len(deployment.engine.cut), deployment.caches.capacity_tokens
+            note(
+                f"{service.name} in {count} stages, with room for {room} tokens at a time: {url}/v1 "
+                f"for programs, {url} for people."
+            )
             if host not in _LOOPBACK and not settings.api_keys:
                 note(
                     "Whoever reaches this machine can use the model: --api-key KEY keeps others out."

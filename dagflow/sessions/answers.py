@@ -57,6 +57,8 @@ class Token:
         With the last one: "stop" (an end token or a stop string) or "length".
     logprobs : Logprobs or None
         If the request wants them.
+    num_cached : int
+        The first tokens of the prompt that hadn't to be computed for this answer.
     """
 
     prompt: int
@@ -64,6 +66,7 @@ class Token:
     text: str = ""
     finish_reason: str | None = None
     logprobs: Logprobs | None = None
+    num_cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Answer:
         self._request = request
         self._number = number
         self._live = live
+        self._num_cached = live.num_shared
         self._known = list(request.prompt)
         self._guesses = NgramGuesses() if request.speculate else None
         has_text = bool(request.stop) or model.has_tokenizer
@@ -96,21 +100,22 @@ class Answer:
         self._stops = StopStrings(request.stop)
 
     async def tokens(self) -> AsyncIterator[Token]:
-        request, new = self._request, 0
+        request, new, cached = self._request, 0, self._num_cached
         while True:
             for token, logprobs in await self._next_tokens(request.max_new_tokens - new):
                 new += 1
                 if token in request.ends:
-                    yield Token(self._number, token, self._rest(), STOP, logprobs)
+                    yield Token(self._number, token, self._rest(), STOP, logprobs, cached)
                     return
                 text, stopped = self._text(token)
                 if stopped:
-                    yield Token(self._number, token, text, STOP, logprobs)
+                    yield Token(self._number, token, text, STOP, logprobs, cached)
                     return
                 if new == request.max_new_tokens:
-                    yield Token(self._number, token, text + self._rest(), LENGTH, logprobs)
+                    whole = text + self._rest()
+                    yield Token(self._number, token, whole, LENGTH, logprobs, cached)
                     return
-                yield Token(self._number, token, text, None, logprobs)
+                yield Token(self._number, token, text, None, logprobs, cached)
 
     async def _next_tokens(self, room: int) -> list[tuple[int, Logprobs | None]]:
         """Return the tokens that one traversal of the stages gives: one, and guesses that were right."""

@@ -23,6 +23,7 @@ from dagflow.errors import SettingsInvalid
 from dagflow.sessions.answers import Request
 from dagflow.sessions.engine import Engine, Live, Step
 from dagflow.sessions.sampling import Sampling
+from dagflow_tasks.attention import whole_blocks
 
 MAX_BEAMS = 64
 # What chooses among tokens has no meaning where all of the most likely are followed.
@@ -197,14 +198,21 @@ async def search(engine: Engine, request: Request, beams: Beams) -> list[Hypothe
     ------
     TaskFailed, WorkersLost
         As `Engine.feed` does.
+    RequestTooLarge, CacheFull
+        As `Engine.admit` does: all beams come in at once.
     """
     found = Search(beams, request)
-    sessions = [await engine.open() for _ in range(beams.num_beams)]
+    num_tokens = whole_blocks(len(request.prompt) + request.max_new_tokens)
+    lead = await engine.admit(beams.num_beams * num_tokens, request.prompt)
+    lead.is_lead = True
+    sessions = [lead, *[await engine.open() for _ in range(beams.num_beams - 1)]]
     try:
         running = sessions[:1]
-        logits = await engine.feed(sessions[0], request.prompt)
+        logits = await engine.feed(lead, request.prompt[len(lead.tokens) :])
         while moves := await asyncio.to_thread(found.advance, logits):
             steps = _steps(moves, running, sessions)
+            if lead.error is not None:
+                raise lead.error
             logits = await engine.step(steps)
             running = [step.live for step in steps]
     finally:

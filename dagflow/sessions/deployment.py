@@ -17,6 +17,7 @@ from dagflow.run.clusters import ClusterSettings, open_cluster, roster
 from dagflow.sessions.answers import Answer, Request, Token
 from dagflow.sessions.engine import Engine
 from dagflow.sessions.models import Model
+from dagflow.sessions.pool import CacheState
 from dagflow.sessions.sampling import Sampling
 
 _DEFAULT_NEW_TOKENS = 128
@@ -32,10 +33,21 @@ class Deployment:
         None starts a local cluster.
     num_stages : int or "auto"
         "auto" takes one a worker. With fewer, the other workers are spares.
+    cache_bytes : int, optional
+        What the caches of all sessions together may take on each worker: keys, values, and the rows
+        that are kept for the next stage. By default half of what weights leave of its memory limit.
+    prefix_reuse : bool
+        Whether requests go on from tokens that others, running or ended, have computed.
     cluster : ClusterSettings
         How to start a local one, and how long to wait for workers.
     verbose : bool
         Print what happens to workers.
+
+    Raises
+    ------
+    StageTooLarge
+        If the workers' memory doesn't hold the model.
+    WorkersLost
     """
 
     def __init__(
@@ -45,8 +57,12 @@ class Deployment:
         *,
         num_stages: int | str = "auto",
         cluster: ClusterSettings | None = None,
+        cache_bytes: int | None = None,
+        prefix_reuse: bool = True,
         verbose: bool = False,
     ) -> None:
+        if cache_bytes is not None and cache_bytes < 1:
+            raise SettingsInvalid(f"cache_bytes counts from 1; found {cache_bytes}.")
         settings = cluster or ClusterSettings()
         self.model = model
         self._stack = ExitStack()
@@ -54,7 +70,14 @@ class Deployment:
             connected = self._stack.enter_context(open_cluster(client, settings, model.ref.store))
             workers = roster(connected, settings.num_workers or 1, settings.wait_seconds)
             count = _number_of_stages(num_stages, len(workers))
-            self.engine = Engine(model, connected, count, wait_seconds=settings.wait_seconds)
+            self.engine = Engine(
+                model,
+                connected,
+                count,
+                wait_seconds=settings.wait_seconds,
+                cache_bytes=cache_bytes,
+                prefix_reuse=prefix_reuse,
+            )
             if verbose:
                 self.engine.note = print
             self._stack.callback(self.engine.close)
@@ -72,6 +95,17 @@ class Deployment:
     def close(self) -> None:
         """Forget the stages, and end a cluster that was started for them."""
         self._stack.close()
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence, prompt and answer, that model and caches allow now."""
+        capacity = self.engine.pool.capacity
+        return min(capacity, self.model.max_tokens or capacity)
+
+    @property
+    def caches(self) -> CacheState:
+        """How full the workers' caches are."""
+        return self.engine.pool.state
 
     # Requests
 
@@ -92,6 +126,8 @@ class Deployment:
         ------
         BatchInvalid
             If the prompt is empty, or longer than the model allows.
+        RequestTooLarge
+            If prompt and answer are longer than the workers' caches allow.
         SettingsInvalid
         """
         tokens = self.model.encode(prompt)
@@ -103,11 +139,15 @@ class Deployment:
                 f"The prompt has {len(tokens)} tokens, and the model was made for {limit} with the "
                 "answer: shorten it."
             )
-        wanted = _DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        if max_new_tokens is None:
+            wanted = max(1, min(_DEFAULT_NEW_TOKENS, self.max_tokens - len(tokens)))
+        else:
+            wanted = max_new_tokens
         if wanted < 1:
             raise SettingsInvalid(f"max_new_tokens counts from 1; found {wanted}.")
         if limit is not None:
             wanted = min(wanted, limit - len(tokens))
+        self.engine.pool.check(len(tokens) + wanted)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if stops:
             _ = self.model.tokenizer  # stop strings need one: said now rather than later
@@ -157,13 +197,14 @@ class Deployment:
         return running
 
     async def answer(self, request: Request, number: int = 0) -> AsyncIterator[Token]:
-        """Yield the tokens of one answer; runs on the client's loop."""
-        live = await self.engine.open()
+        """Yield the tokens of one answer, when there is room for it; runs on the client's loop."""
+        num_tokens = len(request.prompt) + request.max_new_tokens
+        live = await self.engine.admit(num_tokens, request.prompt)
         try:
             async for token in Answer(self.engine, self.model, request, number, live).tokens():
                 yield token
         finally:
-            await self.engine.end(live)
+            await self.engine.end(live, keep=True)
 
 
 def _number_of_stages(num_stages: int | str, num_workers: int) -> int:

@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from distributed import Client, Future
 
-from dagflow.errors import SettingsInvalid, TaskFailed, WorkersLost
+from dagflow.errors import CacheFull, SettingsInvalid, TaskFailed, WorkersLost
 from dagflow.graph.dag import OperatorDag
+from dagflow.graph.show import amount
 from dagflow.plan.partition import Partition, partition
 from dagflow.run.clusters import in_background
 from dagflow.run.dask_internals import connection_arguments
 from dagflow.run.membership import Membership
 from dagflow.sessions.links import CommClosedError, Link, Message
+from dagflow.sessions.memory import StageNeeds, WorkerMemory, fits, place_stages, tokens_that_fit
 from dagflow.sessions.models import Model
+from dagflow.sessions.pool import CachePool, Holder
 from dagflow.sessions.service import SessionWorker, StageSpec, open_stage, take_part
 from dagflow_tasks.attention import ATTEND
 from dagflow_tasks.decoding import ALL, LAST, NOTHING, TOKENS, Part
@@ -56,22 +59,44 @@ class _Wanted:
         return self.end - 1 if self.want == LAST else self.start
 
 
-@dataclass
-class Live:
+@dataclass(eq=False)
+class Live(Holder):
     """A session as the driver knows it.
 
     Attributes
     ----------
-    tokens : list of int
-        Everything that was sent.
+    name : str
+        By which the stages know it.
     epoch : int
         Counts rewinds.
+    num_shared : int
+        Tokens that another session had computed.
+    is_away : bool
+        Whether the stages have had to forget it, for want of room. The tokens are here.
+    error : Exception or None
+        Why it can't go on.
+    sharing : Task or None
+        Tells the stages whose tokens it begins with.
+    is_lead : bool
+        Whether it was admitted with room for others, too, that come and go with it.
     """
 
-    name: str
-    tokens: list[int] = field(default_factory=list)
+    name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     epoch: int = 0
     wanted: list[_Wanted] = field(default_factory=list)
+    num_shared: int = 0
+    is_away: bool = False
+    error: Exception | None = None
+    sharing: asyncio.Task[None] | None = None
+    is_lead: bool = False
+
+
+@dataclass
+class _Forgetting:
+    """Tokens whose room is free again when some places, stages and addresses, have forgotten them."""
+
+    num_tokens: int
+    places: set[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -93,9 +118,15 @@ class Engine:
     num_stages : int
     wait_seconds : float
         How long to wait for workers when too few are left.
+    cache_bytes : int, optional
+        What sessions' caches may take on a worker; see `memory.cache_budget`.
+    prefix_reuse : bool
+        Whether sessions go on from tokens that others have computed.
 
     Attributes
     ----------
+    pool : CachePool
+        Who may keep how many tokens on the workers.
     note : callable
         Tells people what happens; says nothing unless it is set.
     num_fed : int
@@ -109,11 +140,20 @@ class Engine:
         num_stages: int,
         *,
         wait_seconds: float = 60.0,
+        cache_bytes: int | None = None,
+        prefix_reuse: bool = True,
     ) -> None:
         self.model = model
         self.name = uuid.uuid4().hex[:8]
         self.cut = cut_at_layers(model.dag, num_stages)
         self.num_fed = 0
+        self.pool: CachePool[Live] = CachePool(
+            prefix_reuse, self._share, self._take_over, self._drop
+        )
+        self._needs = [StageNeeds.of(model.dag, program) for program in self.cut.programs]
+        self._cache_bytes = cache_bytes
+        self._memory: dict[str, WorkerMemory] = {}
+        self._forgetting: dict[str, _Forgetting] = {}
         self._client = client
         self.note: Callable[[str], None] = lambda text: None
         self._wait_seconds = wait_seconds
@@ -141,6 +181,8 @@ class Engine:
         ------
         WorkersLost
             If there is no worker.
+        StageTooLarge
+            If the workers can't hold the model.
         """
         self._membership.__enter__()
         self._client.register_plugin(SessionWorker())
@@ -188,17 +230,16 @@ class Engine:
 
     async def _begin(self) -> None:
         await asyncio.gather(*(self._connect(a) for a in self._membership.usable()))
-        workers = sorted(self._links)
-        if not workers:
+        if not self._links:
             raise WorkersLost("No worker is there to run the model on.")
         count = len(self.cut)
-        self._addresses = [
-            workers[stage * min(len(workers), count) // count] for stage in range(count)
-        ]
+        here = {address: self._memory[address] for address in self._links}
+        self._addresses = place_stages(self._needs, here, self._cache_bytes)
         opening = (self._open(stage, address) for stage, address in enumerate(self._addresses))
         for error in await asyncio.gather(*opening, return_exceptions=True):
             if isinstance(error, BaseException) and not isinstance(error, OSError):
                 raise error
+        self._resize()
         for stage in range(count):
             await self._route(stage)
         self._spawn(self._watch())
@@ -207,8 +248,10 @@ class Engine:
 
     async def _end(self) -> None:
         """End everything; workers forget their stages when their driver hangs up."""
+        closed = TaskFailed("The model was closed.")
+        self.pool.fail(closed)
         for live in list(self._live.values()):
-            self._give_up(live, TaskFailed("The model was closed."))
+            self._give_up(live, closed)
         self._live.clear()
         for link in self._links.values():
             link.close()
@@ -219,16 +262,18 @@ class Engine:
         await asyncio.gather(*ended, return_exceptions=True)
         self._opened.clear()
 
-    def _spawn(self, doing: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, doing: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(doing)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Have whoever waits hear of an error that nobody has expected."""
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.note(f"{type(error).__name__}: {error}")
+            self.pool.fail(TaskFailed(f"{type(error).__name__}: {error}"))
             for live in self._live.values():
                 self._give_up(live, TaskFailed(f"{type(error).__name__}: {error}"))
 
@@ -238,8 +283,8 @@ class Engine:
         """Hold a connection to a worker, if it can be reached."""
         hello = {"deployment": self.name, "role": "driver"}
         try:
-            ready = self._client.run(take_part, workers=[address], asynchronous=True)
-            await asyncio.wait_for(ready, _CONNECT_SECONDS)
+            ready = self._client.run(take_part, self.name, workers=[address], asynchronous=True)
+            self._memory.update(await asyncio.wait_for(ready, _CONNECT_SECONDS))
             link = await Link.open(address, connection_arguments(self._client), hello)
         except (OSError, ValueError):
             return  # frozen, or it has left; if it is still there at the next look, once more
@@ -270,8 +315,8 @@ class Engine:
             raise
 
     async def _opening(self, stage: int, address: str, link: Link) -> Future:
-        spec = StageSpec(self.name, stage, self.model.ref, self.cut[stage].to_json())
         key = f"open-stage-{self.name}-{stage}-{uuid.uuid4().hex[:6]}"
+        spec = StageSpec(self.name, stage, self.model.ref, self.cut[stage].to_json(), key)
         future = self._client.submit(
             open_stage, spec, key=key, workers=[address], pure=False, retries=0
         )
@@ -303,14 +348,62 @@ class Engine:
             await self._warm(address)
 
     async def _warm(self, address: str) -> None:
-        """Have a spare read all stages' weights: it may have to replace anybody."""
+        """Have a spare read all weights that it has memory for: it may have to replace anybody."""
         try:
-            for stage in range(len(self.cut)):
+            while (stage := self._most_useful(address)) is not None:
                 await self._open(stage, address)
         except OSError:
             return
         except Exception as error:
             self.note(f"The spare {address} can't read all weights: {error}")
+
+    def _most_useful(self, spare: str) -> int | None:
+        """Return which stage a spare should open next: one that the fewest others could replace."""
+        if spare in self._addresses:
+            return None
+        copies = Counter(s for s, address in self._opened if address not in self._addresses)
+        held = self._weights_on(spare)
+
+        def has_room(stage: int) -> bool:
+            need = self._needs[stage]
+            weight_bytes = held + need.weight_bytes
+            return fits(self._memory[spare], weight_bytes, need.token_bytes, self._cache_bytes)
+
+        lacking = [s for s in range(len(self.cut)) if (s, spare) not in self._opened]
+        return min(filter(has_room, lacking), key=lambda s: (copies[s], s), default=None)
+
+    def _weights_on(self, address: str) -> int:
+        """Bytes of the weights that a worker has open, or is opening."""
+        return sum(self._needs[s].weight_bytes for s, a in self._opened if a == address)
+
+    def _shut_unneeded(self, address: str) -> None:
+        """Have a worker forget weights of stages that it hasn't got."""
+        for stage in range(len(self.cut)):
+            if self._is_open(stage, address) and self._addresses[stage] != address:
+                opened = self._opened.pop((stage, address)).result()
+                self._spawn(self._shut(stage, address, opened.key))
+
+    async def _shut(self, stage: int, address: str, opening: str) -> None:
+        link = self._links.get(address)
+        if link is not None:
+            with contextlib.suppress(OSError):
+                await link.send({"kind": "shut", "stage": stage, "opening": opening})
+
+    def _resize(self) -> None:
+        """Take the capacity that the workers have for sessions where the stages are now."""
+        if self._lost():
+            return  # known when they are placed again
+        if self._capacity() < self.pool.capacity:
+            for address in set(self._addresses):
+                self._shut_unneeded(address)
+        for live in self.pool.resize(self._capacity()):
+            self._send_away(live)
+
+    def _capacity(self) -> int:
+        weights = {address: self._weights_on(address) for address in self._addresses}
+        return tokens_that_fit(
+            self._addresses, self._needs, weights, self._memory, self._cache_bytes
+        )
 
     async def _ping(self, link: Link) -> None:
         with contextlib.suppress(OSError):
@@ -327,7 +420,7 @@ class Engine:
     async def _listen(self, address: str, link: Link) -> None:
         try:
             while True:
-                self._hear(await link.receive())
+                self._hear(await link.receive(), address)
         except CommClosedError:
             if self._links.get(address) is link:
                 self._gone(address, "has left")
@@ -341,12 +434,16 @@ class Engine:
             del self._opened[place]
         if self._closed:
             return
+        for name, forgetting in list(self._forgetting.items()):
+            forgetting.places = {place for place in forgetting.places if place[1] != address}
+            self._forgotten(name)
         for other in self._links.values():
             self._spawn(self._hang_up(other, address))
         stages = [s for s, a in enumerate(self._addresses) if a == address]
         for stage in stages:
             self._addresses[stage] = ""  # were it to come back, it would have forgotten
         if stages:
+            self.pool.drop_kept()  # cheaper than having them computed again for nobody yet
             self.note(f"The worker {address} {how}, with stage {', '.join(map(str, stages))}.")
             self._spawn(self._mend())
 
@@ -366,13 +463,18 @@ class Engine:
             for address in usable - self._links.keys() - self._inviting:
                 self._spawn(self._invite(address))
 
-    def _hear(self, message: Message) -> None:
+    def _hear(self, message: Message, address: str) -> None:
         kind = message["kind"]
         if kind == "logits":
             self._answer([Part(*part) for part in message["parts"]], message["values"]["logits"])
         elif kind == "gap":
             self._lacking |= {(message["stage"], name) for name in message["sessions"]}
             self._spawn(self._refill())
+        elif kind == "closed":
+            for name in message["sessions"]:
+                if name in self._forgetting:
+                    self._forgetting[name].places.discard((message["stage"], address))
+                    self._forgotten(name)
         elif kind == "unreached":
             self._gone(message["address"], "can't be reached by another")
         elif kind == "failed":
@@ -392,12 +494,14 @@ class Engine:
                 same = wanted.epoch == part.epoch
                 if same and first <= wanted.first_row and wanted.end <= part.end:
                     live.wanted.remove(wanted)
+                    live.num_computed = max(live.num_computed, wanted.end)
                     if not wanted.future.done():
                         found = rows[wanted.first_row - first : wanted.end - first]
                         wanted.future.set_result(found)
 
     @staticmethod
     def _give_up(live: Live, error: Exception) -> None:
+        live.error = error
         for wanted in live.wanted:
             if not wanted.future.done():
                 wanted.future.set_exception(error)
@@ -407,9 +511,31 @@ class Engine:
     # Sessions
 
     async def open(self) -> Live:
-        """Begin a session; it costs nothing until it has tokens."""
-        live = Live(uuid.uuid4().hex[:12])
+        """Begin a session that is fed by hand; it costs nothing until it has tokens."""
+        live = Live()
         self._live[live.name] = live
+        return live
+
+    async def admit(self, num_tokens: int, prompt: Sequence[int] = ()) -> Live:
+        """Begin a session that will have at most so many tokens, when there is room for them.
+
+        If others have computed the beginning of the prompt, it has these tokens already.
+
+        Raises
+        ------
+        RequestTooLarge
+            If there never will be.
+        CacheFull
+            If sessions that are fed by hand hold too much, or workers have left.
+        """
+        live = await self.pool.admit(Live(), num_tokens, prompt)
+        self._live[live.name] = live
+        try:
+            if live.sharing is not None:
+                await asyncio.shield(live.sharing)
+        except BaseException:
+            self._drop(live)
+            raise
         return live
 
     async def feed(self, live: Live, tokens: Sequence[int], want: str = LAST) -> torch.Tensor:
@@ -419,10 +545,16 @@ class Engine:
         ------
         TaskFailed
             If a stage can't compute them.
+        CacheFull
+            If the session is fed by hand, and there is no room for so many tokens more.
         SettingsInvalid
             If the session or the model was closed.
         """
         self._check_open(live)
+        if not (live.is_away and not live.by_hand):  # one that waits for its room has asked for it
+            await self.pool.extend(live, len(live.tokens) + len(tokens))
+        if live.is_away and live.by_hand:
+            await self._come_back(live)
         self._begin_traversal()
         futures = []
         for begin in range(0, len(tokens), _CHUNK_TOKENS):
@@ -431,10 +563,12 @@ class Engine:
             asked = want if last or want == ALL else NOTHING
             start = len(live.tokens)
             live.tokens += chunk
+            live.most_tokens = max(live.most_tokens, len(live.tokens))
             part = Part(live.name, live.epoch, start, len(chunk), start, asked)
             if asked != NOTHING:
                 futures.append(_want(live, part, start))
-            await self._send_tokens([part], torch.tensor(chunk), [])
+            if not live.is_away:
+                await self._send_tokens([part], torch.tensor(chunk), [])
         return torch.cat([await future for future in futures])
 
     async def step(self, steps: Sequence[Step]) -> torch.Tensor:
@@ -450,21 +584,23 @@ class Engine:
         for step in steps:
             self._check_open(step.live)
         self._begin_traversal()
-        parts = [self._take_over(step) for step in steps]  # before any has its new token
+        parts = [self._part_of(step) for step in steps]  # before any has its new token
         futures = []
         for step, part in zip(steps, parts, strict=True):
             step.live.tokens.append(step.token)
+            step.live.most_tokens = max(step.live.most_tokens, len(step.live.tokens))
             futures.append(_want(step.live, part, part.shared if part.origin else part.start))
         await self._send_tokens(parts, torch.tensor([step.token for step in steps]), [])
         return torch.cat(await asyncio.gather(*futures))
 
     @staticmethod
-    def _take_over(step: Step) -> Part:
+    def _part_of(step: Step) -> Part:
         live, origin = step.live, step.origin
         if origin is None:
             return Part(live.name, live.epoch, len(live.tokens), 1, len(live.tokens), LAST)
         shared, start = _num_shared(live.tokens, origin.tokens), len(origin.tokens)
         live.tokens = list(origin.tokens)
+        live.num_computed = min(live.num_computed, shared)
         live.epoch += 1
         return Part(live.name, live.epoch, start, 1, start, LAST, origin.name, origin.epoch, shared)
 
@@ -477,37 +613,112 @@ class Engine:
         """Forget the tokens from a position on."""
         self._check_open(live)
         del live.tokens[position:]
+        live.num_computed = min(live.num_computed, position)
         live.epoch += 1
         for wanted in live.wanted:
             wanted.future.cancel()
         live.wanted.clear()
 
     async def fork(self, live: Live, length: int) -> Live:
-        """Begin a session with the first tokens of another."""
+        """Begin a session, fed by hand, with the first tokens of another.
+
+        Raises
+        ------
+        CacheFull
+            If there is no room for them.
+        """
         self._check_open(live)
-        new = await self.open()
-        new.tokens = live.tokens[:length]
-        for stage in range(len(self.cut)):
-            await self._tell(
-                stage, {"kind": "fork", "session": live.name, "new": new.name, "length": length}
-            )
+        new = Live()
+        await self.pool.extend(new, length)
+        self._share(live, new, length)
+        if new.sharing is not None:
+            await asyncio.shield(new.sharing)
         return new
 
-    async def end(self, live: Live) -> None:
-        """Forget a session, here and on the workers."""
-        if self._live.pop(live.name, None) is None:
+    async def end(self, live: Live, *, keep: bool = False) -> None:
+        """End a session: forget it, here and on the workers, or keep it for others to go on from."""
+        if live.name not in self._live:
             return
+        useful = keep and live.error is None and not live.is_away
         self._give_up(live, TaskFailed("The session was closed."))
-        # Not by the caller, who may be cancelled in the middle: some stages would keep it for ever.
-        self._spawn(self._tell_ended(live.name))
+        if useful and not self._lost() and not self._mending.locked():
+            if len(live.tokens) > live.num_computed:
+                self.rewind(live, live.num_computed)
+            if self.pool.keep(live):
+                del self._live[live.name]
+                return
+        await asyncio.shield(self._drop(live))
 
-    async def _tell_ended(self, session: str) -> None:
+    # What the pool has decided
+
+    def _share(self, source: Live, new: Live, length: int) -> None:
+        """Give a new session the first tokens of another, from stage to stage."""
+        new.tokens = source.tokens[:length]
+        new.num_computed = min(source.num_computed, length)
+        new.most_tokens = new.num_shared = length
+        self._live[new.name] = new
+        message = {"kind": "fork", "session": source.name, "new": new.name, "length": length}
+        new.sharing = self._spawn(self._tell(0, message))
+
+    def _take_over(self, kept: Live, length: int) -> None:
+        """Make a session that was kept one again, from a position on."""
+        self._live[kept.name] = kept
+        kept.error, kept.sharing = None, None
+        kept.num_shared = length
+        if length < len(kept.tokens):
+            self.rewind(kept, length)
+
+    def _drop(self, live: Live) -> asyncio.Task[None]:
+        """Forget a session; the task returns when the stages have been told."""
+        self._live.pop(live.name, None)
+        return self._spawn(self._forget(live.name, self.pool.leave(live)))
+
+    async def _forget(self, name: str, num_tokens: int) -> None:
+        places = {(s, a) for s, a in enumerate(self._addresses) if a in self._links}
+        self._forgetting[name] = _Forgetting(num_tokens, places)
         for stage in range(len(self.cut)):
-            await self._tell(stage, {"kind": "close", "sessions": [session]})
+            await self._tell(stage, {"kind": "close", "sessions": [name]})
+        self._forgotten(name)
+
+    def _forgotten(self, name: str) -> None:
+        """Free a session's room once all stages that are there have forgotten it."""
+        forgetting = self._forgetting.get(name)
+        if forgetting is not None and not forgetting.places:
+            del self._forgetting[name]
+            self.pool.forgotten(forgetting.num_tokens)
+
+    def _send_away(self, live: Live) -> None:
+        """Have the stages forget a session, for want of room; it comes back when there is some."""
+        num_tokens = self.pool.leave(live)
+        del self._live[live.name]
+        self._spawn(self._forget(live.name, num_tokens))
+        live.name, live.is_away, live.num_computed = Live().name, True, 0
+        self._live[live.name] = live
+        if live.by_hand or live.is_lead:
+            self._give_up(live, CacheFull("Workers have left, and those left have no room."))
+        else:
+            self._spawn(self._readmit(live, num_tokens))
+
+    async def _readmit(self, live: Live, num_tokens: int) -> None:
+        try:
+            await self.pool.readmit(live, num_tokens)
+        except CacheFull as error:
+            self._give_up(live, error)
+        else:
+            await self._come_back(live)
+
+    async def _come_back(self, live: Live) -> None:
+        """Have the stages compute again what a session had."""
+        async with self._mending:
+            live.is_away = False
+            live.most_tokens = len(live.tokens)
+            await self._send_again(0, list(range(len(self.cut))), [live.name])
 
     def _check_open(self, live: Live) -> None:
         if live.name not in self._live:
             raise SettingsInvalid("The session was closed: open another, or fork it before.")
+        if live.is_away and not live.by_hand and live.error is not None:
+            raise live.error
 
     async def _send_tokens(
         self, parts: Sequence[Part], tokens: torch.Tensor, rebuilt: Sequence[int]
@@ -534,9 +745,12 @@ class Engine:
                         self._bare.add(stage)
                         self._addresses[stage] = await self._replacement(stage)
                 except WorkersLost as error:
+                    self.pool.fail(error)
                     for live in self._live.values():
                         self._give_up(live, error)
                     return
+                self._resize()
+                await self.pool.settle()
                 if self._lost():
                     continue  # another one has left meanwhile
                 bare = sorted(self._bare)
@@ -558,20 +772,21 @@ class Engine:
         while True:
             used = Counter(self._addresses)
             address = min(
-                self._links, key=lambda a: (used[a], not self._is_open(stage, a), a), default=None
+                (a for a in self._links if self._can_hold(stage, a)),
+                key=lambda a: (used[a], not self._is_open(stage, a), a),
+                default=None,
             )
             if address is None:
                 self._joined.clear()
                 try:
                     await asyncio.wait_for(self._joined.wait(), deadline - loop.time())
                 except TimeoutError as error:
-                    raise WorkersLost(
-                        f"0 of 1 workers joined {self._client.scheduler.address} within "
-                        f"{self._wait_seconds:g} s."
-                    ) from error
+                    raise WorkersLost(self._nobody_for(stage)) from error
                 continue
             if not self._is_open(stage, address):
                 self.note(f"Stage {stage} is being opened on {address}.")
+                if not self._can_hold(stage, address, besides=self._weights_on(address)):
+                    self._shut_unneeded(address)
             try:
                 await self._open(stage, address)
                 return address
@@ -581,15 +796,40 @@ class Engine:
                 self._membership.exclude(address, str(error))
                 self._gone(address, f"can't open stage {stage}: {error}")
 
+    def _can_hold(self, stage: int, address: str, besides: int = 0) -> bool:
+        """Tell whether a worker has memory for one stage more, and for so many bytes besides."""
+        needs = [self._needs[s] for s, a in enumerate(self._addresses) if a == address]
+        needs.append(self._needs[stage])
+        own = sum(need.weight_bytes for need in needs)
+        weight_bytes = max(own, besides + self._needs[stage].weight_bytes)
+        token_bytes = sum(need.token_bytes for need in needs)
+        return fits(self._memory[address], weight_bytes, token_bytes, self._cache_bytes)
+
+    def _nobody_for(self, stage: int) -> str:
+        waited = f"within {self._wait_seconds:g} s"
+        if not self._links:
+            return f"0 of 1 workers joined {self._client.scheduler.address} {waited}."
+        weights = amount(self._needs[stage].weight_bytes, "B")
+        return (
+            f"None of the {len(self._links)} workers left has memory for stage {stage} ({weights} of "
+            f"weights), and none that has joined {self._client.scheduler.address} {waited}."
+        )
+
     def _is_open(self, stage: int, address: str) -> bool:
         opening = self._opened.get((stage, address))
-        return opening is not None and opening.done()
+        if opening is None or not opening.done():
+            return False
+        return not opening.cancelled() and opening.exception() is None
 
     async def _send_again(
         self, stage: int, rebuilt: list[int], names: Sequence[str] | None
     ) -> None:
         """Have a stage sent again what it has got so far, for all sessions or some."""
-        lives = [live for live in self._live.values() if names is None or live.name in names]
+        lives = [
+            live
+            for live in self._live.values()
+            if not live.is_away and (names is None or live.name in names)
+        ]
         lives.sort(key=lambda live: not live.wanted)  # those that somebody waits for first
         sessions = [(live, *_still_wanted(live)) for live in lives if live.tokens]
         if stage == 0:

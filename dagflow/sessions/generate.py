@@ -68,7 +68,8 @@ def generate(
     prompts
         A string, several, or token ids (B, T), ragged or not.
     max_new_tokens : int
-        128 by default; at most what the model's longest sequence leaves.
+        128 by default; at most what the model's longest sequence leaves. Requests wait in their order
+        until the workers' caches have room for prompt and answer.
     client
         As for `train`.
     stop
@@ -92,6 +93,8 @@ def generate(
     ------
     BatchInvalid, SettingsInvalid
         If a prompt or an option can't be.
+    RequestTooLarge
+        If prompt and answer are more than the workers' caches hold.
     WorkersLost
         If no worker is there, or none comes back in time.
     """

@@ -84,7 +84,7 @@ def score(
     Raises
     ------
     BatchInvalid
-        If a text has fewer than two tokens, or more than the model was made for.
+        If a text has fewer than two tokens, or more than the model was made for, or caches hold.
     WorkersLost
         If no worker is there, or none comes back in time.
     """
@@ -123,7 +123,7 @@ def embed(
     Raises
     ------
     BatchInvalid
-        If a text is empty, or longer than the model was made for.
+        If a text is empty, or longer than the model was made for, or caches hold.
     SettingsInvalid
         If the deployment's model has its head.
     WorkersLost
@@ -225,7 +225,7 @@ class _Room:
 
 
 async def _fed(engine: Engine, tokens: Sequence[int], want: str) -> torch.Tensor:
-    live = await engine.open()
+    live = await engine.admit(len(tokens))
     try:
         return await engine.feed(live, tokens, want)
     finally:

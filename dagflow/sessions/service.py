@@ -21,7 +21,9 @@ from distributed.core import Status
 
 from dagflow.run import wire
 from dagflow.run.dask_internals import add_handler, connection_arguments
+from dagflow.run.workers import describe
 from dagflow.sessions.links import OPERATION, CommClosedError, Link, Message
+from dagflow.sessions.memory import WorkerMemory
 from dagflow.sessions.models import ModelRef, read_weights
 from dagflow_tasks.decoding import DecoderStage, Part, join, select, split_logits
 from dagflow_tasks.device import current_device
@@ -44,12 +46,15 @@ class StageSpec:
     model : ModelRef
     program : str
         As JSON.
+    opening : str
+        Tells it from an earlier opening of the same stage.
     """
 
     deployment: str
     stage: int
     model: ModelRef
     program: str
+    opening: str
 
 
 def open_stage(spec: StageSpec) -> int:
@@ -57,9 +62,18 @@ def open_stage(spec: StageSpec) -> int:
     return _hub(get_worker()).open(spec)
 
 
-def take_part(dask_worker: Any = None) -> None:
-    """Have a worker listen to drivers; dask sets plugins up some time after a worker has joined."""
-    _hub(dask_worker)
+def take_part(deployment: str, dask_worker: Any = None) -> WorkerMemory:
+    """Have a worker listen to drivers, and say what memory it has for a deployment.
+
+    dask sets plugins up some time after a worker has joined.
+    """
+    limit = int(describe(dask_worker)["memory_bytes"])
+    return WorkerMemory(limit, _hub(dask_worker).taken_bytes(deployment))
+
+
+def cache_bytes(deployment: str, dask_worker: Any = None) -> dict[int, tuple[int, int]]:
+    """Return what sessions' caches take in each of a deployment's stages on a worker, and their peak."""
+    return _hub(dask_worker).cache_bytes(deployment)
 
 
 def num_tokens_computed(deployment: str, dask_worker: Any = None) -> dict[int, int]:
@@ -128,6 +142,14 @@ class _Hub:
     def num_sessions(self) -> dict[tuple[str, int], int]:
         return {key: running.num_sessions for key, running in self._stages.items()}
 
+    def cache_bytes(self, deployment: str) -> dict[int, tuple[int, int]]:
+        return {s: r.cache_bytes for (name, s), r in self._stages.items() if name == deployment}
+
+    def taken_bytes(self, deployment: str) -> int:
+        """What the stages of other deployments take."""
+        others = [r for (name, _), r in list(self._stages.items()) if name != deployment]
+        return sum(r.weight_bytes + r.cache_bytes[0] for r in others)
+
     def stop(self) -> None:
         for deployment in {key[0] for key in [*self._stages, *self._links]}:
             self._forget(deployment)
@@ -152,6 +174,8 @@ class _Hub:
                     await link.send({"kind": "pong"})
                 elif message["kind"] == "lost":
                     self._hang_up(deployment, message["address"])
+                elif message["kind"] == "shut":
+                    self._shut((deployment, message["stage"]), message["opening"])
                 else:
                     self.take(message)
         except CommClosedError:
@@ -161,13 +185,19 @@ class _Hub:
                 del self.drivers[deployment]
                 self._forget(deployment)
 
+    def _shut(self, key: tuple[str, int], opening: str) -> None:
+        """Forget a stage, unless it has been opened again."""
+        running = self._stages.get(key)
+        if running is not None and running.opening == opening:
+            self._stages.pop(key).stop()
+
     def take(self, message: Message) -> None:
         """Queue a message for its stage; those for stages that aren't here any more are dropped."""
         running = self._stages.get((message["deployment"], message["stage"]))
         if running is not None:
             running.queue.put_nowait(message)
 
-    async def send(self, address: str, message: Message, values: TensorDict) -> None:
+    async def send(self, address: str, message: Message, values: TensorDict | None = None) -> None:
         """Send to a stage on some worker. If that is gone, the driver has it sent again."""
         if address == self.address:
             self.take({**message, "values": values})
@@ -218,6 +248,8 @@ class _Running:
         self._deployment = spec.deployment
         self._number = spec.stage
         self._num_workers = 1
+        self.opening = spec.opening
+        self.weight_bytes = stage.num_weight_bytes
         self._following: str | None = None
         self._stage = stage
         self.queue: asyncio.Queue[Message] = asyncio.Queue()
@@ -230,6 +262,10 @@ class _Running:
     @property
     def num_sessions(self) -> int:
         return len(self._stage.sessions)
+
+    @property
+    def cache_bytes(self) -> tuple[int, int]:
+        return self._stage.num_cache_bytes, self._stage.peak_cache_bytes
 
     def stop(self) -> None:
         self._pump.cancel()
@@ -321,9 +357,13 @@ class _Running:
         if kind == "close":
             for session in message["sessions"]:
                 self._stage.close(session)
+            await self._tell({"kind": "closed", "sessions": message["sessions"]})
         elif kind == "fork":
             if not self._stage.fork(message["session"], message["new"], message["length"]):
                 await self._tell({"kind": "gap", "sessions": [message["new"]]})
+            # From stage to stage, as tokens go: no later token comes before it.
+            if self._following is not None:
+                await self._hub.send(self._following, {**message, "stage": self._number + 1})
         elif kind == "route":
             self._following = message["following"]
             self._num_workers = message["num_workers"]

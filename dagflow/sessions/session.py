@@ -38,7 +38,15 @@ class Session:
         return len(self._live.tokens)
 
     def prefill(self, tokens: Sequence[int] | torch.Tensor, *, every: bool = False) -> torch.Tensor:
-        """Give tokens, and return the logits after the last (V,), or after every one (T, V)."""
+        """Give tokens, and return the logits after the last (V,), or after every one (T, V).
+
+        Raises
+        ------
+        BatchInvalid
+            If there are none, or the model was made for fewer.
+        CacheFull
+            If the workers' caches have no room for them. The session is as it was.
+        """
         given = [int(token) for token in tokens]
         if not given:
             raise BatchInvalid("There are no tokens to give.")
@@ -49,11 +57,16 @@ class Session:
         return logits if every else logits[-1]
 
     def decode(self, token: int) -> torch.Tensor:
-        """Give one token, and return the logits (V,) after it."""
+        """Give one token, and return the logits (V,) after it; raises as `prefill` does."""
         return self.prefill([token])
 
     def fork(self, position: int | None = None) -> Session:
-        """Return a session of its own with the first tokens of this one."""
+        """Return a session of its own with the first tokens of this one, which are copied.
+
+        Raises
+        ------
+        CacheFull
+        """
         length = self.position if position is None else self._checked(position)
         live = self._engine.call(self._engine.fork(self._live, length))
         return Session(self._deployment, live)

@@ -17,8 +17,18 @@ import torch
 from torch.nn import functional
 
 ATTEND = "dagflow.attend.default"
-# Caches grow by doubling from this many tokens: a decode step copies nothing, most of the time.
-_FIRST_TOKENS = 64
+# Caches grow by so many tokens: what is reserved for a session is what it takes, and all decode steps
+# but one in so many copy nothing.
+BLOCK_TOKENS = 32
+
+
+def whole_blocks(num_tokens: int) -> int:
+    """Return how many tokens a cache for so many has room for.
+
+    >>> whole_blocks(0), whole_blocks(1), whole_blocks(32), whole_blocks(33)
+    (0, 32, 32, 64)
+    """
+    return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 @dataclass
@@ -49,10 +59,13 @@ class SessionCache:
         Tokens in use.
     layers : dict
         By the layer's number in the model.
+    num_bytes : int
+        What its tensors take, used or not.
     """
 
     length: int = 0
     layers: dict[int, LayerCache] = field(default_factory=dict)
+    num_bytes: int = 0
 
     def put(
         self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
@@ -61,7 +74,9 @@ class SessionCache:
         end = start + keys.shape[1]
         cache = self.layers.get(layer)
         if cache is None or cache.keys.shape[1] < end:
+            self.num_bytes -= cache.num_bytes if cache is not None else 0
             cache = self._grown(cache, start, end, keys, values)
+            self.num_bytes += cache.num_bytes
             self.layers[layer] = cache
         cache.keys[:, start:end] = keys
         cache.values[:, start:end] = values
@@ -73,15 +88,11 @@ class SessionCache:
             self.put(layer, begin, cache.keys[:, begin:end], cache.values[:, begin:end])
         self.length = end
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(cache.num_bytes for cache in self.layers.values())
-
     @staticmethod
     def _grown(
         cache: LayerCache | None, start: int, end: int, keys: torch.Tensor, values: torch.Tensor
     ) -> LayerCache:
-        capacity = max(_FIRST_TOKENS, 2 ** (end - 1).bit_length())
+        capacity = whole_blocks(end)
         new = LayerCache(
             keys.new_empty(keys.shape[0], capacity, keys.shape[2]),
             values.new_empty(values.shape[0], capacity, values.shape[2]),

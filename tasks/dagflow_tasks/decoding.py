@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from dagflow_tasks.attention import SessionCache, Span, attending
+from dagflow_tasks.attention import SessionCache, Span, attending, whole_blocks
 from dagflow_tasks.errors import ProgramInvalid, TaskFailed
 from dagflow_tasks.interpreter import Executable, RandomAddress
 from dagflow_tasks.program import StageProgram
@@ -22,8 +22,6 @@ from dagflow_tasks.results import TensorDict
 TOKENS, POSITIONS, ROWS = "in.tokens", "in.positions", "in.rows"
 NOTHING, LAST, ALL = "nothing", "last", "all"
 
-# Grows by doubling from this many tokens.
-_FIRST_TOKENS = 64
 _REMEMBERED = 1024
 _NO_RANDOM = RandomAddress(0, 0, 0)
 
@@ -74,7 +72,7 @@ class Part:
 
 @dataclass
 class _Sent:
-    """What was sent on for one session: tensors by name, tokens first, in buffers that grow."""
+    """What was sent on for one session: tensors by name, tokens first, in buffers of whole blocks."""
 
     length: int = 0
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -84,8 +82,7 @@ class _Sent:
             end = start + value.shape[0]
             known = self.buffers.get(name)
             if known is None or known.shape[0] < end:
-                capacity = max(_FIRST_TOKENS, 2 ** (end - 1).bit_length())
-                grown = value.new_empty(capacity, *value.shape[1:], device="cpu")
+                grown = _empty_rows(value, end)
                 if known is not None:
                     grown[:start] = known[:start]
                 self.buffers[name] = known = grown
@@ -94,6 +91,14 @@ class _Sent:
 
     def take(self, begin: int, end: int) -> dict[str, torch.Tensor]:
         return {name: buffer[begin:end] for name, buffer in self.buffers.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in list(self.buffers.values()))
+
+
+def _empty_rows(like: torch.Tensor, count: int) -> torch.Tensor:
+    return like.new_empty(whole_blocks(count), *like.shape[1:], device="cpu")
 
 
 class DecoderStage:
@@ -110,6 +115,8 @@ class DecoderStage:
     ----------
     num_tokens : int
         How many it has computed since it was opened, over all sessions.
+    peak_cache_bytes : int
+        The most that all sessions' caches have taken together.
     """
 
     def __init__(
@@ -118,6 +125,7 @@ class DecoderStage:
         self.program = program
         self.device = device
         self.num_tokens = 0
+        self.peak_cache_bytes = 0
         self._executable = Executable(program, device)
         self._weights = {use.value: weights[use.parameter] for use in program.parameters}
         self._weights |= {use.value: weights[use.buffer] for use in program.buffers}
@@ -139,9 +147,16 @@ class DecoderStage:
         return self.program.loss is not None
 
     @property
+    def num_weight_bytes(self) -> int:
+        """What its weights take."""
+        return sum(tensor.nbytes for tensor in {id(t): t for t in self._weights.values()}.values())
+
+    @property
     def num_cache_bytes(self) -> int:
-        """What all sessions' caches take."""
-        return sum(cache.num_bytes for cache in self.sessions.values())
+        """What all sessions' caches take: keys, values, and what was sent on."""
+        # Copied first: it may be asked for while a pass is being computed.
+        held = sum(cache.num_bytes for cache in list(self.sessions.values()))
+        return held + sum(sent.num_bytes for sent in list(self._sent.values()))
 
     def is_over(self, part: Part) -> bool:
         """Tell whether nobody needs a part any more: it was rewound, or its session closed."""
@@ -196,12 +211,14 @@ class DecoderStage:
         with torch.inference_mode(), attending(spans):
             outputs = self._executable.run(given, sizes, _NO_RANDOM)
         if self.program.loss is not None:
+            self._note_peak()
             logits = outputs[self.program.loss][0]
             return list(parts), TensorDict({"logits": logits[: len(rows)].float().cpu()})
         found = TensorDict(
             {n: _from_dim(outputs[n], dim).cpu() for n, dim in self._dims.items() if n in outputs}
         )
         self._keep_sent(parts, found)
+        self._note_peak()
         return list(parts), found
 
     def resend(self, session: str, deliver: int, want: str) -> tuple[Part, TensorDict] | None:
@@ -221,6 +238,8 @@ class DecoderStage:
 
     def fork(self, session: str, new: str, length: int) -> bool:
         """Begin a session with the first tokens of another; False if those aren't here."""
+        if new in self.sessions:
+            return True  # what it was to begin with has been sent again meanwhile
         if session not in self.sessions or self._length(session) < length:
             return False
         self._copy(session, new, 0, length)
@@ -234,9 +253,13 @@ class DecoderStage:
         if session in self._sent:
             sent = self._sent.setdefault(to, _Sent())
             sent.put(begin, self._sent[session].take(begin, end))
+        self._note_peak()
 
     def _length(self, session: str) -> int:
         return self.sessions[session].length if session in self.sessions else 0
+
+    def _note_peak(self) -> None:
+        self.peak_cache_bytes = max(self.peak_cache_bytes, self.num_cache_bytes)
 
     def _cache(self, part: Part) -> SessionCache:
         if not self.accepts(part):

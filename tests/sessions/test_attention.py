@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dagflow_tasks.attention import SessionCache, Span, attend, attending
+from dagflow_tasks.attention import (
+    BLOCK_TOKENS,
+    SessionCache,
+    Span,
+    attend,
+    attending,
+    whole_blocks,
+)
 
 HEADS, WIDTH, LENGTH = 4, 8, 23
 SCALE = WIDTH**-0.5
@@ -90,8 +97,9 @@ def test_caches_keep_everything_while_they_grow() -> None:
     for position in range(200):
         found, _ = cache.put(3, position, keys[:, position : position + 1], keys[:, :1])
     assert torch.equal(found, keys)
-    assert cache.layers[3].keys.shape[1] == 256
-    assert cache.num_bytes == 2 * 2 * 256 * WIDTH * 4
+    assert cache.layers[3].keys.shape[1] == whole_blocks(200) < 200 + BLOCK_TOKENS
+    assert cache.num_bytes == 2 * 2 * whole_blocks(200) * WIDTH * 4
+    assert cache.fork(40).num_bytes == 2 * 2 * whole_blocks(40) * WIDTH * 4
 
 
 def test_a_fork_is_independent_of_its_origin() -> None:

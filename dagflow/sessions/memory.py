@@ -1,0 +1,181 @@
+"""What stages take of workers' memory, and how many tokens their caches hold together. No IO."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dagflow.errors import StageTooLarge
+from dagflow.graph.dag import OperatorDag, dtype_bytes
+from dagflow.graph.show import amount
+from dagflow_tasks.attention import ATTEND, BLOCK_TOKENS
+from dagflow_tasks.operators import argument_references
+from dagflow_tasks.program import StageProgram
+
+# Of what weights leave of a worker's memory. The rest is for what a pass computes, and the process.
+CACHE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class StageNeeds:
+    """What a stage takes of its worker's memory.
+
+    Attributes
+    ----------
+    weight_bytes : int
+        Parameters, buffers and constants, those included that other stages have as well.
+    token_bytes : int
+        For each token of each session: a key and a value a layer, and the rows that are sent on.
+    """
+
+    weight_bytes: int
+    token_bytes: int
+
+    @classmethod
+    def of(cls, dag: OperatorDag, program: StageProgram) -> StageNeeds:
+        tensors = {use.parameter: (use.dtype, use.shape) for use in program.parameters}
+        tensors |= {use.buffer: (use.dtype, use.shape) for use in program.buffers}
+        tensors |= {use.name: (use.dtype, use.shape) for use in program.constants}
+        per_token = [(o.value.dtype, o.value.shape) for o in program.outputs]
+        for node in program.nodes:
+            if node.op == ATTEND:
+                for argument in node.args[1:3]:
+                    (name,) = argument_references(argument)
+                    per_token.append(dag.info[name].outputs[0])
+        return cls(
+            sum(_bytes(*tensor) for tensor in tensors.values()),
+            sum(_bytes(*tensor) for tensor in per_token),
+        )
+
+
+def _bytes(dtype: str, shape: Iterable[object]) -> int:
+    """Bytes of a tensor, of one token if it has any."""
+    return math.prod(size for size in shape if isinstance(size, int)) * dtype_bytes(dtype)
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """A worker's memory.
+
+    Attributes
+    ----------
+    limit_bytes : int
+        dask's limit for the worker, or its GPU's memory.
+    taken_bytes : int
+        What other deployments have of it: weights and caches.
+    """
+
+    limit_bytes: int
+    taken_bytes: int = 0
+
+    @property
+    def free_bytes(self) -> int:
+        return self.limit_bytes - self.taken_bytes
+
+
+def cache_budget(memory: WorkerMemory, weight_bytes: int, cache_bytes: int | None) -> int:
+    """Return what caches may take on a worker that holds so many bytes of weights."""
+    left = memory.free_bytes - weight_bytes
+    return int(left * CACHE_SHARE) if cache_bytes is None else min(left, cache_bytes)
+
+
+def fits(
+    memory: WorkerMemory, weight_bytes: int, token_bytes: int, cache_bytes: int | None
+) -> bool:
+    """Tell whether a worker can hold stages, and a block of tokens in their caches."""
+    return cache_budget(memory, weight_bytes, cache_bytes) >= BLOCK_TOKENS * token_bytes
+
+
+def tokens_that_fit(
+    addresses: Sequence[str],
+    needs: Sequence[StageNeeds],
+    weight_bytes: Mapping[str, int],
+    workers: Mapping[str, WorkerMemory],
+    cache_bytes: int | None,
+) -> int:
+    """Return how many tokens all sessions together may have: what the fullest worker can hold.
+
+    Parameters
+    ----------
+    addresses
+        The worker of each stage.
+    needs
+        Of each stage.
+    weight_bytes
+        What each worker has open, stages included that it isn't asked to compute.
+    workers
+        Memory by address.
+    cache_bytes
+        Budget of a worker; None for `CACHE_SHARE` of what weights leave.
+    """
+    token_bytes: dict[str, int] = defaultdict(int)
+    for address, need in zip(addresses, needs, strict=True):
+        token_bytes[address] += need.token_bytes
+    room = min(
+        max(0, cache_budget(workers[address], weight_bytes[address], cache_bytes)) // max(1, count)
+        for address, count in token_bytes.items()
+    )
+    return room // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+def place_stages(
+    needs: Sequence[StageNeeds], workers: Mapping[str, WorkerMemory], cache_bytes: int | None
+) -> list[str]:
+    """Return a worker for each stage: evenly and in a row if they fit so, otherwise where they fit.
+
+    Raises
+    ------
+    StageTooLarge
+        Says by how much.
+    """
+    addresses, count = sorted(workers), len(needs)
+    even = [addresses[stage * min(len(addresses), count) // count] for stage in range(count)]
+    if all(_fits(_of(even, needs, a), workers[a], cache_bytes) for a in set(even)):
+        return even
+    # The largest first, each to whoever has most left afterwards.
+    found = [""] * count
+    for stage in sorted(range(count), key=lambda stage: -needs[stage].weight_bytes):
+        left = {a: workers[a].free_bytes - _sum(_of(found, needs, a))[0] for a in addresses}
+        found[stage] = address = max(addresses, key=lambda a: left[a])
+        if not _fits(_of(found, needs, address), workers[address], cache_bytes):
+            raise StageTooLarge(_too_small(stage, left[address], needs, workers, cache_bytes))
+    return found
+
+
+def _of(addresses: Sequence[str], needs: Sequence[StageNeeds], address: str) -> list[StageNeeds]:
+    return [need for own, need in zip(addresses, needs, strict=True) if own == address]
+
+
+def _sum(needs: Iterable[StageNeeds]) -> tuple[int, int]:
+    found = list(needs)
+    return sum(n.weight_bytes for n in found), sum(n.token_bytes for n in found)
+
+
+def _fits(needs: Iterable[StageNeeds], memory: WorkerMemory, cache_bytes: int | None) -> bool:
+    weight_bytes, token_bytes = _sum(needs)
+    enough = cache_bytes is None or weight_bytes + cache_bytes <= memory.free_bytes
+    return enough and fits(memory, weight_bytes, token_bytes, cache_bytes)
+
+
+def _too_small(
+    stage: int,
+    left: int,
+    needs: Sequence[StageNeeds],
+    workers: Mapping[str, WorkerMemory],
+    cache_bytes: int | None,
+) -> str:
+    need = needs[stage]
+    block = BLOCK_TOKENS * need.token_bytes
+    caches = max(block, cache_bytes) if cache_bytes is not None else math.ceil(block / CACHE_SHARE)
+    short = need.weight_bytes + caches - left
+    stages = ", ".join(amount(n.weight_bytes, "B") for n in needs)
+    have = ", ".join(f"{a} {amount(w.free_bytes, 'B')}" for a, w in sorted(workers.items()))
+    return (
+        f"The workers are too small for the model: {amount(short, 'B')} are missing. Stage {stage} "
+        f"takes {amount(need.weight_bytes, 'B')} of weights and at least {amount(caches, 'B')} for "
+        f"caches, and at most {amount(left, 'B')} are left for it. Weights of the stages: {stages}. "
+        f"Workers: {have}. Use more workers or larger ones, more stages, or weights in fewer bits"
+        f"{', or a smaller cache_bytes' if cache_bytes is not None else ''}."
+    )

@@ -1,0 +1,88 @@
+"""What stages take of memory, told from their programs, and where they fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from test_decoder_stage import TOKENS, _captured, _feed, _part, _stages
+
+from dagflow.errors import StageTooLarge
+from dagflow.sessions.engine import cut_at_layers
+from dagflow.sessions.memory import (
+    CACHE_SHARE,
+    StageNeeds,
+    WorkerMemory,
+    cache_budget,
+    place_stages,
+    tokens_that_fit,
+)
+from dagflow_tasks.attention import BLOCK_TOKENS, whole_blocks
+
+NEEDS = [StageNeeds(1000, 1), StageNeeds(4000, 2)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_stages_take_is_known_from_their_programs(family: str) -> None:
+    stages = _stages(family, 2)
+    _feed(stages, _part(0, 7), TOKENS[:7])
+    _feed(stages, _part(7, 1), TOKENS[7:8])
+    _feed(stages, _part(0, BLOCK_TOKENS + 1, session="b"), [1] * (BLOCK_TOKENS + 1))
+    for stage in stages:
+        stage.fork("b", "c", BLOCK_TOKENS)
+    blocks = whole_blocks(8) + whole_blocks(BLOCK_TOKENS + 1) + BLOCK_TOKENS
+    dag = _captured(family)[1]
+    for stage, program in zip(stages, cut_at_layers(dag, 2).programs, strict=True):
+        needs = StageNeeds.of(dag, program)
+        assert stage.num_cache_bytes == blocks * needs.token_bytes
+        constants = sum(constant.tensor().nbytes for constant in program.constants)
+        assert stage.num_weight_bytes + constants == needs.weight_bytes
+
+
+def test_what_is_told_counts_keys_values_and_rows_for_the_next_stage() -> None:
+    dag: Any = _captured("llama")[1]
+    first, last = (StageNeeds.of(dag, program) for program in cut_at_layers(dag, 2).programs)
+    key_heads, width, hidden, layers = 2, 8, 32, 2
+    attention = layers * 2 * key_heads * width * torch.float32.itemsize
+    assert last.token_bytes == attention
+    assert first.token_bytes >= attention + hidden * torch.float32.itemsize
+
+
+def test_caches_get_a_share_of_what_weights_leave() -> None:
+    memory = WorkerMemory(limit_bytes=10_000, taken_bytes=2000)
+    assert cache_budget(memory, 3000, None) == 5000 * CACHE_SHARE
+    assert cache_budget(memory, 3000, 700) == 700
+    assert cache_budget(memory, 7500, 700) == 500
+
+
+def test_the_fullest_worker_says_how_many_tokens_there_may_be() -> None:
+    workers = {"a": WorkerMemory(10_000), "b": WorkerMemory(10_000)}
+    weights = {"a": 1000, "b": 4000}
+    apart = tokens_that_fit(["a", "b"], NEEDS, weights, workers, None)
+    assert apart == 6000 * CACHE_SHARE // 2 // BLOCK_TOKENS * BLOCK_TOKENS
+    together = tokens_that_fit(["a", "a"], NEEDS, {"a": 5000}, workers, 960)
+    assert together == 960 // 3 // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+def test_stages_are_placed_in_a_row_where_they_fit_so() -> None:
+    workers = {name: WorkerMemory(10_000) for name in "cab"}
+    assert place_stages(NEEDS, workers, None) == ["a", "b"]
+    assert place_stages(NEEDS, {"a": WorkerMemory(10_000)}, None) == ["a", "a"]
+
+
+def test_otherwise_the_largest_goes_where_most_is_left() -> None:
+    workers = {"a": WorkerMemory(5000), "b": WorkerMemory(2000), "c": WorkerMemory(1000)}
+    assert place_stages(NEEDS, workers, None) == ["b", "a"]
+
+
+@pytest.mark.parametrize("cache_bytes", [None, 500])
+def test_workers_that_are_too_small_are_told_by_how_much(cache_bytes: int | None) -> None:
+    workers = {"a": WorkerMemory(3000), "b": WorkerMemory(2500)}
+    caches = cache_bytes or int(2 * BLOCK_TOKENS / CACHE_SHARE)
+    short = (4000 + caches - 3000) / 1000
+    with pytest.raises(StageTooLarge, match=rf"{short:.3g} kB are missing.*1 kB, 4 kB.*a 3 kB"):
+        place_stages(NEEDS, workers, cache_bytes)
+    found = place_stages(NEEDS, {**workers, "a": WorkerMemory(4000 + caches)}, cache_bytes)
+    assert found == ["b", "a"]
