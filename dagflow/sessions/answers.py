@@ -59,6 +59,9 @@ class Token:
         If the request wants them.
     num_cached : int
         The first tokens of the prompt that hadn't to be computed for this answer.
+    logits : Tensor (V,) or None
+        What the token was chosen from, before penalties, temperature and cuts; if the request wants
+        them.
     """
 
     prompt: int
@@ -67,6 +70,7 @@ class Token:
     finish_reason: str | None = None
     logprobs: Logprobs | None = None
     num_cached: int = 0
+    logits: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,16 @@ class Request:
     ends: tuple[int, ...] = ()
     speculate: bool = True
     logprobs: int | None = None
+    logits: bool = False
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A token, and what is to be told with it."""
+
+    token: int
+    logprobs: Logprobs | None
+    logits: torch.Tensor | None
 
 
 class Answer:
@@ -102,22 +116,33 @@ class Answer:
     async def tokens(self) -> AsyncIterator[Token]:
         request, new, cached = self._request, 0, self._num_cached
         while True:
-            for token, logprobs in await self._next_tokens(request.max_new_tokens - new):
+            for chosen in await self._next_tokens(request.max_new_tokens - new):
                 new += 1
-                if token in request.ends:
-                    yield Token(self._number, token, self._rest(), STOP, logprobs, cached)
+                text, reason = self._told(chosen.token, new)
+                yield Token(
+                    self._number,
+                    chosen.token,
+                    text,
+                    reason,
+                    chosen.logprobs,
+                    cached,
+                    chosen.logits,
+                )
+                if reason is not None:
                     return
-                text, stopped = self._text(token)
-                if stopped:
-                    yield Token(self._number, token, text, STOP, logprobs, cached)
-                    return
-                if new == request.max_new_tokens:
-                    whole = text + self._rest()
-                    yield Token(self._number, token, whole, LENGTH, logprobs, cached)
-                    return
-                yield Token(self._number, token, text, None, logprobs, cached)
 
-    async def _next_tokens(self, room: int) -> list[tuple[int, Logprobs | None]]:
+    def _told(self, token: int, number: int) -> tuple[str, str | None]:
+        """Return the text that is certain with an answer's token, and why it ends, if it does."""
+        if token in self._request.ends:
+            return self._rest(), STOP
+        text, stopped = self._text(token)
+        if stopped:
+            return text, STOP
+        if number == self._request.max_new_tokens:
+            return text + self._rest(), LENGTH
+        return text, None
+
+    async def _next_tokens(self, room: int) -> list[_Chosen]:
         """Return the tokens that one traversal of the stages gives: one, and guesses that were right."""
         live, known = self._live, self._known
         guesses = self._guesses.guess(known)[: room - 1] if self._guesses is not None else []
@@ -126,12 +151,11 @@ class Answer:
         feed = [*known[begin:], *guesses]
         logits = await self._engine.feed(live, feed, ALL if guesses else LAST)
         logits = logits[len(logits) - len(guesses) - 1 :]
-        found: list[tuple[int, Logprobs | None]] = []
-        count = self._request.logprobs
+        found: list[_Chosen] = []
         for row, guess in zip(logits, [*guesses, None], strict=True):
             token = self._request.sampling.choose(row, known, len(self._request.prompt))
             known.append(token)
-            found.append((token, None if count is None else Logprobs.of(row, token, count)))
+            found.append(self._chosen(row, token))
             if token != guess:
                 break
         right = len(found) - 1
@@ -140,6 +164,11 @@ class Answer:
         if right < len(guesses):
             self._engine.rewind(live, len(known) - 1)
         return found
+
+    def _chosen(self, logits: torch.Tensor, token: int) -> _Chosen:
+        count = self._request.logprobs
+        logprobs = None if count is None else Logprobs.of(logits, token, count)
+        return _Chosen(token, logprobs, logits.clone() if self._request.logits else None)
 
     def _text(self, token: int) -> tuple[str, bool]:
         if self._detokenizer is None:

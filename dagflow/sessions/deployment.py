@@ -118,6 +118,7 @@ class Deployment:
         ignore_end: bool = False,
         speculate: bool = True,
         logprobs: int | None = None,
+        logits: bool = False,
         **sampling: Any,
     ) -> Request:
         """Check what is wanted.
@@ -158,7 +159,7 @@ class Deployment:
             raise SettingsInvalid(
                 f"logit_bias names token {unknown}, which isn't in the vocabulary."
             )
-        return Request(tokens, wanted, chosen, stops, ends, speculate, logprobs)
+        return Request(tokens, wanted, chosen, stops, ends, speculate, logprobs, logits)
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Token]:
         """Yield tokens of all answers as they come. Closing the iterator ends the sessions."""

@@ -34,12 +34,16 @@ class Generation:
         "stop" or "length".
     scores : Tensor or None
         Of beam search's answers: mean log-probabilities, if the length penalty is 1.
+    logits : list of Tensor (N, V) or None
+        What each token was chosen from, before penalties, temperature and cuts; with
+        ``return_logits=True``.
     """
 
     tokens: list[torch.Tensor]
     texts: list[str]
     finish_reasons: list[str]
     scores: torch.Tensor | None = None
+    logits: list[torch.Tensor] | None = None
 
 
 def generate(
@@ -52,6 +56,7 @@ def generate(
     stream: bool = False,
     ignore_end: bool = False,
     speculate: bool = True,
+    return_logits: bool = False,
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
@@ -81,6 +86,8 @@ def generate(
     speculate : bool
         Guess tokens from what came before, and verify several in one traversal; greedy answers, and
         sampled ones of a seed, are the same.
+    return_logits : bool
+        Keep the logits, too: 4 bytes a token and entry of the vocabulary.
     num_beams : int
         More than 1 for beam search: the most likely of so many answers that are followed at once.
     length_penalty, early_stopping, num_return_sequences
@@ -104,6 +111,8 @@ def generate(
             "stream=True shows tokens as they come, and beam search knows them at the end: leave "
             "stream or num_beams out."
         )
+    if beams is not None and return_logits:
+        raise SettingsInvalid("Beam search returns scores, no logits: leave return_logits out.")
     if isinstance(model, Deployment):
         deployment, owned = model, ExitStack()
     else:
@@ -117,6 +126,7 @@ def generate(
                 stop=stop,
                 ignore_end=ignore_end,
                 speculate=speculate,
+                logits=return_logits,
                 **sampling,
             )
             for prompt in separate(prompts)
@@ -131,7 +141,7 @@ def generate(
     if stream:
         return _closing(owned, tokens)
     with owned:
-        return _gathered(tokens, len(requests))
+        return _gathered(tokens, len(requests), return_logits)
 
 
 def _beams(
@@ -200,13 +210,21 @@ def _closing(owned: ExitStack, tokens: Iterator[Token]) -> Iterator[Token]:
         yield from tokens
 
 
-def _gathered(tokens: Iterator[Token], count: int) -> Generation:
+def _gathered(tokens: Iterator[Token], count: int, return_logits: bool) -> Generation:
     ids: list[list[int]] = [[] for _ in range(count)]
+    rows: list[list[torch.Tensor]] = [[] for _ in range(count)]
     texts = [""] * count
     reasons = [""] * count
     for token in tokens:
         if token.token is not None:
             ids[token.prompt].append(token.token)
+        if token.logits is not None:
+            rows[token.prompt].append(token.logits)
         texts[token.prompt] += token.text
         reasons[token.prompt] = token.finish_reason or reasons[token.prompt]
-    return Generation([torch.tensor(i, dtype=torch.int64) for i in ids], texts, reasons)
+    return Generation(
+        [torch.tensor(i, dtype=torch.int64) for i in ids],
+        texts,
+        reasons,
+        logits=[torch.stack(of) for of in rows] if return_logits else None,
+    )

@@ -120,6 +120,7 @@ def test_a_step_is_one_traversal_however_many_beams(
         ({"num_beams": 1, "num_return_sequences": 2}, "need as many beams"),
         ({"early_stopping": "maybe"}, "early_stopping"),
         ({"stream": True}, "stream"),
+        ({"return_logits": True}, "return_logits"),
     ],
 )
 def test_what_makes_no_sense_with_beams_is_refused(

@@ -147,6 +147,27 @@ def test_frequency_and_presence_are_counted_in_the_answer_alone(
         assert wanted != greedy(model, prompt, NUM_NEW)
 
 
+@pytest.mark.parametrize("speculate", [False, True])
+def test_logits_on_request_equal_transformers_scores(
+    llama: tuple[Any, dagflow.Deployment], speculate: bool
+) -> None:
+    model, deployment = llama
+    options = {"max_new_tokens": NUM_NEW, "ignore_end": True, "speculate": speculate}
+    found = dagflow.generate(deployment, PROMPTS, return_logits=True, **options)
+    assert dagflow.generate(deployment, PROMPTS, **options).logits is None
+    for prompt, logits in zip(PROMPTS, found.logits, strict=True):
+        wanted = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=NUM_NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_scores=True,
+            return_dict_in_generate=True,
+        ).scores
+        torch.testing.assert_close(logits, torch.cat(wanted), atol=1e-4, rtol=1e-4)
+
+
 def test_streaming_yields_what_generate_returns(llama: tuple[Any, dagflow.Deployment]) -> None:
     deployment = llama[1]
     options = {"max_new_tokens": 7, "ignore_end": True}
