@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from dagflow.sessions.draft import DraftSession
 from dagflow.sessions.engine import Engine, Live
 from dagflow.sessions.models import Model
 from dagflow.sessions.sampling import Sampling
-from dagflow.sessions.speculation import NgramGuesses
+from dagflow.sessions.speculation import Guesser
 from dagflow.sessions.text import Detokenizer, StopStrings
 from dagflow_tasks.decoding import ALL, LAST
 
 STOP, LENGTH = "stop", "length"
+
+# A longer pass would hold up its own first tokens.
+_MOST_GUESSES = 16
+_MOST_UNDER_WAY = 256
 
 
 @dataclass(frozen=True)
@@ -96,11 +103,33 @@ class _Chosen:
     logits: torch.Tensor | None
 
 
+@dataclass
+class _Pass:
+    """Tokens on their way, and the logits that will come back: of the last of a prompt, of all others."""
+
+    logits: list[asyncio.Future[torch.Tensor]]
+
+    @property
+    def is_back(self) -> bool:
+        return all(future.done() for future in self.logits)
+
+
 class Answer:
-    """One answer in the making."""
+    """One answer in the making.
+
+    The next token goes through the stages with guesses behind it, and while it does, further passes of
+    guesses follow, as if all before were right. The first wrong one ends them: the session rewinds, and
+    goes on from the token that should have been there.
+    """
 
     def __init__(
-        self, engine: Engine, model: Model, request: Request, number: int, live: Live
+        self,
+        engine: Engine,
+        model: Model,
+        request: Request,
+        number: int,
+        live: Live,
+        draft: DraftSession | None = None,
     ) -> None:
         self._engine = engine
         self._request = request
@@ -108,15 +137,25 @@ class Answer:
         self._live = live
         self._num_cached = live.num_shared
         self._known = list(request.prompt)
-        self._guesses = NgramGuesses() if request.speculate else None
+        self._draft = draft if request.speculate else None
+        self._under_way: deque[_Pass] = deque()
+        # The last token needn't be sent: nobody asks what follows it.
+        self._most_sent = len(request.prompt) + request.max_new_tokens - 1
+        self._guesser = (
+            Guesser(request.prompt, request.ends, engine.pace, self._draft)
+            if request.speculate
+            else None
+        )
         has_text = bool(request.stop) or model.has_tokenizer
         self._detokenizer = Detokenizer(model.tokenizer) if has_text else None
         self._stops = StopStrings(request.stop)
 
     async def tokens(self) -> AsyncIterator[Token]:
         request, new, cached = self._request, 0, self._num_cached
+        if self._draft is not None:
+            self._draft.read(request.prompt)
         while True:
-            for chosen in await self._next_tokens(request.max_new_tokens - new):
+            for chosen in await self._next_tokens():
                 new += 1
                 text, reason = self._told(chosen.token, new)
                 yield Token(
@@ -142,33 +181,64 @@ class Answer:
             return text + self._rest(), LENGTH
         return text, None
 
-    async def _next_tokens(self, room: int) -> list[_Chosen]:
-        """Return the tokens that one traversal of the stages gives: one, and guesses that were right."""
-        live, known = self._live, self._known
-        guesses = self._guesses.guess(known)[: room - 1] if self._guesses is not None else []
-        begin = len(live.tokens)
-        # What the stages haven't seen yet: the prompt, or the latest token.
-        feed = [*known[begin:], *guesses]
-        logits = await self._engine.feed(live, feed, ALL if guesses else LAST)
-        logits = logits[len(logits) - len(guesses) - 1 :]
+    async def _next_tokens(self) -> list[_Chosen]:
+        """Return the tokens that one pass gives: one, and guesses that were right."""
+        await self._send()
+        done = self._under_way.popleft()
+        logits = torch.cat([await future for future in done.logits])
         found: list[_Chosen] = []
-        for row, guess in zip(logits, [*guesses, None], strict=True):
-            token = self._request.sampling.choose(row, known, len(self._request.prompt))
-            known.append(token)
+        for row in logits:
+            at = len(self._known)
+            token = self._request.sampling.choose(row, self._known, len(self._request.prompt))
             found.append(self._chosen(row, token))
-            if token != guess:
+            self._known.append(token)
+            if self._guesser is not None and not self._guesser.confirm(token):
+                self._engine.rewind(self._live, at)
+                self._under_way.clear()
                 break
-        right = len(found) - 1
-        if self._guesses is not None and guesses:
-            self._guesses.were_right(right, len(guesses))
-        if right < len(guesses):
-            self._engine.rewind(live, len(known) - 1)
         return found
 
     def _chosen(self, logits: torch.Tensor, token: int) -> _Chosen:
         count = self._request.logprobs
         logprobs = None if count is None else Logprobs.of(logits, token, count)
         return _Chosen(token, logprobs, logits.clone() if self._request.logits else None)
+
+    async def _send(self) -> None:
+        """Send the token that is known, if it hasn't been, and as many guesses as pay."""
+        guesser, live = self._guesser, self._live
+        if not self._under_way:
+            tokens = self._known[len(live.tokens) :]
+            # A prompt goes alone: nobody wants to know what follows each of its tokens.
+            if guesser is not None and len(live.tokens) >= len(self._request.prompt):
+                tokens += await guesser.behind(
+                    self._room(len(tokens)), self._engine.num_waiting + 1
+                )
+            await self._send_pass(tokens)
+        if guesser is None:
+            return
+        first = self._under_way[0]
+        most = self._engine.pace.most_passes(_MOST_GUESSES)
+        while len(self._under_way) < most and not first.is_back:
+            guesses = await guesser.ahead(
+                len(self._under_way),
+                self._room(0),
+                self._engine.num_waiting,
+                lambda: not first.is_back,
+            )
+            if not guesses:
+                return
+            await self._send_pass(guesses)
+
+    def _room(self, num_tokens: int) -> int:
+        """Return how many guesses may be sent behind so many tokens."""
+        sent = len(self._live.tokens) + num_tokens
+        most_under_way = _MOST_UNDER_WAY - (sent - len(self._known))
+        return max(0, min(_MOST_GUESSES, self._most_sent - sent, most_under_way))
+
+    async def _send_pass(self, tokens: Sequence[int]) -> None:
+        want = LAST if len(self._live.tokens) < len(self._request.prompt) else ALL
+        logits = await self._engine.send(self._live, tokens, want)
+        self._under_way.append(_Pass(logits))
 
     def _text(self, token: int) -> tuple[str, bool]:
         if self._detokenizer is None:

@@ -7,6 +7,7 @@ import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from distributed import Client
 from dagflow.errors import BatchInvalid, SettingsInvalid
 from dagflow.run.clusters import ClusterSettings, open_cluster, roster
 from dagflow.sessions.answers import Answer, Request, Token
+from dagflow.sessions.draft import Draft
 from dagflow.sessions.engine import Engine
 from dagflow.sessions.models import Model
 from dagflow.sessions.pool import CacheState
@@ -40,6 +42,9 @@ class Deployment:
         Whether requests go on from tokens that others, running or ended, have computed.
     cluster : ClusterSettings
         How to start a local one, and how long to wait for workers.
+    draft : Model, str, Path or torch module, optional
+        A small model of the same vocabulary (or what `load` takes), which guesses in this process what
+        the large one will say. It changes no answer.
     verbose : bool
         Print what happens to workers.
 
@@ -59,6 +64,7 @@ class Deployment:
         cluster: ClusterSettings | None = None,
         cache_bytes: int | None = None,
         prefix_reuse: bool = True,
+        draft: Model | str | Path | torch.nn.Module | None = None,
         verbose: bool = False,
     ) -> None:
         if cache_bytes is not None and cache_bytes < 1:
@@ -66,7 +72,11 @@ class Deployment:
         settings = cluster or ClusterSettings()
         self.model = model
         self._stack = ExitStack()
+        self._draft: Draft | None = None
         try:
+            if draft is not None:
+                self._draft = Draft(draft, model)
+                self._stack.callback(self._draft.close)
             connected = self._stack.enter_context(open_cluster(client, settings, model.ref.store))
             workers = roster(connected, settings.num_workers or 1, settings.wait_seconds)
             count = _number_of_stages(num_stages, len(workers))
@@ -201,10 +211,14 @@ class Deployment:
         """Yield the tokens of one answer, when there is room for it; runs on the client's loop."""
         num_tokens = len(request.prompt) + request.max_new_tokens
         live = await self.engine.admit(num_tokens, request.prompt)
+        draft = self._draft.begin(live.name) if self._draft is not None else None
+        answer = Answer(self.engine, self.model, request, number, live, draft)
         try:
-            async for token in Answer(self.engine, self.model, request, number, live).tokens():
+            async for token in answer.tokens():
                 yield token
         finally:
+            if draft is not None:
+                draft.close()
             await self.engine.end(live, keep=True)
 
 

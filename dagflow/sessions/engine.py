@@ -27,6 +27,7 @@ from dagflow.run.membership import Membership
 from dagflow.sessions.links import CommClosedError, Link, Message
 from dagflow.sessions.memory import StageNeeds, WorkerMemory, fits, place_stages, tokens_that_fit
 from dagflow.sessions.models import Model
+from dagflow.sessions.pace import Pace
 from dagflow.sessions.pool import CachePool, Holder
 from dagflow.sessions.service import SessionWorker, StageSpec, open_stage, take_part
 from dagflow_tasks.attention import ATTEND
@@ -46,6 +47,11 @@ class _Wanted:
     """Logits that somebody waits for: of the tokens from `start` to `end`, or of the last.
 
     Stages that have computed all that was waited for before have the tokens up to `start`.
+
+    Attributes
+    ----------
+    alone_since : float or None
+        When they were sent, unless the session had other tokens on their way.
     """
 
     epoch: int
@@ -53,6 +59,7 @@ class _Wanted:
     end: int
     want: str
     future: asyncio.Future[torch.Tensor]
+    alone_since: float | None
 
     @property
     def first_row(self) -> int:
@@ -131,6 +138,7 @@ class Engine:
         Tells people what happens; says nothing unless it is set.
     num_fed : int
         How often tokens were sent through the stages.
+    pace : Pace
     """
 
     def __init__(
@@ -154,6 +162,7 @@ class Engine:
         self._cache_bytes = cache_bytes
         self._memory: dict[str, WorkerMemory] = {}
         self._forgetting: dict[str, _Forgetting] = {}
+        self.pace = Pace()
         self._client = client
         self.note: Callable[[str], None] = lambda text: None
         self._wait_seconds = wait_seconds
@@ -466,6 +475,7 @@ class Engine:
     def _hear(self, message: Message, address: str) -> None:
         kind = message["kind"]
         if kind == "logits":
+            self.pace.add_computing(message["computed"])
             self._answer([Part(*part) for part in message["parts"]], message["values"]["logits"])
         elif kind == "gap":
             self._lacking |= {(message["stage"], name) for name in message["sessions"]}
@@ -495,6 +505,9 @@ class Engine:
                 if same and first <= wanted.first_row and wanted.end <= part.end:
                     live.wanted.remove(wanted)
                     live.num_computed = max(live.num_computed, wanted.end)
+                    if wanted.alone_since is not None:
+                        seconds = asyncio.get_running_loop().time() - wanted.alone_since
+                        self.pace.add_traversal(wanted.end - wanted.start, seconds)
                     if not wanted.future.done():
                         found = rows[wanted.first_row - first : wanted.end - first]
                         wanted.future.set_result(found)
@@ -538,6 +551,11 @@ class Engine:
             raise
         return live
 
+    @property
+    def num_waiting(self) -> int:
+        """How many sessions have tokens on their way."""
+        return sum(bool(live.wanted) for live in self._live.values())
+
     async def feed(self, live: Live, tokens: Sequence[int], want: str = LAST) -> torch.Tensor:
         """Send tokens after those sent before, and return logits (R, V): the last token's, or all.
 
@@ -550,12 +568,26 @@ class Engine:
         SettingsInvalid
             If the session or the model was closed.
         """
+        return torch.cat([await future for future in await self.send(live, tokens, want)])
+
+    async def send(
+        self, live: Live, tokens: Sequence[int], want: str = LAST
+    ) -> list[asyncio.Future[torch.Tensor]]:
+        """Send tokens after those sent before, which may still be on their way.
+
+        Returns
+        -------
+        list of Future
+            Of the logits that `feed` returns, in this order. A rewind cancels them.
+        """
         self._check_open(live)
         if not (live.is_away and not live.by_hand):  # one that waits for its room has asked for it
             await self.pool.extend(live, len(live.tokens) + len(tokens))
         if live.is_away and live.by_hand:
             await self._come_back(live)
         self._begin_traversal()
+        loop = asyncio.get_running_loop()
+        alone = not live.wanted and len(tokens) <= _CHUNK_TOKENS
         futures = []
         for begin in range(0, len(tokens), _CHUNK_TOKENS):
             chunk = list(tokens[begin : begin + _CHUNK_TOKENS])
@@ -566,10 +598,11 @@ class Engine:
             live.most_tokens = max(live.most_tokens, len(live.tokens))
             part = Part(live.name, live.epoch, start, len(chunk), start, asked)
             if asked != NOTHING:
-                futures.append(_want(live, part, start))
+                since = loop.time() if alone else None
+                futures.append(_want(live, part, start, since))
             if not live.is_away:
                 await self._send_tokens([part], torch.tensor(chunk), [])
-        return torch.cat([await future for future in futures])
+        return futures
 
     async def step(self, steps: Sequence[Step]) -> torch.Tensor:
         """Send a token of each of several sessions, in one pass, and return their logits (S, V).
@@ -855,10 +888,13 @@ class Engine:
                 await self._send_again(stage, [stage], names)
 
 
-def _want(live: Live, part: Part, start: int) -> asyncio.Future[torch.Tensor]:
+def _want(
+    live: Live, part: Part, start: int, since: float | None = None
+) -> asyncio.Future[torch.Tensor]:
     """Note that somebody waits for a part's logits, and from where on stages may lack tokens."""
     future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
-    live.wanted.append(_Wanted(part.epoch, start, part.end, part.want, future))
+    future.add_done_callback(_heard)
+    live.wanted.append(_Wanted(part.epoch, start, part.end, part.want, future, since))
     return future
 
 
@@ -870,6 +906,12 @@ def _num_shared(tokens: Sequence[int], others: Sequence[int]) -> int:
     """
     pairs = enumerate(zip(tokens, others, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(tokens), len(others)))
+
+
+def _heard(future: asyncio.Future[torch.Tensor]) -> None:
+    """Nobody need wait for guesses behind a wrong one: their errors aren't lost but known."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _still_wanted(live: Live) -> tuple[int, str]:

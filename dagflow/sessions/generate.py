@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -56,6 +57,7 @@ def generate(
     stream: bool = False,
     ignore_end: bool = False,
     speculate: bool = True,
+    draft: Model | str | Path | torch.nn.Module | None = None,
     return_logits: bool = False,
     num_beams: int = 1,
     length_penalty: float = 1.0,
@@ -84,14 +86,16 @@ def generate(
     ignore_end : bool
         Go on past the model's end tokens.
     speculate : bool
-        Guess tokens from what came before, and verify several in one traversal; greedy answers, and
-        sampled ones of a seed, are the same.
+        Guess tokens from what came before, and verify several in one traversal, and in several that are
+        under way; greedy answers, and sampled ones of a seed, are the same.
     return_logits : bool
         Keep the logits, too: 4 bytes a token and entry of the vocabulary.
     num_beams : int
         More than 1 for beam search: the most likely of so many answers that are followed at once.
     length_penalty, early_stopping, num_return_sequences
         As for `Beams`. Answers to one prompt follow each other, the best first.
+    draft
+        As for `Deployment`; one that is open has its own.
     sampling
         As for `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty,
         presence_penalty, logit_bias, seed.
@@ -114,10 +118,12 @@ def generate(
     if beams is not None and return_logits:
         raise SettingsInvalid("Beam search returns scores, no logits: leave return_logits out.")
     if isinstance(model, Deployment):
+        if draft is not None:
+            raise SettingsInvalid("The deployment is open: give it its draft= when it is opened.")
         deployment, owned = model, ExitStack()
     else:
         owned = ExitStack()
-        deployment = owned.enter_context(Deployment(model, client, cluster=cluster))
+        deployment = owned.enter_context(Deployment(model, client, cluster=cluster, draft=draft))
     try:
         requests = [
             deployment.request(

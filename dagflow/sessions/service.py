@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -248,6 +250,7 @@ class _Running:
         self._deployment = spec.deployment
         self._number = spec.stage
         self._num_workers = 1
+        self._lately: deque[set[str]] = deque(maxlen=1)  # the sessions of as many passes as workers
         self.opening = spec.opening
         self.weight_bytes = stage.num_weight_bytes
         self._following: str | None = None
@@ -273,37 +276,42 @@ class _Running:
     async def _run(self) -> None:
         waiting: list[Message] = []
         while True:
-            waiting.append(await self.queue.get())
+            if not waiting:
+                waiting.append(await self.queue.get())
             while not self.queue.empty():
                 waiting.append(self.queue.get_nowait())
-            while waiting:
-                passes = _together(waiting, self._most_sessions(waiting))
-                try:
-                    if passes:
-                        del waiting[: len(passes)]
-                        await self._compute(passes)
-                    else:
-                        await self._obey(waiting.pop(0))
-                except Exception as error:
-                    sessions = list(self._stage.sessions)
-                    await self._tell({"kind": "failed", "sessions": sessions, "why": str(error)})
+            passes = _together(waiting, self._most_sessions(waiting))
+            try:
+                if passes:
+                    del waiting[: len(passes)]
+                    self._lately.append({part[0] for one in passes for part in one["parts"]})
+                    await self._compute(passes, _rewound(waiting))
+                else:
+                    await self._obey(waiting.pop(0))
+            except Exception as error:
+                sessions = list(self._stage.sessions)
+                await self._tell({"kind": "failed", "sessions": sessions, "why": str(error)})
 
-    def _most_sessions(self, waiting: Sequence[Message]) -> int:
+    def _most_sessions(self, waiting: Sequence[Message]) -> float:
         """How many sessions may share a pass: so many that every worker has one to compute.
 
         With all of them in one pass, the workers would take turns. They go on to the next stage in
         the groups that the first stage has made.
         """
+        if self._number:
+            return math.inf
         known = {part[0] for message in waiting for part in message.get("parts", ())}
-        known.update(self._stage.sessions)
-        return len(known) if self._number else math.ceil(len(known) / self._num_workers)
+        return math.ceil(len(known.union(*self._lately)) / self._num_workers)
 
-    async def _compute(self, messages: Sequence[Message]) -> None:
+    async def _compute(
+        self, messages: Sequence[Message], rewound: Mapping[str, tuple[int, int]]
+    ) -> None:
+        """Compute one pass and send it on, without what sessions have been rewound from meanwhile."""
         rebuilt = messages[0]["rebuilt"]
         accepted: list[tuple[list[Part], TensorDict]] = []
         for message in messages:
             parts = [Part(*part) for part in message["parts"]]
-            over = [part for part in parts if self._stage.is_over(part)]
+            over = [p for p in parts if self._stage.is_over(p) or _is_rewound(p, rewound)]
             gaps = [part for part in parts if part not in over and not self._stage.accepts(part)]
             if gaps:
                 await self._tell({"kind": "gap", "sessions": [part.session for part in gaps]})
@@ -317,29 +325,43 @@ class _Running:
         parts, values = join(accepted)
         loop = asyncio.get_running_loop()
         try:
-            done, outputs = await loop.run_in_executor(
-                self._hub.computing, self._stage.run, parts, values
+            done, outputs, seconds = await loop.run_in_executor(
+                self._hub.computing, self._run_timed, parts, values
             )
         except Exception as error:
             sessions = [part.session for part in parts]
             await self._tell({"kind": "failed", "sessions": sessions, "why": str(error)})
             return
+        # Those before have computed them in passes of theirs: one stands for all.
+        computed = [*messages[0].get("computed", ()), (sum(p.count for p in parts), seconds)]
         if self._stage.is_last:
-            await self._answer(done, outputs)
+            await self._answer(done, outputs, computed)
             return
         wanted, outputs = select(done, outputs, self._number + 1 in rebuilt)
         if wanted:
-            await self._send_on(wanted, outputs, rebuilt)
+            await self._send_on(wanted, outputs, rebuilt, computed)
 
-    async def _answer(self, parts: Sequence[Part], outputs: TensorDict) -> None:
+    def _run_timed(
+        self, parts: Sequence[Part], values: TensorDict
+    ) -> tuple[list[Part], TensorDict, float]:
+        begin = time.perf_counter()
+        done, outputs = self._stage.run(parts, values)
+        return done, outputs, time.perf_counter() - begin
+
+    async def _answer(
+        self, parts: Sequence[Part], outputs: TensorDict, computed: Sequence[tuple[int, float]]
+    ) -> None:
         found = [p for p, logits in split_logits(parts, outputs["logits"]) if len(logits)]
         if found:
-            await self._tell(
-                {"kind": "logits", "parts": [astuple(part) for part in found]}, outputs
-            )
+            message = {"kind": "logits", "parts": [astuple(part) for part in found]}
+            await self._tell({**message, "computed": computed}, outputs)
 
     async def _send_on(
-        self, parts: Sequence[Part], values: TensorDict, rebuilt: Sequence[int]
+        self,
+        parts: Sequence[Part],
+        values: TensorDict,
+        rebuilt: Sequence[int],
+        computed: Sequence[tuple[int, float]] = (),
     ) -> None:
         if self._following is None:
             return
@@ -349,6 +371,7 @@ class _Running:
             "stage": self._number + 1,
             "parts": [astuple(part) for part in parts],
             "rebuilt": list(rebuilt),
+            "computed": list(computed),
         }
         await self._hub.send(self._following, message, values)
 
@@ -367,6 +390,7 @@ class _Running:
         elif kind == "route":
             self._following = message["following"]
             self._num_workers = message["num_workers"]
+            self._lately = deque(self._lately, self._num_workers)
         elif kind == "resend":
             self._following = message["following"]
             for session, deliver, want in message["sessions"]:
@@ -378,7 +402,7 @@ class _Running:
         await self._hub.tell_driver(self._deployment, {**message, "stage": self._number}, values)
 
 
-def _together(waiting: Sequence[Message], most_sessions: int) -> list[Message]:
+def _together(waiting: Sequence[Message], most_sessions: float) -> list[Message]:
     """Return the first messages that make one pass; none if the first isn't a pass.
 
     >>> parts = [[(session, 0, 0, 1, 0, "last")] for session in "abc"]
@@ -403,6 +427,22 @@ def _together(waiting: Sequence[Message], most_sessions: int) -> list[Message]:
         sessions |= own
         found.append(message)
     return found
+
+
+def _rewound(waiting: Sequence[Message]) -> dict[str, tuple[int, int]]:
+    """Return from where on the sessions that wait begin anew: the newest epoch, and its first token."""
+    found: dict[str, tuple[int, int]] = {}
+    for message in waiting:
+        for session, epoch, start, *_ in message["parts"] if message["kind"] == "pass" else ():
+            if epoch > found.get(session, (0, 0))[0]:
+                found[session] = (epoch, start)
+    return found
+
+
+def _is_rewound(part: Part, rewound: Mapping[str, tuple[int, int]]) -> bool:
+    """Tell whether all of a part's tokens will be cut off."""
+    epoch, start = rewound.get(part.session, (0, 0))
+    return part.epoch < epoch and start <= part.start
 
 
 def _without(
