@@ -123,19 +123,14 @@ def volunteers(count: int, folder: Path, delay: bool = False) -> Iterator[tuple[
         for number in range(count):
             command = [sys.executable, "-m", "dask", "worker", cluster.scheduler_address]
             command += ["--name", f"volunteer-{number}", "--nthreads", "1", "--no-nanny"]
-            command += [
-                "--host",
-                "127.0.0.1",
-                "--no-dashboard",
-                "--preload",
-                "dagflow.worker",
-                "--torch-threads",
-                "1",
-            ]
+            command += ["--no-dashboard"]
             if delay:
                 relay = stack.enter_context(Relay(DELAY_SECONDS))
                 command += ["--listen-address", f"tcp://127.0.0.1:{relay.behind}"]
                 command += ["--contact-address", f"tcp://127.0.0.1:{relay.port}"]
+            else:
+                command += ["--host", "127.0.0.1"]
+            command += ["--preload", "dagflow.worker", "--torch-threads", "1"]
             log = stack.enter_context((folder / f"volunteer-{number}.log").open("w"))
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             process = subprocess.Popen(command, stderr=log, stdout=log, env=environment)
@@ -147,7 +142,11 @@ def volunteers(count: int, folder: Path, delay: bool = False) -> Iterator[tuple[
 
 
 class Relay:
-    """Hands bytes on, both ways, so much later; a long way off on one machine."""
+    """Hands bytes on, both ways, each so much later than it came; a long way off on one machine.
+
+    Whoever calls a worker, the driver or the stage before, calls its relay, so each hop passes one once:
+    driver to stage, stage to stage, and the last stage's answer, which comes back on the driver's call.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -157,13 +156,24 @@ class Relay:
 
     def __enter__(self) -> Relay:
         self._thread.start()
-        serving = asyncio.start_server(self._serve, "127.0.0.1", self.port)
-        asyncio.run_coroutine_threadsafe(serving, self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
         return self
 
     def __exit__(self, *_: Any) -> None:
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
+    async def _end(self) -> None:
+        self._server.close()
+        serving = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -171,13 +181,42 @@ class Relay:
         except OSError:
             writer.close()
             return
-        await asyncio.gather(self._hand_on(reader, back), self._hand_on(there, writer))
+        try:
+            with contextlib.suppress(asyncio.CancelledError):  # at the end
+                await self._hand_on(((reader, back), (there, writer)))
+        finally:
+            back.close()
+            writer.close()
 
-    async def _hand_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _hand_on(
+        self, ways: Sequence[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+    ) -> None:
+        async with asyncio.TaskGroup() as group:
+            for source, target in ways:
+                pending: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+                group.create_task(self._take(source, pending))
+                group.create_task(self._give(pending, target))
+
+    async def _take(
+        self, source: asyncio.StreamReader, pending: asyncio.Queue[tuple[float, bytes]]
+    ) -> None:
         with contextlib.suppress(OSError):
-            while data := await reader.read(1 << 16):
-                self._loop.call_later(self._seconds, writer.write, data)
-        self._loop.call_later(self._seconds, writer.close)
+            while data := await source.read(1 << 16):
+                pending.put_nowait((self._loop.time() + self._seconds, data))
+        pending.put_nowait((self._loop.time() + self._seconds, b""))
+
+    async def _give(
+        self, pending: asyncio.Queue[tuple[float, bytes]], target: asyncio.StreamWriter
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                due, data = await pending.get()
+                await asyncio.sleep(due - self._loop.time())
+                if not data:
+                    break
+                target.write(data)
+                await target.drain()
+        target.close()
 
 
 def _free_ports(count: int) -> list[int]:
