@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dagflow.sessions.answers import Token
     from dagflow.sessions.deployment import Deployment
     from dagflow.sessions.generate import Generation, generate
+    from dagflow.sessions.kept import StoredAnswer
     from dagflow.sessions.loading import load
     from dagflow.sessions.models import Model
     from dagflow.sessions.sampling import Sampling
@@ -82,6 +83,7 @@ __all__ = [
     "StepEvent",
     "StoreHoldsAnotherRun",
     "StoreNotWritable",
+    "StoredAnswer",
     "Token",
     "TokenDataset",
     "TrainResult",
@@ -144,6 +146,7 @@ _HOMES = {
         "Generation",
         "generate",
     ),
+    "dagflow.sessions.kept": ("StoredAnswer",),
     "dagflow.sessions.loading": ("load",),
     "dagflow.sessions.models": ("Model",),
     "dagflow.sessions.sampling": ("Sampling",),

@@ -7,6 +7,7 @@
     │   ├── StoreUnreachable, LeaseUnconfirmed
     │   ├── StateLost                  a stage's weights were on a worker that left
     │   ├── GarbageReceived            another worker's result can't be right
+    │   ├── SessionInUse               an answer or a session is being made by somebody
     │   ├── WorkersLost                too few workers are left, or none came in time
     │   │   └── SchedulerLost          the scheduler went away
     │   ├── CacheFull                  workers' caches have no room for more tokens now
@@ -94,6 +95,10 @@ class CacheFull(TransientError):
     """The workers' caches have no room for a session's tokens now; others may make some."""
 
 
+class SessionInUse(TransientError):
+    """An answer or a session of this name is being made; once that has ended it can be had."""
+
+
 class WorkerIncompatible(PermanentError):
     """A worker runs another dagflow, or a torch that can't run the programs."""
 
@@ -123,6 +128,7 @@ __all__ = [
     "ProgramTooNew",
     "RequestTooLarge",
     "SchedulerLost",
+    "SessionInUse",
     "SettingsInvalid",
     "StageTooLarge",
     "StateLost",

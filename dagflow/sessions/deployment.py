@@ -13,16 +13,27 @@ from typing import Any
 import torch
 from distributed import Client
 
-from dagflow.errors import BatchInvalid, SettingsInvalid
+from dagflow.errors import BatchInvalid, SettingsInvalid, TaskFailed
 from dagflow.run.clusters import ClusterSettings, open_cluster, roster
 from dagflow.sessions.answers import Answer, Request, Token
 from dagflow.sessions.draft import Draft
 from dagflow.sessions.engine import Engine
+from dagflow.sessions.keeping import Keeper, Record, check_name, keeping
+from dagflow.sessions.kept import (
+    StoredAnswer,
+    chosen_so_far,
+    close,
+    note,
+    stored_answers,
+    take_up_answers,
+)
 from dagflow.sessions.models import Model
 from dagflow.sessions.pool import CacheState
 from dagflow.sessions.sampling import Sampling
+from dagflow_storage import Store
 
 _DEFAULT_NEW_TOKENS = 128
+_LOOK_SECONDS = 1.0
 
 
 class Deployment:
@@ -47,11 +58,22 @@ class Deployment:
         the large one will say. It changes no answer.
     verbose : bool
         Print what happens to workers.
+    store : str, Path or Store, optional
+        Folder or URL where answers and sessions that have names are kept, so that another driver can
+        go on with them: prompts, options and tokens. One driver at a time keeps what it does in a
+        store.
+    keep_seconds : float, optional
+        How long the store keeps an answer after its last token, a day by default; None for until it
+        is forgotten. Sessions stay until they are forgotten.
 
     Raises
     ------
     StageTooLarge
         If the workers' memory doesn't hold the model.
+    StoreInUse
+        If another driver uses the store. One that has died on this machine is noticed at once, one
+        elsewhere is waited for until it has been silent for half a minute.
+    StoreNotWritable, StoreUnreachable
     WorkersLost
     """
 
@@ -66,6 +88,8 @@ class Deployment:
         prefix_reuse: bool = True,
         draft: Model | str | Path | torch.nn.Module | None = None,
         verbose: bool = False,
+        store: str | Path | Store | None = None,
+        keep_seconds: float | None = 86_400.0,
     ) -> None:
         if cache_bytes is not None and cache_bytes < 1:
             raise SettingsInvalid(f"cache_bytes counts from 1; found {cache_bytes}.")
@@ -73,7 +97,12 @@ class Deployment:
         self.model = model
         self._stack = ExitStack()
         self._draft: Draft | None = None
+        self._keeper: Keeper | None = None
         try:
+            if store is not None:
+                said = print if verbose else None
+                kept = keeping(store, said, keep_seconds=keep_seconds)
+                self._keeper = self._stack.enter_context(kept)
             if draft is not None:
                 self._draft = Draft(draft, model)
                 self._stack.callback(self._draft.close)
@@ -129,9 +158,15 @@ class Deployment:
         speculate: bool = True,
         logprobs: int | None = None,
         logits: bool = False,
+        name: str | None = None,
         **sampling: Any,
     ) -> Request:
         """Check what is wanted.
+
+        Parameters
+        ----------
+        name : str, optional
+            Keeps the answer in the deployment's store, under this name.
 
         Raises
         ------
@@ -141,6 +176,9 @@ class Deployment:
             If prompt and answer are longer than the workers' caches allow.
         SettingsInvalid
         """
+        if name is not None:
+            check_name(name)
+            _ = self.keeper
         tokens = self.model.encode(prompt)
         limit = self.model.max_tokens
         if not tokens:
@@ -169,57 +207,176 @@ class Deployment:
             raise SettingsInvalid(
                 f"logit_bias names token {unknown}, which isn't in the vocabulary."
             )
-        return Request(tokens, wanted, chosen, stops, ends, speculate, logprobs, logits)
+        return Request(tokens, wanted, chosen, stops, ends, speculate, logprobs, logits, name)
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[Token]:
-        """Yield tokens of all answers as they come. Closing the iterator ends the sessions."""
+    def stream(
+        self, requests: Sequence[Request], *, keeper: Keeper | None = None
+    ) -> Iterator[Token]:
+        """Yield tokens of all answers as they come. Closing the iterator ends the sessions.
+
+        An answer that the store has, or a part of it, comes from its first token on as well; what was
+        written isn't computed again.
+
+        Parameters
+        ----------
+        keeper : Keeper, optional
+            Keeps answers that have names, in place of the deployment's own.
+
+        Raises
+        ------
+        StoreHoldsAnotherRun
+            If another answer is kept under a request's name.
+        SessionInUse
+            If an answer of that name is being made.
+        WorkersLost, TaskFailed, LeaseLost
+            If an answer breaks off. What was written of it can be gone on with.
+        """
+        records = take_up_answers(keeper or self._keeper, self.model, requests)
+        yield from self._stream(requests, records)
+
+    def resume(self, answers: Sequence[StoredAnswer]) -> Iterator[Token]:
+        """Go on with answers: yield the tokens that follow on those that they have.
+
+        A token's `prompt` counts the answers that were given. Raises what `stream` raises.
+        """
+        requests = [answer.request for answer in answers]
+        records = take_up_answers(self.keeper, self.model, requests)
+        yield from self._stream(requests, records, [len(answer.tokens) for answer in answers])
+
+    def _stream(
+        self,
+        requests: Sequence[Request],
+        records: Sequence[Record | None],
+        known: Sequence[int] | None = None,
+    ) -> Iterator[Token]:
         heard: queue.SimpleQueue[Token | BaseException | None] = queue.SimpleQueue()
-        running = self.begin(requests, heard.put)
+        running = self.begin(requests, heard.put, records, known)
         try:
-            while (found := heard.get()) is not None:
+            while (found := self._next(heard)) is not None:
                 if isinstance(found, BaseException):
                     raise found
                 yield found
         finally:
             running.cancel()
 
+    def _next(
+        self, heard: queue.SimpleQueue[Token | BaseException | None]
+    ) -> Token | BaseException | None:
+        while True:
+            try:
+                return heard.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                if self.engine.is_over:
+                    return TaskFailed("The dask client was closed: no token will come any more.")
+
     def begin(
-        self, requests: Sequence[Request], tell: Callable[[Token | BaseException | None], None]
+        self,
+        requests: Sequence[Request],
+        tell: Callable[[Token | BaseException | None], None],
+        records: Sequence[Record | None] | None = None,
+        known: Sequence[int] | None = None,
     ) -> Future[None]:
         """Begin answers; `tell` gets their tokens on the client's loop, then None or what went wrong.
 
         Cancelling the future ends the sessions, and tells nothing more.
-        """
 
-        async def one(number: int, request: Request) -> None:
-            async for token in self.answer(request, number):
-                tell(token)
+        Parameters
+        ----------
+        records : sequence of Record or None, optional
+            Where they are kept; those of `take_up`. They are closed at the end.
+        known : sequence of int, optional
+            How many tokens of each needn't be told.
+        """
+        kept = records if records is not None else [None] * len(requests)
+        skips = known if known is not None else [0] * len(requests)
+
+        async def one(number: int) -> None:
+            position = 0
+            async for token in self.answer(requests[number], number, kept[number]):
+                position += 1
+                if position > skips[number]:
+                    tell(token)
 
         async def all_of_them() -> None:
             try:
                 async with asyncio.TaskGroup() as group:
-                    for number, request in enumerate(requests):
-                        group.create_task(one(number, request))
+                    for number in range(len(requests)):
+                        group.create_task(one(number))
                 tell(None)
             except BaseExceptionGroup as error:
                 tell(error.exceptions[0])
 
-        running: Future[None] = self.engine.begin(all_of_them())
+        try:
+            running: Future[None] = self.engine.begin(all_of_them())
+        except BaseException:
+            close(kept)
+            raise
+        running.add_done_callback(lambda _: close(kept))
         return running
 
-    async def answer(self, request: Request, number: int = 0) -> AsyncIterator[Token]:
+    async def answer(
+        self, request: Request, number: int = 0, record: Record | None = None
+    ) -> AsyncIterator[Token]:
         """Yield the tokens of one answer, when there is room for it; runs on the client's loop."""
-        num_tokens = len(request.prompt) + request.max_new_tokens
-        live = await self.engine.admit(num_tokens, request.prompt)
+        made = chosen_so_far(record)
+        known = [*request.prompt, *(one.token for one in made)]
+        live = await self.engine.admit(len(request.prompt) + request.max_new_tokens, known)
         draft = self._draft.begin(live.name) if self._draft is not None else None
-        answer = Answer(self.engine, self.model, request, number, live, draft)
+        answer = Answer(self.engine, self.model, request, number, live, draft, made)
+        position = 0
         try:
             async for token in answer.tokens():
+                if record is not None and position >= len(made):
+                    record.check()
+                    note(record, position, token)
+                position += 1
                 yield token
         finally:
             if draft is not None:
                 draft.close()
             await self.engine.end(live, keep=True)
+
+    # What is kept
+
+    @property
+    def keeper(self) -> Keeper:
+        """What keeps answers and sessions.
+
+        Raises
+        ------
+        SettingsInvalid
+            If the deployment has no store.
+        """
+        if self._keeper is None:
+            raise SettingsInvalid(
+                "What has a name is kept in a store: say where, as Deployment(model, store=...)."
+            )
+        return self._keeper
+
+    @property
+    def is_keeping(self) -> bool:
+        """Whether the deployment has a store."""
+        return self._keeper is not None
+
+    def take_up(self, requests: Sequence[Request]) -> list[Record | None]:
+        """Have the answers to requests for this caller alone, if they have names; for `begin`."""
+        return take_up_answers(self._keeper, self.model, requests)
+
+    def answers(self) -> list[StoredAnswer]:
+        """Return this model's answers that the store has and nobody is making, the oldest first.
+
+        One that is so damaged that nobody can tell what it was is told of, and left out.
+        """
+        return stored_answers(self.keeper, self.model)
+
+    def forget(self, name: str) -> None:
+        """Delete an answer or a session from the store.
+
+        Raises
+        ------
+        NotFound, SessionInUse
+        """
+        self.keeper.forget(name)
 
 
 def _number_of_stages(num_stages: int | str, num_workers: int) -> int:

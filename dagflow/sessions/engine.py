@@ -7,6 +7,7 @@ connection each; a pass goes from stage to stage without coming back, and the la
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import uuid
 from collections import Counter
@@ -40,6 +41,7 @@ _LOOK_SECONDS = 0.25
 _MOST_UNHEARD = 8
 _CONNECT_SECONDS = 5.0
 _CHUNK_TOKENS = 256
+_LAST_WORDS_SECONDS = 5.0
 
 
 @dataclass
@@ -179,6 +181,7 @@ class Engine:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._live: dict[str, Live] = {}
         self._mending = asyncio.Lock()
+        self._begun: set[concurrent.futures.Future[Any]] = set()
         self._closed = False
 
     # From any thread
@@ -202,7 +205,9 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        self.call(self._end())
+        in_background(self._client, self._end()).result()
+        # Whoever waits for tokens hears why none come before the loop ends.
+        concurrent.futures.wait(set(self._begun), _LAST_WORDS_SECONDS)
         self._membership.__exit__()
 
     def address_of(self, stage: int) -> str:
@@ -229,11 +234,28 @@ class Engine:
 
     def call(self, doing: Any) -> Any:
         """Run a coroutine on the client's loop, and return what it returns."""
-        return in_background(self._client, doing).result()
+        return self.begin(doing).result()
 
     def begin(self, doing: Any) -> Any:
-        """Run a coroutine on the client's loop, and return its future at once."""
-        return in_background(self._client, doing)
+        """Run a coroutine on the client's loop, and return its future at once.
+
+        Raises
+        ------
+        SettingsInvalid
+            If the model was closed.
+        """
+        if self._closed:
+            doing.close()
+            raise SettingsInvalid("The deployment was closed: open another.")
+        begun = in_background(self._client, doing)
+        self._begun.add(begun)
+        begun.add_done_callback(self._begun.discard)
+        return begun
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the client was closed, and with it the loop that all of this runs on."""
+        return bool(self._client.status == "closed")
 
     # On the loop
 
@@ -562,11 +584,11 @@ class Engine:
         Raises
         ------
         TaskFailed
-            If a stage can't compute them.
+            If a stage can't compute them, or the model is being closed.
         CacheFull
             If the session is fed by hand, and there is no room for so many tokens more.
         SettingsInvalid
-            If the session or the model was closed.
+            If the session was closed.
         """
         return torch.cat([await future for future in await self.send(live, tokens, want)])
 
@@ -748,6 +770,8 @@ class Engine:
             await self._send_again(0, list(range(len(self.cut))), [live.name])
 
     def _check_open(self, live: Live) -> None:
+        if self._closed:
+            raise TaskFailed("The model was closed.")
         if live.name not in self._live:
             raise SettingsInvalid("The session was closed: open another, or fork it before.")
         if live.is_away and not live.by_hand and live.error is not None:

@@ -18,7 +18,10 @@ from dagflow.run.clusters import ClusterSettings
 from dagflow.sessions.answers import Request, Token
 from dagflow.sessions.beams import Beams, Hypothesis, search
 from dagflow.sessions.deployment import Deployment
+from dagflow.sessions.keeping import keeping
+from dagflow.sessions.kept import named
 from dagflow.sessions.models import Model
+from dagflow_storage import Store
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,14 @@ def generate(
     early_stopping: bool | Literal["never"] = False,
     num_return_sequences: int = 1,
     cluster: ClusterSettings | None = None,
+    store: str | Path | Store | None = None,
     **sampling: Any,
 ) -> Generation | Iterator[Token]:
     """Let a model go on from prompts, over a swarm.
+
+    With a `store`, called again after whatever ended it, with the same model, prompts and options, it
+    goes on where it was: the tokens that were written aren't computed again, and the answers are
+    those of an undisturbed call. A stream begins with the first tokens all the same.
 
     Parameters
     ----------
@@ -96,6 +104,8 @@ def generate(
         As for `Beams`. Answers to one prompt follow each other, the best first.
     draft
         As for `Deployment`; one that is open has its own.
+    store : str, Path or Store, optional
+        Folder or URL that keeps this call's answers, for good: a new one for each call.
     sampling
         As for `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty,
         presence_penalty, logit_bias, seed.
@@ -106,25 +116,25 @@ def generate(
         If a prompt or an option can't be.
     RequestTooLarge
         If prompt and answer are more than the workers' caches hold.
+    StoreHoldsAnotherRun
+        If the store has the answers of another call; says what differs.
+    StoreInUse
+        If another driver is at this call.
     WorkersLost
         If no worker is there, or none comes back in time.
     """
     beams = _beams(num_beams, length_penalty, early_stopping, num_return_sequences)
-    if beams is not None and stream:
-        raise SettingsInvalid(
-            "stream=True shows tokens as they come, and beam search knows them at the end: leave "
-            "stream or num_beams out."
-        )
-    if beams is not None and return_logits:
-        raise SettingsInvalid("Beam search returns scores, no logits: leave return_logits out.")
-    if isinstance(model, Deployment):
-        if draft is not None:
-            raise SettingsInvalid("The deployment is open: give it its draft= when it is opened.")
-        deployment, owned = model, ExitStack()
-    else:
-        owned = ExitStack()
-        deployment = owned.enter_context(Deployment(model, client, cluster=cluster, draft=draft))
+    _check_together(beams is not None, stream, return_logits, store is not None)
+    if isinstance(model, Deployment) and draft is not None:
+        raise SettingsInvalid("The deployment is open: give it its draft= when it is opened.")
+    owned = ExitStack()
     try:
+        keeper = None if store is None else owned.enter_context(keeping(store))
+        if isinstance(model, Deployment):
+            deployment = model
+        else:
+            opened = Deployment(model, client, cluster=cluster, draft=draft)
+            deployment = owned.enter_context(opened)
         requests = [
             deployment.request(
                 prompt,
@@ -140,7 +150,9 @@ def generate(
         if beams is not None:
             with owned:
                 return _searched(deployment, requests, beams)
-        tokens = deployment.stream(requests)
+        if keeper is not None:
+            requests = named(keeper, deployment.model, requests)
+        tokens = deployment.stream(requests, keeper=keeper)
     except BaseException:
         owned.close()
         raise
@@ -148,6 +160,22 @@ def generate(
         return _closing(owned, tokens)
     with owned:
         return _gathered(tokens, len(requests), return_logits)
+
+
+def _check_together(beams: bool, stream: bool, return_logits: bool, store: bool) -> None:
+    """Refuse options that exclude each other."""
+    if beams and stream:
+        raise SettingsInvalid(
+            "stream=True shows tokens as they come, and beam search knows them at the end: leave "
+            "stream or num_beams out."
+        )
+    if beams and return_logits:
+        raise SettingsInvalid("Beam search returns scores, no logits: leave return_logits out.")
+    if store and (beams or return_logits):
+        raise SettingsInvalid(
+            "A store keeps tokens, neither beams nor logits: leave store out, or num_beams and "
+            "return_logits."
+        )
 
 
 def _beams(

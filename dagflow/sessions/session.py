@@ -8,25 +8,74 @@ from typing import Any
 
 import torch
 
-from dagflow.errors import BatchInvalid, DagflowError, SettingsInvalid
+from dagflow.errors import BatchInvalid, DagflowError, DamagedData, SettingsInvalid
 from dagflow.sessions.deployment import Deployment
 from dagflow.sessions.engine import Live
+from dagflow.sessions.keeping import SESSION, Record
 from dagflow_tasks.decoding import ALL, LAST
 
 
 class Session:
     """One sequence on a deployment, fed and read by hand. A context manager.
 
+    Parameters
+    ----------
+    deployment : Deployment
+    name : str, optional
+        Keeps the session's tokens in the deployment's store, from where `resume` goes on with them.
+
     Attributes
     ----------
     tokens : list of int
         What the stages have been given.
+    logits : Tensor or None
+        After the last token (V,). None if nobody has asked for them: there is no token yet, or it
+        became the last one by a rewind or in a fork.
+
+    Raises
+    ------
+    SettingsInvalid
+        If a session of that name is kept already, or the deployment has no store.
     """
 
-    def __init__(self, deployment: Deployment, live: Live | None = None) -> None:
+    def __init__(
+        self, deployment: Deployment, live: Live | None = None, *, name: str | None = None
+    ) -> None:
         self._engine = deployment.engine
         self._deployment = deployment
+        self._record = None if name is None else _new_record(deployment, name)
+        self.logits: torch.Tensor | None = None
         self._live: Live = live if live is not None else self._engine.call(self._engine.open())
+
+    @classmethod
+    def resume(cls, deployment: Deployment, name: str) -> Session:
+        """Go on with a kept session: the stages are given its tokens again.
+
+        Tokens of the last fraction of a second may be lacking if its driver has died: look at
+        `position`. `logits` are those after the last one.
+
+        Raises
+        ------
+        NotFound
+            If no session of that name is kept.
+        DamagedData
+            If a part of it is damaged, and not only its end.
+        SettingsInvalid
+            If it was another model's, or an answer is kept under that name.
+        SessionInUse, LeaseLost, StoreUnreachable
+        """
+        record = deployment.keeper.take_up(name)
+        session = cls(deployment)
+        try:
+            tokens = _tokens_of(record, deployment)
+            if tokens:
+                session.prefill(tokens)
+        except BaseException:
+            session.close()
+            record.close()
+            raise
+        session._record = record
+        return session
 
     @property
     def tokens(self) -> list[int]:
@@ -51,10 +100,16 @@ class Session:
         if not given:
             raise BatchInvalid("There are no tokens to give.")
         self._check_room(len(given))
+        begin = self.position
+        if self._record is not None:
+            self._record.check()
         logits: torch.Tensor = self._engine.call(
             self._engine.feed(self._live, given, ALL if every else LAST)
         )
-        return logits if every else logits[-1]
+        if self._record is not None:
+            self._record.add(begin, given)
+        self.logits = logits[-1]
+        return logits if every else self.logits
 
     def decode(self, token: int) -> torch.Tensor:
         """Give one token, and return the logits (V,) after it; raises as `prefill` does."""
@@ -79,9 +134,14 @@ class Session:
             self._engine.rewind(self._live, position)
 
         self._engine.call(rewind())
+        self.logits = None
+        if self._record is not None:
+            self._record.add(position, [])
 
     def close(self) -> None:
-        """Forget the session, here and on the workers."""
+        """Forget the session, here and on the workers; one with a name stays in the store."""
+        if self._record is not None:
+            self._record.close()
         self._engine.call(self._engine.end(self._live))
 
     def __enter__(self) -> Session:
@@ -105,3 +165,33 @@ class Session:
                 f"The session has {self.position} tokens and would get {count} more; the model was "
                 f"made for {limit}."
             )
+
+
+def _new_record(deployment: Deployment, name: str) -> Record:
+    keeper = deployment.keeper
+    record = keeper.take_up(name, {"kind": SESSION, "model": deployment.model.ref.name})
+    if record.found is not None:
+        record.close()
+        raise SettingsInvalid(
+            f"{keeper.store.url} keeps something of the name {name!r} already: go on with it "
+            f"(Session.resume(deployment, {name!r})), or forget it (deployment.forget({name!r}))."
+        )
+    return record
+
+
+def _tokens_of(record: Record, deployment: Deployment) -> list[int]:
+    """Return what a kept session was given."""
+    found = record.found
+    assert found is not None
+    kind, model = found.head["kind"], found.head["model"]
+    if (kind, model) != (SESSION, deployment.model.ref.name):
+        raise SettingsInvalid(
+            f"{record.name!r} is kept as {kind} of the model {model}; to be resumed here it must be a "
+            f"session of {deployment.model.ref.name}."
+        )
+    if found.is_damaged:
+        raise DamagedData(
+            f"The session {record.name!r} is damaged after its token {len(found.tokens)}, and more "
+            f"followed. Delete it: deployment.forget({record.name!r})."
+        )
+    return list(found.tokens)

@@ -43,6 +43,14 @@ from dagflow_storage.retention import (
 )
 from dagflow_storage.retries import Clock, Retries, RetryPolicy
 from dagflow_storage.runs import RunDirectory, settings_diff
+from dagflow_storage.sequences import (
+    SEQUENCES_FOLDER,
+    SequenceLog,
+    StoredSequence,
+    delete_sequence,
+    is_sequence_name,
+    list_sequences,
+)
 from dagflow_storage.snapshots import (
     Snapshot,
     commit_snapshot,
@@ -63,6 +71,7 @@ from dagflow_storage.verify import (
 __all__ = [
     "ALIGNMENT_BYTES",
     "JSON",
+    "SEQUENCES_FOLDER",
     "ArraySpec",
     "Blosc2Codec",
     "Clock",
@@ -85,6 +94,7 @@ __all__ = [
     "Retries",
     "RetryPolicy",
     "RunDirectory",
+    "SequenceLog",
     "ShardRecord",
     "Snapshot",
     "SnapshotFacts",
@@ -96,17 +106,21 @@ __all__ = [
     "StoreUnreachable",
     "StoredArray",
     "StoredObject",
+    "StoredSequence",
     "TokenArray",
     "TransientError",
     "apply_retention",
     "collect_garbage",
     "commit_snapshot",
     "delete_old_snapshots",
+    "delete_sequence",
     "delete_snapshot",
     "differences",
     "first_journal_step",
     "glance_at_snapshot",
     "hold_lease",
+    "is_sequence_name",
+    "list_sequences",
     "list_snapshots",
     "newest_whole_snapshot",
     "read_arrays",

@@ -7,6 +7,7 @@
 An object can't be appended to: small additions write their part again, until it is long enough.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,13 +54,25 @@ class RowLog:
         self._store.write_bytes(self._path(start), text.encode())
         self._last_part = part
 
-    def read(self) -> list[dict[str, Any]]:
-        """All rows that hold, by step; rows of one step as they were appended."""
+    def read(self, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
+        """All rows that hold, by step; rows of one step as they were appended.
+
+        Parameters
+        ----------
+        skip_damaged
+            Leave out what is no row, for readers that notice by themselves that one is missing.
+
+        Raises
+        ------
+        DamagedData
+            If something is no row, and that isn't to be left out.
+        """
         starts = self._parts()
         rows: list[dict[str, Any]] = []
         for start, end in zip_longest(starts, starts[1:]):
             # A part that starts later was written later, so it has the say from its start on.
-            rows += [row for row in self._rows(start) if end is None or row["step"] < end]
+            found = self._sound_rows(start) if skip_damaged else self._rows(start)
+            rows += [row for row in found if end is None or row["step"] < end]
         return sorted(rows, key=lambda row: int(row["step"]))
 
     def last(self) -> dict[str, Any] | None:
@@ -86,6 +99,16 @@ class RowLog:
             yield from [json.loads(line) for line in data.splitlines()]
         except ValueError as error:
             raise DamagedData(f"{path} in {self._store!r}: {error}") from error
+
+    def _sound_rows(self, start: int) -> Iterator[dict[str, Any]]:
+        with contextlib.suppress(NotFound):
+            for line in self._store.read_bytes(self._path(start)).splitlines():
+                try:
+                    row = json.loads(line)
+                    _step_of(row)
+                except (ValueError, AttributeError):
+                    continue
+                yield row
 
 
 def _step_of(row: Mapping[str, JSON]) -> int:
