@@ -265,6 +265,11 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
     show_default=True,
     help="Compute what prompts begin with alike only once.",
 )
+@click.option(
+    "--answers",
+    help="Folder or URL that keeps answers to requests with an Idempotency-Key, for a day: sent again, "
+    "they are gone on with, also after this server has died.",
+)
 @_clear_errors
 def serve(api_key: tuple[str, ...], max_running: int, max_queue: int, **options: Any) -> None:
     """Serve a language model as OpenAI's clients expect it, and a page to talk to it.

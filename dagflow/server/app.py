@@ -24,10 +24,12 @@ from dagflow.server.connection import EventStream, read_body, while_connected
 from dagflow.server.conversation import to_prompt
 from dagflow.server.encoding import encode
 from dagflow.server.errors import ApiError, as_api_error
+from dagflow.server.idempotency import name_of, take_up, with_names, with_seed
 from dagflow.server.metrics import CONTENT_TYPE, Metrics
 from dagflow.server.replies import ChatReply, CompletionReply, Reply, Usage
 from dagflow.sessions.answers import Request as Wanted
 from dagflow.sessions.deployment import Deployment
+from dagflow.sessions.kept import close
 
 _PAGE = Path(__file__).with_name("page.html")
 _CLIENT_LEFT = 499
@@ -168,7 +170,8 @@ class Service:
         Raises
         ------
         ApiError
-            429 if too many wait already, 503 if the server is being ended.
+            429 if too many wait already, 503 if the server is being ended, 422 if other answers are
+            kept under the same key.
         """
         try:
             await self.admission.enter()
@@ -179,7 +182,13 @@ class Service:
             )
             retry = {"Retry-After": str(self.metrics.retry_seconds)}
             raise ApiError(429, message, "queue_full", headers=retry) from None
+        try:
+            records = await take_up(self.deployment, wanted)
+        except BaseException:
+            self.admission.leave()
+            raise
         if self.is_ending:
+            close(records)
             self.admission.leave()
             raise _ending()
         began = time.monotonic()
@@ -190,7 +199,7 @@ class Service:
             self.live.discard(answers)
             self.admission.leave()
 
-        answers = Answers(self.deployment, wanted, ended)
+        answers = Answers(self.deployment, wanted, ended, records)
         self.live.add(answers)
         return answers
 
@@ -200,15 +209,25 @@ class Service:
         for answers in list(self.live):
             answers.fail(_ending())
 
+    def key_of(self, request: Request) -> str | None:
+        """Return under which name the answer to a request is kept, if it is."""
+        return name_of(request) if self.deployment.is_keeping else None
+
     async def answer(
-        self, request: Request, body: Common, wanted: list[Wanted], reply: type[Reply]
+        self,
+        request: Request,
+        body: Common,
+        wanted: list[Wanted],
+        reply: type[Reply],
+        key: str | None,
     ) -> Response:
         """Answer a request, whole or as a stream; end it when the client leaves."""
+        wanted = with_names(wanted, key)
         # An answer more to the same prompt costs no prompt more.
         num_prompt_tokens = sum(len(one.prompt) for one in wanted[:: body.n])
         usage = Usage(num_prompt_tokens, body.n)
         answers = await while_connected(request.receive, self.begin(wanted, num_prompt_tokens))
-        saying = reply(self.name, self.tokenizer, len(wanted), usage)
+        saying = reply(self.name, self.tokenizer, len(wanted), usage, key)
         if body.stream:
             pieces = saying.pieces(
                 answers.tokens(), include_usage=body.stream_options.include_usage
@@ -255,18 +274,20 @@ def make_app(service: Service) -> ASGIApp:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         service.check_key(request)
-        body = parse(ChatBody, await read_body(request))
+        key = service.key_of(request)
+        body = with_seed(parse(ChatBody, await read_body(request)), key)
         service.check_model(body.model)
         wanted = await asyncio.to_thread(service.wanted_of_chat, body)
-        return await service.answer(request, body, wanted, ChatReply)
+        return await service.answer(request, body, wanted, ChatReply, key)
 
     @app.post("/v1/completions")
     async def completion(request: Request) -> Response:
         service.check_key(request)
-        body = parse(CompletionBody, await read_body(request))
+        key = service.key_of(request)
+        body = with_seed(parse(CompletionBody, await read_body(request)), key)
         service.check_model(body.model)
         wanted = await asyncio.to_thread(service.wanted_of_completion, body)
-        return await service.answer(request, body, wanted, CompletionReply)
+        return await service.answer(request, body, wanted, CompletionReply, key)
 
     @app.exception_handler(HTTPException)
     async def no_such_thing(request: Request, error: HTTPException) -> Response:

@@ -9,6 +9,7 @@ from enum import Enum
 
 from dagflow.sessions.answers import Request, Token
 from dagflow.sessions.deployment import Deployment
+from dagflow.sessions.keeping import Record
 
 
 class Ending(Enum):
@@ -33,12 +34,13 @@ class Answers:
         deployment: Deployment,
         requests: Sequence[Request],
         ended: Callable[[Ending, int], None],
+        records: Sequence[Record | None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._heard: asyncio.Queue[Token | BaseException | None] = asyncio.Queue()
         self._ended: Callable[[Ending, int], None] | None = ended
         self._num_tokens = 0
-        self._running = deployment.begin(requests, self._tell)
+        self._running = deployment.begin(requests, self._tell, records)
 
     async def tokens(self) -> AsyncIterator[Token]:
         """Yield the tokens of all answers as they come; raise what ended them."""

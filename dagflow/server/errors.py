@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dagflow.errors import BatchInvalid, RequestTooLarge, SettingsInvalid, TransientError
+from dagflow.errors import (
+    BatchInvalid,
+    LeaseLost,
+    RequestTooLarge,
+    SessionInUse,
+    SettingsInvalid,
+    TransientError,
+)
 
 _RETRY_SECONDS = 5
 
@@ -60,7 +67,10 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error), "context_length_exceeded")
     if isinstance(error, BatchInvalid | SettingsInvalid):
         return ApiError(400, str(error))
-    if isinstance(error, TransientError):
+    if isinstance(error, SessionInUse):
+        headers = {"Retry-After": "1"}
+        return ApiError(409, "The answer is being made just now.", "in_progress", headers=headers)
+    if isinstance(error, TransientError | LeaseLost):
         headers = {"Retry-After": str(_RETRY_SECONDS)}
         return ApiError(503, f"{type(error).__name__}: {error}", "unavailable", headers=headers)
     return ApiError(500, f"{type(error).__name__}: {error}", "failed")

@@ -71,18 +71,27 @@ class Reply(ABC):
     num_choices : int
     usage : Usage
         Counted up as tokens come.
+    key : str, optional
+        The same for the same answer; a random one by default.
     """
 
     prefix: ClassVar[str]
     whole_object: ClassVar[str]
     piece_object: ClassVar[str]
 
-    def __init__(self, model: str, tokenizer: Any, num_choices: int, usage: Usage) -> None:
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Any,
+        num_choices: int,
+        usage: Usage,
+        key: str | None = None,
+    ) -> None:
         self.usage = usage
         self._tokenizer = tokenizer
         self._choices = [_Choice() for _ in range(num_choices)]
         self._head = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "id": f"{self.prefix}-{key or uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
         }

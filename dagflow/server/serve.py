@@ -45,13 +45,21 @@ def serve(
     workers: int | None,
     cache_memory: int | None,
     prefix_reuse: bool,
+    answers: str | None,
     settings: ServerSettings,
     note: Callable[[str], None] = print,
 ) -> None:
     """Serve a model until Ctrl-C or a SIGTERM.
 
+    Parameters
+    ----------
+    answers : str or None
+        Folder or URL that keeps the answers to requests with an Idempotency-Key.
+
     Raises
     ------
+    StoreInUse
+        If another server keeps its answers there.
     SettingsInvalid
         If there is no such model, or somebody else has the port.
     WorkersLost
@@ -69,6 +77,7 @@ def serve(
             cache_bytes=cache_memory,
             prefix_reuse=prefix_reuse,
             verbose=True,
+            store=answers,
         ) as deployment:
             service = Service(deployment, public_name(model), settings)
             config = uvicorn.Config(

@@ -6,10 +6,11 @@ import random
 from collections.abc import Callable
 from contextlib import closing
 
-from dagflow.errors import BatchInvalid
+from dagflow.errors import BatchInvalid, DagflowError
 from dagflow.run.clusters import ClusterSettings
 from dagflow.server.conversation import Message, to_prompt
 from dagflow.server.opening import open_model
+from dagflow.sessions.answers import LENGTH
 from dagflow.sessions.deployment import Deployment
 
 _PROMPT = "> "
@@ -65,7 +66,7 @@ def _answer(
     max_tokens: int,
     write: Callable[[str], None],
 ) -> str:
-    """Show an answer as it comes, and return it, or what there was of it at Ctrl-C."""
+    """Show an answer as it comes, and return what there was of it; say so if it isn't all."""
     prompt, stops = to_prompt(deployment.model.tokenizer, messages)
     request = deployment.request(
         prompt,
@@ -80,7 +81,11 @@ def _answer(
             for token in tokens:
                 answer += token.text
                 write(token.text)
+                if token.finish_reason == LENGTH:
+                    write(" [cut off at its longest length]")
     except KeyboardInterrupt:
         write(" [ended]")
+    except DagflowError as error:
+        write(f" [broken off] {type(error).__name__}: {error}")
     write("\n")
     return answer

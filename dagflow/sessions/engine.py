@@ -205,6 +205,8 @@ class Engine:
         if self._closed:
             return
         self._closed = True
+        if self.is_over:
+            return
         in_background(self._client, self._end()).result()
         # Whoever waits for tokens hears why none come before the loop ends.
         concurrent.futures.wait(set(self._begun), _LAST_WORDS_SECONDS)
@@ -242,11 +244,12 @@ class Engine:
         Raises
         ------
         SettingsInvalid
-            If the model was closed.
+            If the model or the client was closed.
         """
-        if self._closed:
+        if self._closed or self.is_over:
             doing.close()
-            raise SettingsInvalid("The deployment was closed: open another.")
+            what = "deployment" if self._closed else "dask client"
+            raise SettingsInvalid(f"The {what} was closed: open another.")
         begun = in_background(self._client, doing)
         self._begun.add(begun)
         begun.add_done_callback(self._begun.discard)

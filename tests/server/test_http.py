@@ -115,9 +115,19 @@ def test_a_server_that_is_ended_tells_its_clients(model_folder: Path) -> None:
         process,
     ):
         body = {"model": "tiny", "prompt": "A", "logit_bias": GOES_ON, **LONG}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        whole = {**body, "stream": False}
+        with (
+            ThreadPoolExecutor(1) as pool,
+            httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response,
+        ):
             lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
             assert "error" not in json.loads(next(lines))
+            waiting = pool.submit(httpx.post, f"{url}/v1/completions", json=whole, timeout=60)
+            while httpx.get(f"{url}/health").json()["running"] < 2:
+                assert not waiting.done()
             process.send_signal(signal.SIGTERM)
-            *_, last = lines
-        assert json.loads(last)["error"]["code"] == "unavailable"
+            *said, last = [json.loads(line) for line in lines]
+            refused = waiting.result()
+        assert {piece["choices"][0]["finish_reason"] for piece in said} <= {None}
+        assert last["error"]["code"] == "unavailable"
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")

@@ -6,6 +6,7 @@ import io
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -13,10 +14,11 @@ from tiny import save_tiny
 from transformers import AutoTokenizer
 
 from dagflow.cli import main
-from dagflow.errors import SettingsInvalid
+from dagflow.errors import SettingsInvalid, TaskFailed
 from dagflow.server.conversation import to_prompt
 from dagflow.server.opening import open_model
 from dagflow.server.terminal import chat
+from dagflow.sessions.engine import Engine
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -77,6 +79,38 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(
     )
     assert shown[3] == " [ended]"
     assert len(shown) > 8
+    assert shown[-3:-1] == [" [cut off at its longest length]", "\n"]
+
+
+def test_an_answer_that_breaks_off_says_why_and_the_conversation_goes_on(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\nWhere?\n"))
+    shown: list[str] = []
+    feed, times = Engine.feed, iter(range(1000))
+
+    async def feed_or_fail(self: Engine, *args: Any) -> Any:
+        """A worker that fails at the third token."""
+        if next(times) == 2:
+            raise TaskFailed("1F0 can't")
+        return await feed(self, *args)
+
+    monkeypatch.setattr(Engine, "feed", feed_or_fail)
+    chat(
+        str(model_folder),
+        store="memory://broken",
+        scheduler=None,
+        stages="auto",
+        weights=None,
+        workers=1,
+        system=None,
+        temperature=0.0,
+        max_tokens=8,
+        write=shown.append,
+    )
+    said = "".join(shown)
+    assert said.count("[broken off] TaskFailed: 1F0 can't\n") == 1
+    assert said.count("[cut off at its longest length]\n") == 1
 
 
 def test_a_stored_model_is_opened_by_its_name(model_folder: Path) -> None:
