@@ -514,11 +514,15 @@ def main() -> int:
     document |= {
         "benchmark": "serve",
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {"num_cores": os.cpu_count(), "python": platform.python_version()},
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "machine": {
+            "num_cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "load": os.getloadavg(),
+        },
+        "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path)},
     }
     options.to.parent.mkdir(parents=True, exist_ok=True)
-    options.to.write_text(json.dumps(document, indent=1) + "\n")
+    options.to.write_text(json.dumps(document) + "\n")
     print(f"\nwritten: {options.to}")
     bad = any(document[name]["lost"] or document[name]["wrong"] for name in options.part)
     return int(bad or document["sessions_left"] > 0)

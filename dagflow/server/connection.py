@@ -22,7 +22,7 @@ _MAX_READ_BYTES = 4 * MAX_BODY_BYTES
 PATIENCE_SECONDS = 60.0
 
 
-async def read_body(request: Request) -> bytes:
+async def read_body(request: Request, patience_seconds: float = PATIENCE_SECONDS) -> bytes:
     """Return a request's body.
 
     Raises
@@ -35,11 +35,11 @@ async def read_body(request: Request) -> bytes:
     coming = aiter(request.stream())
     while True:
         try:
-            part = await asyncio.wait_for(anext(coming), PATIENCE_SECONDS)
+            part = await asyncio.wait_for(anext(coming), patience_seconds)
         except StopAsyncIteration:
             break
         except TimeoutError:
-            message = f"Nothing of the body has come for {PATIENCE_SECONDS:g} s."
+            message = f"Nothing of the body has come for {patience_seconds:g} s."
             raise ApiError(408, message, "request_timeout") from None
         size += len(part)
         if size <= MAX_BODY_BYTES:

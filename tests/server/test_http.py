@@ -91,7 +91,15 @@ def test_health_metrics_and_the_page_need_no_key(served: Served) -> None:
         health = stranger.get("/health")
         metrics = stranger.get("/metrics")
         page = stranger.get("/")
-    assert health.json() == {"status": "ok", "model": "tiny", "running": 0, "waiting": 0}
+    wanted = {
+        "status": "ok",
+        "model": "tiny",
+        "running": 0,
+        "waiting": 0,
+        "workers": 2,
+        "missing": [],
+    }
+    assert health.json() == wanted
     assert "# TYPE dagflow_requests_total counter" in metrics.text
     assert page.headers["content-type"].startswith("text/html")
     assert "v1/chat/completions" in page.text
