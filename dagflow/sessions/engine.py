@@ -702,8 +702,8 @@ class Engine:
         if useful and not self._lost() and not self._mending.locked():
             if len(live.tokens) > live.num_computed:
                 self.rewind(live, live.num_computed)
+            del self._live[live.name]  # first: somebody may wait for just this one, or for its room
             if self.pool.keep(live):
-                del self._live[live.name]
                 return
         await asyncio.shield(self._drop(live))
 

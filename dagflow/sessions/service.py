@@ -92,6 +92,8 @@ class SessionWorker(WorkerPlugin):  # type: ignore[misc]
     """Lets a worker take part in sessions."""
 
     name = "dagflow-sessions"
+    # Registered once more by the next deployment it would be torn down before, with all stages.
+    idempotent = True
 
     def setup(self, worker: Worker) -> None:
         wire.register()

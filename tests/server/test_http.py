@@ -116,6 +116,48 @@ def test_metrics_count_tokens(served: Served) -> None:
         assert after[name] - before[name] == count
 
 
+def test_prompts_that_begin_alike_are_computed_once(served: Served) -> None:
+    prompt = "A machine that leaves is replaced, and a machine that stays is not."
+    before = served.metrics
+    usages = [complete(served, prompt=prompt + end).usage for end in ("", " So", " So")]
+    cached = [usage.prompt_tokens_details.cached_tokens for usage in usages]
+    assert cached == [0, usages[0].prompt_tokens, usages[2].prompt_tokens - 1]
+    two = complete(served, prompt=prompt, n=2, temperature=1).usage
+    assert two.prompt_tokens_details.cached_tokens == usages[0].prompt_tokens - 1
+    after = served.metrics
+    hits = "dagflow_prefix_hits_total"
+    assert after[hits] - before[hits] == 4
+    assert after["dagflow_prefix_hit_tokens_total"] > before["dagflow_prefix_hit_tokens_total"]
+    assert 0 < after["dagflow_cache_kept_tokens"] < after["dagflow_cache_capacity_tokens"]
+    assert after["dagflow_cache_used_tokens"] == after["dagflow_cache_waiting_answers"] == 0
+
+
+def test_caches_with_too_little_memory_shorten_what_may_be_asked(model_folder: Path) -> None:
+    command: list[str | Path] = [BIN / "dagflow", "serve", "--model", model_folder, "--port", "0"]
+    command += ["--workers", "1", "--cache-memory", "100kB", "--no-prefix-reuse"]
+    log = model_folder.parent / "small.log"
+    with process_of(command, log) as (url, process), httpx.Client(base_url=url, timeout=60) as http:
+        room = http.get("/v1/models/tiny").json()["max_model_len"]
+        assert 0 < room < MODEL_TOKENS
+        assert f"dagflow_cache_capacity_tokens {room}\n" in http.get("/metrics").text
+
+        def ask(**options: object) -> httpx.Response:
+            body = {"model": "tiny", "logit_bias": GOES_ON, **options}
+            kind = "chat/completions" if "messages" in body else "completions"
+            return http.post(f"/v1/{kind}", json=body)
+
+        for options in ({"prompt": "A", "max_tokens": room}, {"prompt": [1] * room}):
+            refused = ask(**options)
+            assert refused.status_code == 400
+            assert error_of(refused)["code"] == "context_length_exceeded"
+            assert error_of(refused)["param"] == "prompt"
+            assert str(room) in str(error_of(refused)["message"])
+        # Who doesn't say how much gets what fits.
+        found = ask(messages=[{"role": "user", "content": "A"}])
+        assert found.json()["usage"]["total_tokens"] == room
+        process.send_signal(signal.SIGTERM)
+
+
 def test_a_server_that_is_ended_tells_its_clients(model_folder: Path) -> None:
     command: list[str | Path] = [BIN / "dagflow", "serve", "--model", model_folder, "--port", "0"]
     with process_of([*command, "--workers", "1"], model_folder.parent / "ended.log") as (
