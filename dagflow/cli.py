@@ -206,6 +206,10 @@ def demo(fresh: bool, folder: str, scheduler: str | None) -> None:
 def _model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say which model runs where."""
     for option in (
+        click.option(
+            "--draft",
+            help="Folder or name of a small model of the same vocabulary, which guesses on this machine.",
+        ),
         click.option("--workers", type=click.IntRange(1), help="Size of the local cluster."),
         click.option(
             "--stages",

@@ -46,6 +46,7 @@ def serve(
     cache_memory: int | None,
     prefix_reuse: bool,
     answers: str | None,
+    draft: str | None = None,
     settings: ServerSettings,
     note: Callable[[str], None] = print,
 ) -> None:
@@ -68,6 +69,7 @@ def serve(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), listen(host, port) as listening:
         found = open_model(model, store, weights)
+        small = open_model(draft, store) if draft else None
         cluster = ClusterSettings(num_workers=workers)
         with Deployment(
             found,
@@ -78,6 +80,7 @@ def serve(
             prefix_reuse=prefix_reuse,
             verbose=True,
             store=answers,
+            draft=small,
         ) as deployment:
             service = Service(deployment, public_name(model), settings)
             config = uvicorn.Config(

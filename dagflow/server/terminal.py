@@ -24,6 +24,7 @@ def chat(
     stages: int | str,
     weights: str | None,
     workers: int | None,
+    draft: str | None = None,
     system: str | None,
     temperature: float,
     max_tokens: int,
@@ -37,9 +38,12 @@ def chat(
         Shows text at once, without a line's end.
     """
     found = open_model(model, store, weights)
+    small = open_model(draft, store) if draft else None
     cluster = ClusterSettings(num_workers=workers)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    with Deployment(found, scheduler, num_stages=stages, cluster=cluster) as deployment:
+    with Deployment(
+        found, scheduler, num_stages=stages, cluster=cluster, draft=small
+    ) as deployment:
         write("Ctrl-C ends an answer, Ctrl-D the conversation.\n")
         while True:
             try:

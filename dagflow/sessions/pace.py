@@ -11,6 +11,8 @@ _MEMORY = 16
 _FORGOTTEN = 256
 # However quick the stages are, a guess is some work for everybody on the way.
 _LEAST_GUESS = 0.01
+# What one more token takes is seen from passes of up to so many.
+_SOME = 8
 
 
 @dataclass
@@ -56,6 +58,13 @@ class _Curve:
                 return few.seconds + share * (many.seconds - few.seconds)
         return points[-1].seconds if points else 0.0
 
+    def slope(self, num_tokens: int) -> float:
+        """Return the seconds of one more token, on average up to so many; 0 if they aren't known."""
+        few = min((average.tokens for average in self._averages.values()), default=num_tokens)
+        if few >= num_tokens:
+            return 0.0
+        return max(0.0, self.at(num_tokens) - self.at(few)) / (num_tokens - few)
+
 
 class Pace:
     """What traversals of a model's stages take.
@@ -85,7 +94,7 @@ class Pace:
     @property
     def guess_seconds(self) -> float:
         """What a pass takes longer for one more token."""
-        longer = max((curve.at(8) - curve.at(1)) / 7 for curve in (self._traversal, self._slowest))
+        longer = max(self._traversal.slope(_SOME), self._slowest.slope(_SOME))
         return max(longer, _LEAST_GUESS * self.traversal_seconds)
 
     @property

@@ -56,8 +56,9 @@ _NO_MATCH = _Match(0, -1)
 class PromptLookup:
     """Guesses that a text goes on as it did where it was the same before (prompt look-up decoding).
 
-    A place that was found is followed while it is right, and behind one wrong token, as if that one had
-    been replaced; until the latest tokens are found in another place, and more of them.
+    A place that was found is followed while it is right. One wrong token behind some that were right is
+    taken as replaced, and the place is followed behind it; until the latest tokens are found in another
+    place, and more of them.
 
     References
     ----------
@@ -86,8 +87,12 @@ class PromptLookup:
     def follow(self, match: _Match, tokens: Sequence[int]) -> _Match:
         """Return the match after one more token, the last of `tokens`."""
         if match.length >= 0:
-            is_right = tokens[match.place] == tokens[-1]
-            match = _Match(match.place + 1, match.length + 1 if is_right else 0)
+            if tokens[match.place] == tokens[-1]:
+                match = _Match(match.place + 1, match.length + 1)
+            elif match.length >= _LONGEST_NGRAM:
+                match = _Match(match.place + 1, 0)
+            else:
+                match = _NO_MATCH
         if match.length >= _LONGEST_NGRAM:
             return match
         found = self.find(tokens)
@@ -170,8 +175,8 @@ class GuessedText:
     def _guess_at(self, match: _Match) -> Guess | None:
         if match.length < 0:
             return None
-        # Laplace's rule of succession: so many in a row were the same.
-        prior = (match.length + 1) / (match.length + 2)
+        # The more tokens in a row were the same, the likelier. Rather too low: it is learnt at no cost.
+        prior = (match.length + 0.5) / (match.length + 2.5)
         kind = Kind(LOOK_UP, min(match.length.bit_length(), 5))
         return Guess(self.tokens[match.place], kind, prior)
 
