@@ -238,6 +238,8 @@ class Guesser:
 
     async def behind(self, most: int, busy: int) -> list[int]:
         """Return guesses to be sent along with a token that is known."""
+        if not self._has_any():
+            return []
         outlook = self._outlook(0, busy)
         return await self._extend(outlook, most, busy, lambda: True)
 
@@ -256,6 +258,8 @@ class Guesser:
         go_on : callable
             Asked while a draft model thinks; False ends it.
         """
+        if not self._has_any():
+            return []
         before = self._outlook(num_passes, busy)
         cost = self._pace.pass_seconds * busy
         if not before.pays(before.chance * most, cost):
@@ -269,6 +273,9 @@ class Guesser:
                 self._draft.rewind(len(self.text.tokens))
             return []
         return found
+
+    def _has_any(self) -> bool:
+        return self._draft is not None or self.text.look_up() is not None
 
     def _outlook(self, num_passes: int, busy: int) -> Outlook:
         outlook = Outlook(self._pace.traversal_seconds)
