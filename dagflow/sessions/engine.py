@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from distributed import Client, Future
 
-from dagflow.errors import CacheFull, SettingsInvalid, TaskFailed, WorkersLost
+from dagflow.errors import (
+    CacheFull,
+    SettingsInvalid,
+    StoreUnreachable,
+    TaskFailed,
+    WorkersLost,
+)
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.show import amount
 from dagflow.plan.partition import Partition, partition
@@ -40,6 +46,7 @@ from dagflow_tasks.results import TensorDict
 _LOOK_SECONDS = 0.25
 _MOST_UNHEARD = 8
 _CONNECT_SECONDS = 5.0
+_RETRY_SECONDS = 1.0
 _CHUNK_TOKENS = 256
 _LAST_WORDS_SECONDS = 5.0
 
@@ -852,6 +859,13 @@ class Engine:
                 return address
             except OSError:
                 continue  # gone as well
+            except StoreUnreachable as error:  # which isn't the worker's fault
+                if loop.time() > deadline:
+                    raise WorkersLost(
+                        f"The weights of stage {stage} can't be read: {error}"
+                    ) from error
+                self.note(f"The weights of stage {stage} can't be read now: {error}")
+                await asyncio.sleep(_RETRY_SECONDS)
             except Exception as error:
                 self._membership.exclude(address, str(error))
                 self._gone(address, f"can't open stage {stage}: {error}")
