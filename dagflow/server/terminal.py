@@ -72,9 +72,10 @@ def _answer(
 ) -> str:
     """Show an answer as it comes, and return what there was of it; say so if it isn't all."""
     prompt, stops = to_prompt(deployment.model.tokenizer, messages)
+    given = deployment.model.encode(prompt)
     request = deployment.request(
-        prompt,
-        max_new_tokens=max_tokens,
+        given,
+        max_new_tokens=max(1, min(max_tokens, deployment.max_tokens - len(given))),
         stop=stops,
         temperature=temperature,
         seed=random.getrandbits(63),

@@ -20,6 +20,7 @@ from distributed import Client, Future
 
 from dagflow.errors import (
     CacheFull,
+    DagflowError,
     SettingsInvalid,
     StoreUnreachable,
     TaskFailed,
@@ -767,7 +768,7 @@ class Engine:
     async def _readmit(self, live: Live, num_tokens: int) -> None:
         try:
             await self.pool.readmit(live, num_tokens)
-        except CacheFull as error:
+        except DagflowError as error:
             self._give_up(live, error)
         else:
             await self._come_back(live)

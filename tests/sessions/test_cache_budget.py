@@ -170,12 +170,12 @@ def test_a_budget_of_nothing_is_refused(
 
 @pytest.fixture(scope="module")
 def tiny_cluster() -> Iterator[Client]:
-    """Two workers whose memory limit holds one of the tiny model's halves, and not both."""
+    """Workers whose memory limit holds one of the tiny model's halves, and not both."""
     settings = ("target", "spill", "pause", "terminate")
     with (
         dask.config.set({f"distributed.worker.memory.{name}": False for name in settings}),
         LocalCluster(
-            n_workers=2,
+            n_workers=4,
             threads_per_worker=1,
             processes=False,
             dashboard_address="127.0.0.1:0",
@@ -198,3 +198,17 @@ def test_workers_too_small_for_the_model_are_refused_with_the_numbers(
         assert len(set(deployment.engine._addresses)) == 2
         found = dagflow.generate(deployment, [[5]], max_new_tokens=4, ignore_end=True)
         assert found.tokens[0].tolist() == greedy(llama[0], [5], 4)
+
+
+def test_spares_open_what_they_have_memory_for_and_others_lack(
+    tiny_cluster: Client, llama: tuple[Any, dagflow.Model]
+) -> None:
+    with dagflow.Deployment(llama[1], tiny_cluster, num_stages=2) as deployment:
+        engine = deployment.engine
+
+        def warm() -> list[int]:
+            used = {engine.address_of(stage) for stage in range(2)}
+            return sorted(s for s, a in engine._opened if a not in used and engine._is_open(s, a))
+
+        wait_until(lambda: warm() == [0, 1], "either stage could be replaced")
+        assert engine.spares() == []  # nobody has both
