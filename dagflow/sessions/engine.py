@@ -50,6 +50,10 @@ _CONNECT_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
 _CHUNK_TOKENS = 256
 _LAST_WORDS_SECONDS = 5.0
+_NO_ROOM = (
+    "Workers have left, and the caches of those left have no room for the session now: try again "
+    "later, or close others."
+)
 
 
 @dataclass
@@ -386,7 +390,7 @@ class Engine:
             self._inviting.discard(address)
         if address in self._links:
             if self._lost():
-                self._spawn(self._mend())
+                await self._mend()  # first: what it gets leaves less memory for a spare's weights
             await self._warm(address)
 
     async def _warm(self, address: str) -> None:
@@ -618,6 +622,8 @@ class Engine:
             await self.pool.extend(live, len(live.tokens) + len(tokens))
         if live.is_away and live.by_hand:
             await self._come_back(live)
+            if live.is_away:
+                raise CacheFull(_NO_ROOM)
         self._begin_traversal()
         loop = asyncio.get_running_loop()
         alone = not live.wanted and len(tokens) <= _CHUNK_TOKENS
@@ -761,7 +767,7 @@ class Engine:
         live.name, live.is_away, live.num_computed = Live().name, True, 0
         self._live[live.name] = live
         if live.by_hand or live.is_lead:
-            self._give_up(live, CacheFull("Workers have left, and those left have no room."))
+            self._give_up(live, CacheFull(_NO_ROOM))
         else:
             self._spawn(self._readmit(live, num_tokens))
 
@@ -776,6 +782,8 @@ class Engine:
     async def _come_back(self, live: Live) -> None:
         """Have the stages compute again what a session had."""
         async with self._mending:
+            if not live.reserved:
+                return  # it has ended, or was sent away once more: then it comes back once more
             live.is_away = False
             live.most_tokens = len(live.tokens)
             await self._send_again(0, list(range(len(self.cut))), [live.name])

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distributed import Client, LocalCluster
-from families import FAMILIES, greedy, stored, wait_until
+from families import FAMILIES, greedy, logits_of, stored, wait_until
 
 import dagflow
 from dagflow.sessions.answers import Token
@@ -190,15 +191,21 @@ def test_with_room_for_fewer_answers_the_latest_are_put_off_and_come_out_the_sam
     deployment = swarm.deployment
     before = deployment.caches.capacity_tokens
     assert before == 4 * BLOCK_TOKENS
-    prompts = [[n, *SYSTEM[:9]] for n in range(60, 66)]
+    prompts = [[n, *SYSTEM[:9]] for n in range(60, 63)]
     requests = [deployment.request(p, max_new_tokens=20, ignore_end=True) for p in prompts]
     found: list[list[int]] = [[] for _ in prompts]
-    for count, token in enumerate(deployment.stream(requests)):
-        assert token.token is not None
-        found[token.prompt].append(token.token)
-        if count == 10:
-            swarm.kill(0)  # both stages are on one worker now, and share its budget
-    assert found == [greedy(model[0], prompt, 20) for prompt in prompts]
+    with dagflow.Session(deployment) as session:
+        for count, token in enumerate(deployment.stream(requests)):
+            assert token.token is not None
+            found[token.prompt].append(token.token)
+            if count == 10:
+                session.prefill(SYSTEM)
+                assert deployment.caches.used_tokens == before
+                swarm.kill(0)  # both stages are on one worker now, and share its budget
+        assert found == [greedy(model[0], prompt, 20) for prompt in prompts]
+        assert deployment.caches.capacity_tokens == 2 * BLOCK_TOKENS
+        # So is the session that was fed by hand, the latest of them.
+        logits = session.decode(7)
+        assert torch.allclose(logits, logits_of(model[0], [*SYSTEM, 7])[-1], atol=1e-4)
     state = deployment.caches
-    assert 0 < state.capacity_tokens < before
     assert (state.used_tokens, state.num_waiting) == (0, 0)
