@@ -121,9 +121,8 @@ class Keeper:
         self._changed = threading.Condition()
         # Nobody else writes here, so all names are known, and who is making what.
         self._names: dict[str, Record | None] = dict.fromkeys(list_sequences(store))
-        self._waiting: dict[
-            Record, None
-        ] = {}  # with rows to be written; who waits longest is first
+        # Those with rows to be written; who has waited longest is first.
+        self._waiting: dict[Record, None] = {}
         self._num_waiting = 0
         self._is_awaited = False
         self._ending = False
@@ -294,20 +293,21 @@ class Keeper:
                 )
 
     def _write(self) -> None:
-        tidied = -_TIDY_SECONDS
+        period = min(_TIDY_SECONDS, max(1.0, self._keep_seconds or _TIDY_SECONDS))
+        tidied = -period
         with ThreadPoolExecutor(_PARALLEL_WRITES, "dagflow-keeping") as pool:
             while True:
-                if steady_seconds() - tidied >= _TIDY_SECONDS:
+                if steady_seconds() - tidied >= period:
                     tidied = steady_seconds()
-                    with suppress(DagflowError):  # in an hour, then
+                    with suppress(DagflowError, OSError):  # the next time, then
                         self.tidy()
-                if not self._write_some(pool):
+                if not self._write_some(pool, period):
                     return
 
-    def _write_some(self, pool: ThreadPoolExecutor) -> bool:
-        """Write what has gathered; tell whether there may be more."""
+    def _write_some(self, pool: ThreadPoolExecutor, seconds: float) -> bool:
+        """Wait for so long, write what has gathered, and tell whether there may be more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._ending, _TIDY_SECONDS)
+            self._changed.wait_for(lambda: self._waiting or self._ending, seconds)
             self._changed.wait_for(lambda: self._ending or self._is_awaited, _GATHER_SECONDS)
             self._is_awaited = False
             ending = self._ending
@@ -334,7 +334,7 @@ class Keeper:
         try:
             self._lease.check()
             record.log.append(rows)
-        except DagflowError as error:
+        except Exception as error:  # the thread must go on, and people must hear of it
             return f"{type(error).__name__}: {error}"
         return ""
 
