@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from distributed import Client, LocalCluster
-from families import stored
-from test_stop_strings import save_tokenizer
+from families import language_model, stored
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import dagflow
 from dagflow.errors import SettingsInvalid, TaskFailed, WorkersLost
@@ -48,8 +50,11 @@ def test_a_deployment_that_is_closed_ends_its_streams_with_an_error(
     client: Client, model: dagflow.Model
 ) -> None:
     deployment = dagflow.Deployment(model, client)
+    live = deployment.engine.call(deployment.engine.open())
     with pytest.raises(TaskFailed, match="closed"):
         heard_after(deployment, deployment.close)
+    with pytest.raises(TaskFailed, match="closed"):  # an answer between two tokens
+        client.sync(deployment.engine.feed, live, [1])
     for use in (
         lambda: list(deployment.stream([deployment.request(PROMPT)])),
         lambda: dagflow.Session(deployment),
@@ -61,7 +66,7 @@ def test_a_deployment_that_is_closed_ends_its_streams_with_an_error(
 def test_closing_from_another_thread_wakes_whoever_waits_for_tokens(
     client: Client, model: dagflow.Model
 ) -> None:
-    deployment = dagflow.Deployment(model, client)
+    deployment = dagflow.Deployment(model, client.scheduler.address)  # its own client ends with it
     thread = threading.Thread(target=deployment.close)
     with pytest.raises(TaskFailed, match="closed"):
         heard_after(deployment, thread.start)
@@ -108,24 +113,17 @@ def test_a_stage_that_fails_ends_streams_with_an_error(
 
 
 def test_a_stop_string_that_the_last_token_completes_has_stopped(tmp_path: Path) -> None:
-    """Text is held back that may become one; the last token has what is held."""
-    save_tokenizer(tmp_path)
-    model = stored("llama", tmp_path / "store")[1]
-
-    class WithText(dagflow.Model):
-        has_tokenizer = True
-
-    from transformers import AutoTokenizer
-
-    told = WithText(model.ref, model.description)
-    object.__setattr__(told, "tokenizer", AutoTokenizer.from_pretrained(tmp_path))
+    """Text that may be half a character is held back; the last token brings it."""
+    words = Tokenizer(WordLevel({"so": 0, "far\ufffd": 1, "?": 2}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path)
+    language_model("llama").save_pretrained(tmp_path)
+    model = dagflow.load(tmp_path, store="memory://stopped")
     for stop, ended, text in (
-        ((), LENGTH, "w5x w6x"),
-        (("w6x",), STOP, "w5x "),
-        (("x w6x!",), LENGTH, "w5x w6x"),
+        ((), LENGTH, "so far\ufffd"),
+        (("far",), STOP, "so "),
+        (("far\ufffd!",), LENGTH, "so far\ufffd"),
     ):
-        telling = Telling(told, Request((1,), 2, stop=stop), 0)
-        tokens = [telling.say((5, None)), telling.say((6, None))]
-        assert tokens[0].finish_reason is None
-        assert tokens[1].finish_reason == ended
+        telling = Telling(model, Request((1,), 2, stop=stop), 0)
+        tokens = [telling.say((0, None)), telling.say((1, None))]
+        assert [token.finish_reason for token in tokens] == [None, ended]
         assert "".join(token.text for token in tokens) == text

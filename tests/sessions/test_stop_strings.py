@@ -15,7 +15,7 @@ import dagflow
 from dagflow.sessions.text import StopStrings
 
 
-def save_tokenizer(folder: Path) -> None:
+def _save_tokenizer(folder: Path) -> None:
     words = Tokenizer(WordLevel({f"w{i}x": i for i in range(96)}, unk_token="w0x"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0x").save_pretrained(folder)
@@ -24,7 +24,7 @@ def save_tokenizer(folder: Path) -> None:
 def test_an_answer_ends_before_a_stop_string(client: Client, tmp_path: Path) -> None:
     model = language_model("llama")
     model.save_pretrained(tmp_path / "saved")
-    save_tokenizer(tmp_path / "saved")
+    _save_tokenizer(tmp_path / "saved")
     loaded = dagflow.load(tmp_path / "saved", store=tmp_path / "store")
     tokens = greedy(model, [5, 17, 3], 8)
     text = loaded.tokenizer.decode(tokens)
