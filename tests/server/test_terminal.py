@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from tiny import save_tiny
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dagflow.cli import main
 from dagflow.errors import SettingsInvalid, TaskFailed
@@ -135,3 +135,20 @@ def test_a_port_that_is_taken_is_said_before_anything_starts() -> None:
         result = CliRunner().invoke(main, ["serve", "--model", "none", "--port", port])
     assert result.exit_code == 1
     assert "another --port" in result.output
+
+
+def test_a_draft_of_another_vocabulary_is_refused_before_anything_starts(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    small = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    LlamaForCausalLM(small).save_pretrained(tmp_path)
+    command = ["serve", "--model", str(model_folder), "--draft", str(tmp_path), "--port", "0"]
+    result = CliRunner().invoke(main, [*command, "--store", "memory://drafts"])
+    assert result.exit_code == 1
+    assert "vocabulary of 50 tokens" in result.output
