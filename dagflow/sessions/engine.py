@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import math
 import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
@@ -37,7 +38,13 @@ from dagflow.sessions.memory import StageNeeds, WorkerMemory, fits, place_stages
 from dagflow.sessions.models import Model
 from dagflow.sessions.pace import Pace
 from dagflow.sessions.pool import CachePool, Holder
-from dagflow.sessions.service import SessionWorker, StageSpec, open_stage, take_part
+from dagflow.sessions.service import (
+    MOST_TOKENS,
+    SessionWorker,
+    StageSpec,
+    open_stage,
+    take_part,
+)
 from dagflow_tasks.attention import ATTEND
 from dagflow_tasks.decoding import ALL, LAST, NOTHING, TOKENS, Part
 from dagflow_tasks.results import TensorDict
@@ -176,6 +183,7 @@ class Engine:
         self._cache_bytes = cache_bytes
         self._memory: dict[str, WorkerMemory] = {}
         self._forgetting: dict[str, _Forgetting] = {}
+        self._posted: list[tuple[Part, Sequence[int]]] = []
         self.pace = Pace()
         self._client = client
         self.note: Callable[[str], None] = lambda text: None
@@ -640,7 +648,7 @@ class Engine:
                 since = loop.time() if alone else None
                 futures.append(_want(live, part, start, since))
             if not live.is_away:
-                await self._send_tokens([part], torch.tensor(chunk), [])
+                self._post(part, chunk)
         return futures
 
     async def step(self, steps: Sequence[Step]) -> torch.Tensor:
@@ -796,6 +804,19 @@ class Engine:
         if live.is_away and not live.by_hand and live.error is not None:
             raise live.error
 
+    def _post(self, part: Part, tokens: Sequence[int]) -> None:
+        """Send tokens, along with those that other sessions send at the same time."""
+        self._posted.append((part, tokens))
+        if len(self._posted) == 1:
+            self._spawn(self._send_posted())
+
+    async def _send_posted(self) -> None:
+        posted, self._posted = self._posted, []
+        most = math.ceil(self.num_waiting / max(1, len(set(self._addresses))))
+        for group in _groups(posted, most):
+            tokens = torch.tensor([token for _, some in group for token in some])
+            await self._send_tokens([part for part, _ in group], tokens, [])
+
     async def _send_tokens(
         self, parts: Sequence[Part], tokens: torch.Tensor, rebuilt: Sequence[int]
     ) -> None:
@@ -936,6 +957,30 @@ class Engine:
             for stage in sorted({stage for stage, _ in lacking}):
                 names = [name for number, name in lacking if number == stage]
                 await self._send_again(stage, [stage], names)
+
+
+def _groups(
+    posted: Sequence[tuple[Part, Sequence[int]]], most_sessions: int
+) -> list[list[tuple[Part, Sequence[int]]]]:
+    """Divide parts into passes: so many sessions in each that every worker has one to compute.
+
+    >>> posted = [(Part(name, 0, 0, 1, 0, "last"), [7]) for name in "abcbd"]
+    >>> [[part.session for part, _ in group] for group in _groups(posted, 4)]
+    [['a', 'b', 'c'], ['b', 'd']]
+    >>> [len(group) for group in _groups(posted, 2)]
+    [2, 2, 1]
+    """
+    groups: list[list[tuple[Part, Sequence[int]]]] = []
+    sessions: set[str] = set()
+    room = 0
+    for part, tokens in posted:
+        room -= part.count
+        if not groups or part.session in sessions or len(sessions) >= most_sessions or room < 0:
+            groups.append([])
+            sessions, room = set(), MOST_TOKENS - part.count
+        groups[-1].append((part, tokens))
+        sessions.add(part.session)
+    return groups
 
 
 def _want(

@@ -33,7 +33,7 @@ from dagflow_tasks.program import StageProgram
 from dagflow_tasks.results import TensorDict
 
 # A pass that is too long holds up everybody's next token.
-_MOST_TOKENS = 512
+MOST_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -422,7 +422,7 @@ def _together(waiting: Sequence[Message], most_sessions: float) -> list[Message]
         own = {name for part in parts for name in (part.session, part.origin) if name}
         tokens += sum(part.count for part in parts)
         # Tokens of one session come one part after the other, and before those of its copies.
-        if found and (tokens > _MOST_TOKENS or own & sessions):
+        if found and (tokens > MOST_TOKENS or own & sessions):
             break
         if found and len(own | sessions) > most_sessions:
             break
