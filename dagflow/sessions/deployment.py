@@ -176,6 +176,10 @@ class Deployment:
             If prompt and answer are longer than the workers' caches allow.
         SettingsInvalid
         """
+        if not self.model.has_head:
+            raise SettingsInvalid(
+                "A model without its head can't answer: deploy the model itself, or call embed."
+            )
         if name is not None:
             check_name(name)
             _ = self.keeper

@@ -69,7 +69,8 @@ class Session:
         try:
             tokens = _tokens_of(record, deployment)
             if tokens:
-                session.prefill(tokens)
+                given = session.prefill if deployment.model.has_head else session.hidden
+                given(tokens)
         except BaseException:
             session.close()
             record.close()
@@ -95,7 +96,35 @@ class Session:
             If there are none, or the model was made for fewer.
         CacheFull
             If the workers' caches have no room for them. The session is as it was.
+        SettingsInvalid
+            If the deployment's model has no head.
         """
+        if not self._deployment.model.has_head:
+            raise SettingsInvalid(
+                "A model without its head returns hidden states, no logits: call hidden, or deploy "
+                "the model itself."
+            )
+        logits = self._feed(tokens, ALL if every else LAST)
+        self.logits = logits[-1]
+        return logits if every else self.logits
+
+    def hidden(self, tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Give tokens, and return their hidden states (T, D) after the last norm.
+
+        That is what the head reads, and transformers returns as ``hidden_states[-1]``.
+
+        Raises
+        ------
+        SettingsInvalid
+            If the deployment's model has its head: deploy ``model.without_head()``.
+        """
+        if self._deployment.model.has_head:
+            raise SettingsInvalid(
+                "A model with its head returns logits: deploy model.without_head() for hidden states."
+            )
+        return self._feed(tokens, ALL)
+
+    def _feed(self, tokens: Sequence[int] | torch.Tensor, want: str) -> torch.Tensor:
         given = [int(token) for token in tokens]
         if not given:
             raise BatchInvalid("There are no tokens to give.")
@@ -103,13 +132,10 @@ class Session:
         begin = self.position
         if self._record is not None:
             self._record.check()
-        logits: torch.Tensor = self._engine.call(
-            self._engine.feed(self._live, given, ALL if every else LAST)
-        )
+        found: torch.Tensor = self._engine.call(self._engine.feed(self._live, given, want))
         if self._record is not None:
             self._record.add(begin, given)
-        self.logits = logits[-1]
-        return logits if every else self.logits
+        return found
 
     def decode(self, token: int) -> torch.Tensor:
         """Give one token, and return the logits (V,) after it; raises as `prefill` does."""

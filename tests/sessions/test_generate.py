@@ -214,6 +214,8 @@ def test_a_session_is_fed_forked_and_rewound_by_hand(
         same(session.prefill([1, 2]), [*PROMPTS[3][:10], 1, 2])
         session.rewind(0)
         same(session.decode(9), [9])
+        with pytest.raises(SettingsInvalid, match="without_head"):
+            session.hidden([1])
         with pytest.raises(SettingsInvalid, match="no position 2"):
             session.rewind(2)
         with pytest.raises(BatchInvalid, match="no tokens"):

@@ -97,6 +97,28 @@ def test_deployment_stays_open_and_is_refused_where_its_head_is_in_the_way(
             dagflow.score(deployment, TEXTS)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_session_without_head_returns_hidden_states(
+    name: str, client: Client, tmp_path: Path
+) -> None:
+    eager = _eager(name)
+    with torch.no_grad():
+        expected = eager(torch.tensor(TEXTS[1:2]), output_hidden_states=True).hidden_states[-1][0]
+    model = dagflow.load(eager, store=tmp_path)
+    with (
+        dagflow.Deployment(model.without_head(), client) as deployment,
+        dagflow.Session(deployment) as session,
+    ):
+        found = [session.hidden(TEXTS[1][:20]), session.hidden(TEXTS[1][20:21])]
+        with session.fork() as fork:
+            found.append(fork.hidden(TEXTS[1][21:]))
+        torch.testing.assert_close(torch.cat(found), expected, atol=1e-4, rtol=1e-4)
+        with pytest.raises(SettingsInvalid, match="no logits"):
+            session.prefill([1])
+        with pytest.raises(SettingsInvalid, match="can't answer"):
+            dagflow.generate(deployment, [[1]])
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
