@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import dagflow
 from dagflow.errors import SettingsInvalid, TaskFailed, WorkersLost
-from dagflow.sessions.answers import LENGTH, STOP, Request, Telling
+from dagflow.sessions.answers import LENGTH, STOP, Chosen, Request, Telling
 
 PROMPT = [5, 17, 3]
 LONG: dict[str, Any] = {"max_new_tokens": 60, "ignore_end": True, "speculate": False}
@@ -124,6 +124,6 @@ def test_a_stop_string_that_the_last_token_completes_has_stopped(tmp_path: Path)
         (("far\ufffd!",), LENGTH, "so far\ufffd"),
     ):
         telling = Telling(model, Request((1,), 2, stop=stop), 0)
-        tokens = [telling.say((0, None)), telling.say((1, None))]
+        tokens = [telling.say(Chosen(0)), telling.say(Chosen(1))]
         assert [token.finish_reason for token in tokens] == [None, ended]
         assert "".join(token.text for token in tokens) == text
