@@ -7,8 +7,9 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _check_shards(folder: Path) -> None:
 def _bring_in(store: Store, source: _Source, weights: str) -> Model:
     captured = capture_decoder(_outline(source.model, DTYPES[weights]))
     conversion = _Conversion(source, captured, QUANTISERS.get(weights))
-    groups = [_write_group(store, names, conversion.read) for names in _groups(conversion.names)]
+    groups = _write_groups(store, _groups(conversion.names), conversion.read)
     fingerprint = blake2b(json.dumps(groups).encode(), digest_size=4).hexdigest()
     name = f"{source.name}-{weights}-{fingerprint}"
     description = {**_describe(source.model), "weights": weights, "groups": groups}
@@ -248,11 +249,40 @@ def _groups(names: Iterable[str]) -> list[list[str]]:
     return list(found.values())
 
 
+def _write_groups(
+    store: Store, groups: Sequence[Sequence[str]], read: Callable[[str], torch.Tensor]
+) -> list[dict[str, Any]]:
+    """Write groups of tensors unless the store has them; return where they are.
+
+    Two at a time: while one is hashed, or waits for the disk to sync, the other is written.
+    """
+    with ThreadPoolExecutor(2, "dagflow-import") as pool:
+        return list(pool.map(lambda names: _write_group(store, names, read), groups))
+
+
 def _write_group(
     store: Store, names: Sequence[str], read: Callable[[str], torch.Tensor]
 ) -> dict[str, Any]:
-    """Write tensors unless the store has them already; return where they are."""
-    digest = blake2b(digest_size=16)
+    digest, specs = _contents(names, read)
+    index = f"weights/{digest}.json"
+    try:
+        known: dict[str, Any] = json.loads(store.read_bytes(index))
+        return known
+    except NotFound:
+        pass
+    path = f"weights/{digest}-{uuid.uuid4().hex[:8]}"
+    arrays = write_arrays(store, path, specs, lambda name: to_array(read(name)))
+    store.flush(path)
+    group = {"path": path, "arrays": [array.to_json() for array in arrays]}
+    store.write_bytes(index, json.dumps(group).encode())
+    return group
+
+
+def _contents(
+    names: Sequence[str], read: Callable[[str], torch.Tensor]
+) -> tuple[str, list[ArraySpec]]:
+    """Return a hash of tensors, and what they are."""
+    digest = sha256()  # which processors have instructions for, and which no other hash beats then
     specs = []
     for name in names:
         tensor = read(name)
@@ -262,15 +292,4 @@ def _write_group(
         specs.append(spec)
         digest.update(f"{name} {spec.dtype} {spec.shape}".encode())
         digest.update(to_array(tensor).reshape(-1).view("uint8").data)
-    index = f"weights/{digest.hexdigest()}.json"
-    try:
-        known: dict[str, Any] = json.loads(store.read_bytes(index))
-        return known
-    except NotFound:
-        pass
-    path = f"weights/{digest.hexdigest()}-{uuid.uuid4().hex[:8]}"
-    arrays = write_arrays(store, path, specs, lambda name: to_array(read(name)))
-    store.flush(path)
-    group = {"path": path, "arrays": [array.to_json() for array in arrays]}
-    store.write_bytes(index, json.dumps(group).encode())
-    return group
+    return digest.hexdigest()[:32], specs

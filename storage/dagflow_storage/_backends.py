@@ -6,9 +6,11 @@ import shutil
 import threading
 import uuid
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dagflow_storage._chunk_files import NUM_THREADS
 from dagflow_storage._translation import is_lost_race, is_unsupported
 from dagflow_storage.retries import RetryPolicy
 
@@ -121,10 +123,14 @@ class FolderBackend(Backend):
                 target.unlink()
 
     def flush(self, path: str) -> None:
+        folders, files = [], []
         for folder, _, names in os.walk(self._root / path):
-            for name in names:
-                _sync_file(Path(folder, name))
-            _sync_folder(Path(folder))
+            folders.append(Path(folder))
+            files += [Path(folder, name) for name in names]
+        with ThreadPoolExecutor(NUM_THREADS) as pool:  # each waits for the disk
+            list(pool.map(_sync_file, files))
+        for parent in folders:
+            _sync_folder(parent)
 
 
 class ObjectBackend(Backend):
