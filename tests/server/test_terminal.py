@@ -87,15 +87,15 @@ def test_an_answer_that_breaks_off_says_why_and_the_conversation_goes_on(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\nWhere?\n"))
     shown: list[str] = []
-    feed, times = Engine.feed, iter(range(1000))
+    send, times = Engine.send, iter(range(1000))
 
-    async def feed_or_fail(self: Engine, *args: Any) -> Any:
+    async def send_or_fail(self: Engine, *args: Any) -> Any:
         """A worker that fails at the third token."""
         if next(times) == 2:
             raise TaskFailed("1F0 can't")
-        return await feed(self, *args)
+        return await send(self, *args)
 
-    monkeypatch.setattr(Engine, "feed", feed_or_fail)
+    monkeypatch.setattr(Engine, "send", send_or_fail)
     chat(
         str(model_folder),
         store="memory://broken",
