@@ -229,6 +229,8 @@ def served(
     command = [BIN / "dagflow", "serve", "--model", folder / "tiny", "--store", folder / "store"]
     command += ["--scheduler", address, "--stages", options.stages, "--port", 0]
     command += ["--max-running", options.max_running, "--max-queue", options.clients]
+    # So that what is left on workers at the end is a leak, and nothing that was kept for others.
+    command.append("--no-prefix-reuse")
     with started(command, folder / "serve.log", stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         said = process.stdout.readline()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import dask
 import pytest
 import torch
 from distributed import Client, LocalCluster
@@ -59,14 +60,21 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dagflow.Model]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    """Three workers; those that are killed are started again, under another address."""
-    with LocalCluster(
-        n_workers=NUM_WORKERS,
-        threads_per_worker=1,
-        dashboard_address="127.0.0.1:0",
-        silence_logs=logging.CRITICAL,
-        memory_limit=0,
-    ) as local:
+    """Three workers; those that are killed are started again, under another address.
+
+    That is their nannies' work: the cluster, too, would replace them after a while, by name, and the
+    two would refuse each other.
+    """
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"}),
+        LocalCluster(
+            n_workers=NUM_WORKERS,
+            threads_per_worker=1,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+            memory_limit=0,
+        ) as local,
+    ):
         yield local
 
 
