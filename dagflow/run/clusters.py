@@ -131,6 +131,8 @@ def _embedded(settings: ClusterSettings, store: Store) -> Iterator[Client]:
         stack.enter_context(dask.config.set(config))
         stack.callback(_restore_environment, {name: os.environ.get(name) for name in environment})
         stack.enter_context(warnings.catch_warnings())
+        # Somebody may take the dashboard's port just before we do: dask finds another.
+        warnings.filterwarnings("ignore", message=r"(?s)\s*Port .* is already in use")
         with _interrupts_held():
             cluster = LocalCluster(
                 n_workers=num_workers,
