@@ -30,11 +30,20 @@ def dask_setup(nanny: Nanny) -> None:
 
 async def dask_teardown(nanny: Nanny) -> None:
     """Hand over; dask calls this before it stops the worker."""
-    address = nanny.worker_address
-    if address is None or not nanny.is_alive():
+    if not nanny.is_alive():
         return  # the worker has ended before
     try:
         async with asyncio.timeout(HAND_OVER_SECONDS):
-            await retire(nanny, address)
+            # A worker can have results before its nanny has heard that it started.
+            address = nanny.worker_address or await _registered_worker(nanny)
+            if address is not None:
+                await retire(nanny, address)
     except (OSError, TimeoutError) as error:
         logger.info("Leaving without handing over: %s", error)
+
+
+async def _registered_worker(nanny: Nanny) -> str | None:
+    """Return the address under which the scheduler knows a nanny's worker, if it does."""
+    workers = (await nanny.scheduler.identity(n_workers=-1))["workers"]
+    mine = (address for address, info in workers.items() if info["nanny"] == nanny.address)
+    return next(mine, None)

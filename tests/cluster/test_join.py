@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from distributed import Client
+from distributed import Client, LocalCluster, Nanny
 from processes import BIN, kill_group, start, swarm
 from small import wait_until
 
 from dagflow.cli import main
+from dagflow.nanny import dask_teardown
 
 JOIN: list[str | Path] = [BIN / "dagflow", "join", "ADDRESS", "--torch-threads", "1"]
 
@@ -97,6 +98,25 @@ def test_what_only_a_leaving_machine_has_is_handed_over(tmp_path: Path) -> None:
         assert client.who_has([result])["unique"] == (other,)
         assert other == names["second"]
         assert result.result(timeout=10) == [0, 1, 2]
+
+
+def test_a_worker_that_its_nanny_does_not_know_yet_hands_over_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A nanny hears some time after the scheduler that its worker has started."""
+    with (
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", memory_limit=0
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        first, second = cluster.workers.values()
+        addresses = [first.worker_address, second.worker_address]
+        result = client.submit(list, range(3), workers=addresses[:1], key="unique")
+        wait_until(lambda: result.status == "finished", "it is computed")
+        monkeypatch.setattr(Nanny, "worker_address", None)
+        cluster.sync(dask_teardown, first)
+        assert client.who_has([result])["unique"] == (addresses[1],)
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
