@@ -254,7 +254,7 @@ def measure_fault(
                     times.append(time.perf_counter())
                     tokens.append(token.token)
                     if len(tokens) == 64:
-                        os.kill(pids[deployment.engine.address_of(stage)], how)
+                        os.kill(pids[deployment.engine.placement.addresses[stage]], how)
                 assert tokens == list(wanted), "other tokens than undisturbed"
                 between = [b - a for a, b in itertools.pairwise(times)]
                 gaps.append(max(between))

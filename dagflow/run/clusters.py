@@ -200,6 +200,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _free_dashboard_port() -> int:
+    """Return dask's own port, or 0 if it is taken: dask would find another, but leave a socket open."""
     with socket.socket() as probe:
         taken = probe.connect_ex(("127.0.0.1", _DASHBOARD_PORT)) == 0
     return 0 if taken else _DASHBOARD_PORT

@@ -107,9 +107,9 @@ class Service:
     def health(self) -> dict[str, Any]:
         """Return what is going on, and why requests can't be answered now, if they can't."""
         engine = self.deployment.engine
-        missing, count = engine.missing(), len(engine.cut)
+        missing, count = engine.placement.missing(), len(engine.cut)
         reasons = [f"Stage {stage} of {count} has no worker." for stage in missing]
-        if not engine.num_workers:
+        if not engine.placement.num_workers:
             reasons = ["No worker is there."]
         if self.is_ending:
             reasons = ["The server is being ended."]
@@ -118,7 +118,7 @@ class Service:
             "model": self.name,
             "running": self.admission.num_running,
             "waiting": self.admission.num_waiting,
-            "workers": engine.num_workers,
+            "workers": engine.placement.num_workers,
             "missing": reasons,
         }
 

@@ -1,60 +1,36 @@
-"""The driver's side of sessions: places a model's stages, sends tokens, and mends what breaks.
+"""The driver's side of sessions: sends their tokens, hears the answers, and mends what breaks.
 
-All of it runs on the event loop of the dask client. Between the driver and the workers there is one
-connection each; a pass goes from stage to stage without coming back, and the last stage answers.
+All of it runs on the event loop of the dask client. A pass goes from stage to stage without coming
+back, and the last stage answers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import math
 import uuid
-from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
-from distributed import Client, Future
+from distributed import Client
 
-from dagflow.errors import (
-    CacheFull,
-    DagflowError,
-    SettingsInvalid,
-    StoreUnreachable,
-    TaskFailed,
-    WorkersLost,
-)
+from dagflow.errors import CacheFull, DagflowError, SettingsInvalid, TaskFailed, WorkersLost
 from dagflow.graph.dag import OperatorDag
-from dagflow.graph.show import amount
 from dagflow.plan.partition import Partition, partition
 from dagflow.run.clusters import in_background
-from dagflow.run.dask_internals import connection_arguments
-from dagflow.run.membership import Membership
-from dagflow.sessions.links import CommClosedError, Link, Message
-from dagflow.sessions.memory import StageNeeds, WorkerMemory, fits, place_stages, tokens_that_fit
+from dagflow.sessions.links import Message
 from dagflow.sessions.models import Model
 from dagflow.sessions.pace import Pace
-from dagflow.sessions.pool import CachePool, Holder
-from dagflow.sessions.service import (
-    MOST_TOKENS,
-    SessionWorker,
-    StageSpec,
-    open_stage,
-    take_part,
-)
+from dagflow.sessions.placement import Placement
+from dagflow.sessions.pool import CachePool, Holder, common
+from dagflow.sessions.service import MOST_TOKENS
 from dagflow_tasks.attention import ATTEND
 from dagflow_tasks.decoding import ALL, LAST, NOTHING, TOKENS, Part
 from dagflow_tasks.results import TensorDict
 
-# A worker that hasn't answered for so many looks is frozen. Looks are counted rather than seconds:
-# if it is this process that didn't move, nobody else is to blame.
-_LOOK_SECONDS = 0.25
-_MOST_UNHEARD = 8
-_CONNECT_SECONDS = 5.0
-_RETRY_SECONDS = 1.0
 _CHUNK_TOKENS = 256
 _LAST_WORDS_SECONDS = 5.0
 _NO_ROOM = (
@@ -179,22 +155,24 @@ class Engine:
         self.pool: CachePool[Live] = CachePool(
             prefix_reuse, self._share, self._take_over, self._drop
         )
-        self._needs = [StageNeeds.of(model.dag, program) for program in self.cut.programs]
-        self._cache_bytes = cache_bytes
-        self._memory: dict[str, WorkerMemory] = {}
         self._forgetting: dict[str, _Forgetting] = {}
         self._posted: list[tuple[Part, Sequence[int]]] = []
         self.pace = Pace()
-        self._client = client
         self.note: Callable[[str], None] = lambda text: None
-        self._wait_seconds = wait_seconds
-        self._membership = Membership(client)
-        self._addresses: list[str] = []
-        # Open stages, and those that are being opened, by stage and address.
-        self._opened: dict[tuple[int, str], asyncio.Task[Future]] = {}
-        self._links: dict[str, Link] = {}
-        self._inviting: set[str] = set()
-        self._joined = asyncio.Event()
+        self.placement = Placement(
+            self.name,
+            model,
+            self.cut,
+            client,
+            wait_seconds=wait_seconds,
+            cache_bytes=cache_bytes,
+            hear=self._hear,
+            lost=self._left,
+            came=self._mend,
+            note=lambda text: self.note(text),
+            spawn=self._spawn,
+        )
+        self._client = client
         # Stages that were placed again and haven't been told what those before them know.
         self._bare: set[int] = set()
         self._lacking: set[tuple[int, str]] = set()
@@ -216,8 +194,7 @@ class Engine:
         StageTooLarge
             If the workers can't hold the model.
         """
-        self._membership.__enter__()
-        self._client.register_plugin(SessionWorker())
+        self.placement.start()
         self.call(self._begin())
 
     def close(self) -> None:
@@ -230,29 +207,7 @@ class Engine:
         in_background(self._client, self._end()).result()
         # Whoever waits for tokens hears why none come before the loop ends.
         concurrent.futures.wait(set(self._begun), _LAST_WORDS_SECONDS)
-        self._membership.__exit__()
-
-    def address_of(self, stage: int) -> str:
-        """Return which worker has a stage; empty while nobody has."""
-        return self._addresses[stage]
-
-    @property
-    def num_workers(self) -> int:
-        """How many workers take part, spares included."""
-        return len(self._links)
-
-    def missing(self) -> list[int]:
-        """Return the stages that no worker has now; requests wait for these."""
-        return self._lost()
-
-    def spares(self) -> list[str]:
-        """Return the workers without a stage that have the weights of all."""
-        return [
-            address
-            for address in list(self._links)
-            if address not in self._addresses
-            and all(self._is_open(stage, address) for stage in range(len(self.cut)))
-        ]
+        self.placement.stop()
 
     def call(self, doing: Any) -> Any:
         """Run a coroutine on the client's loop, and return what it returns."""
@@ -283,38 +238,24 @@ class Engine:
     # On the loop
 
     async def _begin(self) -> None:
-        await asyncio.gather(*(self._connect(a) for a in self._membership.usable()))
-        if not self._links:
-            raise WorkersLost("No worker is there to run the model on.")
-        count = len(self.cut)
-        here = {address: self._memory[address] for address in self._links}
-        self._addresses = place_stages(self._needs, here, self._cache_bytes)
-        opening = (self._open(stage, address) for stage, address in enumerate(self._addresses))
-        for error in await asyncio.gather(*opening, return_exceptions=True):
-            if isinstance(error, BaseException) and not isinstance(error, OSError):
-                raise error
+        await self.placement.place()
         self._resize()
-        for stage in range(count):
+        for stage in range(len(self.cut)):
             await self._route(stage)
-        self._spawn(self._watch())
-        for address in self._links.keys() - set(self._addresses):
-            self._spawn(self._warm(address))
+        self.placement.look_after()
 
     async def _end(self) -> None:
-        """End everything; workers forget their stages when their driver hangs up."""
+        """End everything."""
         closed = TaskFailed("The model was closed.")
         self.pool.fail(closed)
         for live in list(self._live.values()):
             self._give_up(live, closed)
         self._live.clear()
-        for link in self._links.values():
-            link.close()
-        self._links.clear()
-        ended = [*self._tasks, *self._opened.values()]
+        ended = list(self._tasks)
         for task in ended:
             task.cancel()
+        await self.placement.end()
         await asyncio.gather(*ended, return_exceptions=True)
-        self._opened.clear()
 
     def _spawn(self, doing: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(doing)
@@ -333,189 +274,27 @@ class Engine:
 
     # Workers
 
-    async def _connect(self, address: str) -> None:
-        """Hold a connection to a worker, if it can be reached."""
-        hello = {"deployment": self.name, "role": "driver"}
-        try:
-            ready = self._client.run(take_part, self.name, workers=[address], asynchronous=True)
-            self._memory.update(await asyncio.wait_for(ready, _CONNECT_SECONDS))
-            link = await Link.open(address, connection_arguments(self._client), hello)
-        except (OSError, ValueError):
-            return  # frozen, or it has left; if it is still there at the next look, once more
-        self._links[address] = link
-        self._joined.set()
-        self._spawn(self._listen(address, link))
-
-    async def _open(self, stage: int, address: str) -> None:
-        """Have a worker open a stage, unless it has it open.
-
-        Raises
-        ------
-        CommClosedError
-            If the worker leaves meanwhile.
-        """
-        place = (stage, address)
-        if place not in self._opened:
-            link = self._links.get(address)
-            if link is None:
-                raise CommClosedError(f"The worker {address} has left.")
-            self._opened[place] = asyncio.ensure_future(self._opening(stage, address, link))
-        opening = self._opened[place]
-        try:
-            await asyncio.shield(opening)
-        except BaseException:
-            if opening.done() and self._opened.get(place) is opening:
-                del self._opened[place]
-            raise
-
-    async def _opening(self, stage: int, address: str, link: Link) -> Future:
-        key = f"open-stage-{self.name}-{stage}-{uuid.uuid4().hex[:6]}"
-        spec = StageSpec(self.name, stage, self.model.ref, self.cut[stage].to_json(), key)
-        future = self._client.submit(
-            open_stage, spec, key=key, workers=[address], pure=False, retries=0
-        )
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
-        waiting = [asyncio.ensure_future(event.wait()) for event in (ended, link.closed)]
-        try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waiting:
-                wait.cancel()
-        if link.closed.is_set() or future.status in ("lost", "cancelled"):
-            raise CommClosedError(f"The worker {address} left while it opened stage {stage}.")
-        if future.status == "error":
-            raise await loop.run_in_executor(None, future.exception)
-        return future
-
-    async def _invite(self, address: str) -> None:
-        """Make a worker that has come, or come back, a spare."""
-        self._inviting.add(address)
-        try:
-            await self._connect(address)
-        finally:
-            self._inviting.discard(address)
-        if address in self._links:
-            if self._lost():
-                await self._mend()  # first: what it gets leaves less memory for a spare's weights
-            await self._warm(address)
-
-    async def _warm(self, address: str) -> None:
-        """Have a spare read all weights that it has memory for: it may have to replace anybody."""
-        try:
-            while (stage := self._most_useful(address)) is not None:
-                await self._open(stage, address)
-        except OSError:
-            return
-        except Exception as error:
-            self.note(f"The spare {address} can't read all weights: {error}")
-
-    def _most_useful(self, spare: str) -> int | None:
-        """Return which stage a spare should open next: one that the fewest others could replace."""
-        if spare in self._addresses:
-            return None
-        copies = Counter(s for s, address in self._opened if address not in self._addresses)
-        held = self._weights_on(spare)
-
-        def has_room(stage: int) -> bool:
-            need = self._needs[stage]
-            weight_bytes = held + need.weight_bytes
-            return fits(self._memory[spare], weight_bytes, need.token_bytes, self._cache_bytes)
-
-        lacking = [s for s in range(len(self.cut)) if (s, spare) not in self._opened]
-        return min(filter(has_room, lacking), key=lambda s: (copies[s], s), default=None)
-
-    def _weights_on(self, address: str) -> int:
-        """Bytes of the weights that a worker has open, or is opening."""
-        return sum(self._needs[s].weight_bytes for s, a in self._opened if a == address)
-
-    def _shut_unneeded(self, address: str) -> None:
-        """Have a worker forget weights of stages that it hasn't got."""
-        for stage in range(len(self.cut)):
-            if self._is_open(stage, address) and self._addresses[stage] != address:
-                opened = self._opened.pop((stage, address)).result()
-                self._spawn(self._shut(stage, address, opened.key))
-
-    async def _shut(self, stage: int, address: str, opening: str) -> None:
-        link = self._links.get(address)
-        if link is not None:
-            with contextlib.suppress(OSError):
-                await link.send({"kind": "shut", "stage": stage, "opening": opening})
-
-    def _resize(self) -> None:
-        """Take the capacity that the workers have for sessions where the stages are now."""
-        if self._lost():
-            return  # known when they are placed again
-        if self._capacity() < self.pool.capacity:
-            for address in set(self._addresses):
-                self._shut_unneeded(address)
-        for live in self.pool.resize(self._capacity()):
-            self._send_away(live)
-
-    def _capacity(self) -> int:
-        weights = {address: self._weights_on(address) for address in self._addresses}
-        return tokens_that_fit(
-            self._addresses, self._needs, weights, self._memory, self._cache_bytes
-        )
-
-    async def _ping(self, link: Link) -> None:
-        with contextlib.suppress(OSError):
-            await link.send({"kind": "ping"})
-
-    async def _hang_up(self, link: Link, address: str) -> None:
-        """Tell a worker to wait no longer for one that is gone."""
-        with contextlib.suppress(OSError):
-            await link.send({"kind": "lost", "address": address})
-
-    def _lost(self) -> list[int]:
-        return [s for s, address in enumerate(self._addresses) if address not in self._links]
-
-    async def _listen(self, address: str, link: Link) -> None:
-        try:
-            while True:
-                self._hear(await link.receive(), address)
-        except CommClosedError:
-            if self._links.get(address) is link:
-                self._gone(address, "has left")
-
-    def _gone(self, address: str, how: str) -> None:
-        """A worker can't be reached any more, or doesn't move."""
-        link = self._links.pop(address, None)
-        if link is not None:
-            link.close()
-        for place in [place for place in self._opened if place[1] == address]:
-            del self._opened[place]
+    def _left(self, address: str, how: str, stages: Sequence[int]) -> None:
+        """A worker is gone."""
         if self._closed:
             return
         for name, forgetting in list(self._forgetting.items()):
             forgetting.places = {place for place in forgetting.places if place[1] != address}
             self._forgotten(name)
-        for other in self._links.values():
-            self._spawn(self._hang_up(other, address))
-        stages = [s for s, a in enumerate(self._addresses) if a == address]
-        for stage in stages:
-            self._addresses[stage] = ""  # were it to come back, it would have forgotten
         if stages:
             self.pool.drop_kept()  # cheaper than having them computed again for nobody yet
             self.note(f"The worker {address} {how}, with stage {', '.join(map(str, stages))}.")
             self._spawn(self._mend())
 
-    async def _watch(self) -> None:
-        """Notice workers that are silent, though their connections are open, and those that come."""
-        while True:
-            await asyncio.sleep(_LOOK_SECONDS)
-            usable = set(self._membership.usable())
-            for address, link in list(self._links.items()):
-                link.num_unheard += 1
-                if address not in usable:
-                    self._gone(address, "has left")
-                elif link.num_unheard > _MOST_UNHEARD:
-                    self._gone(address, "has fallen silent")
-                elif not link.is_sending:
-                    self._spawn(self._ping(link))
-            for address in usable - self._links.keys() - self._inviting:
-                self._spawn(self._invite(address))
+    def _resize(self) -> None:
+        """Take the capacity that the workers have for sessions where the stages are now."""
+        if self.placement.missing():
+            return  # known when they are placed again
+        if self.placement.capacity() < self.pool.capacity:
+            for address in set(self.placement.addresses):
+                self.placement.shut_unneeded(address)
+        for live in self.pool.resize(self.placement.capacity()):
+            self._send_away(live)
 
     def _hear(self, message: Message, address: str) -> None:
         kind = message["kind"]
@@ -531,7 +310,7 @@ class Engine:
                     self._forgetting[name].places.discard((message["stage"], address))
                     self._forgotten(name)
         elif kind == "unreached":
-            self._gone(message["address"], "can't be reached by another")
+            self.placement.give_up(message["address"], "can't be reached by another")
         elif kind == "failed":
             for name in message["sessions"]:
                 if name in self._live:
@@ -563,7 +342,6 @@ class Engine:
         for wanted in live.wanted:
             if not wanted.future.done():
                 wanted.future.set_exception(error)
-                wanted.future.exception()  # who asked may have left: asyncio needn't complain
         live.wanted.clear()
 
     # Sessions
@@ -678,7 +456,7 @@ class Engine:
         live, origin = step.live, step.origin
         if origin is None:
             return Part(live.name, live.epoch, len(live.tokens), 1, len(live.tokens), LAST)
-        shared, start = _num_shared(live.tokens, origin.tokens), len(origin.tokens)
+        shared, start = common(live.tokens, origin.tokens), len(origin.tokens)
         live.tokens = list(origin.tokens)
         live.num_computed = min(live.num_computed, shared)
         live.epoch += 1
@@ -686,7 +464,7 @@ class Engine:
 
     def _begin_traversal(self) -> None:
         self.num_fed += 1
-        if self._lost() and not self._mending.locked():
+        if self.placement.missing() and not self._mending.locked():
             self._spawn(self._mend())  # nobody was there when it was tried last
 
     def rewind(self, live: Live, position: int) -> None:
@@ -721,7 +499,7 @@ class Engine:
             return
         useful = keep and live.error is None and not live.is_away
         self._give_up(live, TaskFailed("The session was closed."))
-        if useful and not self._lost() and not self._mending.locked():
+        if useful and not self.placement.missing() and not self._mending.locked():
             if len(live.tokens) > live.num_computed:
                 self.rewind(live, live.num_computed)
             del self._live[live.name]  # first: somebody may wait for just this one, or for its room
@@ -738,7 +516,7 @@ class Engine:
         new.most_tokens = new.num_shared = length
         self._live[new.name] = new
         message = {"kind": "fork", "session": source.name, "new": new.name, "length": length}
-        new.sharing = self._spawn(self._tell(0, message))
+        new.sharing = self._spawn(self.placement.tell(0, message))
 
     def _take_over(self, kept: Live, length: int) -> None:
         """Make a session that was kept one again, from a position on."""
@@ -754,10 +532,9 @@ class Engine:
         return self._spawn(self._forget(live.name, self.pool.leave(live)))
 
     async def _forget(self, name: str, num_tokens: int) -> None:
-        places = {(s, a) for s, a in enumerate(self._addresses) if a in self._links}
-        self._forgetting[name] = _Forgetting(num_tokens, places)
+        self._forgetting[name] = _Forgetting(num_tokens, self.placement.places())
         for stage in range(len(self.cut)):
-            await self._tell(stage, {"kind": "close", "sessions": [name]})
+            await self.placement.tell(stage, {"kind": "close", "sessions": [name]})
         self._forgotten(name)
 
     def _forgotten(self, name: str) -> None:
@@ -812,35 +589,39 @@ class Engine:
 
     async def _send_posted(self) -> None:
         posted, self._posted = self._posted, []
-        most = math.ceil(self.num_waiting / max(1, len(set(self._addresses))))
-        for group in _groups(posted, most):
+        for group in _groups(posted, self._most_sessions):
             tokens = torch.tensor([token for _, some in group for token in some])
             await self._send_tokens([part for part, _ in group], tokens, [])
 
     async def _send_tokens(
         self, parts: Sequence[Part], tokens: torch.Tensor, rebuilt: Sequence[int]
     ) -> None:
-        body = {"kind": "pass", "parts": [astuple(part) for part in parts], "rebuilt": rebuilt}
-        await self._tell(0, body, TensorDict({TOKENS: tokens}))
+        message = {
+            "kind": "pass",
+            "parts": [astuple(part) for part in parts],
+            "rebuilt": rebuilt,
+            "most_sessions": self._most_sessions,
+        }
+        await self.placement.tell(0, message, TensorDict({TOKENS: tokens}))
 
-    async def _tell(self, stage: int, message: Message, values: TensorDict | None = None) -> None:
-        """Send to a stage; if its worker is gone, mending sends again what matters."""
-        link = self._links.get(self._addresses[stage])
-        if link is None:
-            return
-        with contextlib.suppress(OSError):
-            await link.send({**message, "deployment": self.name, "stage": stage}, values)
+    @property
+    def _most_sessions(self) -> int:
+        """How many sessions may share a pass: so many that every worker has one to compute.
+
+        With all of them in one pass, the workers would take turns.
+        """
+        return math.ceil(self.num_waiting / self.placement.num_placed_on)
 
     # Mending
 
     async def _mend(self) -> None:
         """Put lost stages on other workers, and have what they knew sent to them again."""
         async with self._mending:
-            while self._lost() or self._bare:
+            while self.placement.missing() or self._bare:
                 try:
-                    for stage in self._lost():
+                    for stage in self.placement.missing():
                         self._bare.add(stage)
-                        self._addresses[stage] = await self._replacement(stage)
+                        await self.placement.replace(stage)
                 except WorkersLost as error:
                     self.pool.fail(error)
                     for live in self._live.values():
@@ -848,82 +629,18 @@ class Engine:
                     return
                 self._resize()
                 await self.pool.settle()
-                if self._lost():
+                if self.placement.missing():
                     continue  # another one has left meanwhile
                 bare = sorted(self._bare)
                 self._bare.clear()
-                for stage in {0, *bare}:  # the first has to know how many workers there are
+                for stage in bare:
                     await self._route(stage)
                 for first, last in _runs(bare):
                     await self._send_again(first, list(range(first, last + 1)), None)
 
     async def _route(self, stage: int) -> None:
-        following = self._addresses[stage + 1] if stage + 1 < len(self.cut) else None
-        message = {"kind": "route", "following": following}
-        await self._tell(stage, {**message, "num_workers": len(set(self._addresses))})
-
-    async def _replacement(self, stage: int) -> str:
-        """Return a worker that has the stage open: a spare that has its weights, if there is one."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._wait_seconds
-        while True:
-            used = Counter(self._addresses)
-            address = min(
-                (a for a in self._links if self._can_hold(stage, a)),
-                key=lambda a: (used[a], not self._is_open(stage, a), a),
-                default=None,
-            )
-            if address is None:
-                self._joined.clear()
-                try:
-                    await asyncio.wait_for(self._joined.wait(), deadline - loop.time())
-                except TimeoutError as error:
-                    raise WorkersLost(self._nobody_for(stage)) from error
-                continue
-            if not self._is_open(stage, address):
-                self.note(f"Stage {stage} is being opened on {address}.")
-                if not self._can_hold(stage, address, besides=self._weights_on(address)):
-                    self._shut_unneeded(address)
-            try:
-                await self._open(stage, address)
-                return address
-            except OSError:
-                continue  # gone as well
-            except StoreUnreachable as error:  # which isn't the worker's fault
-                if loop.time() > deadline:
-                    raise WorkersLost(
-                        f"The weights of stage {stage} can't be read: {error}"
-                    ) from error
-                self.note(f"The weights of stage {stage} can't be read now: {error}")
-                await asyncio.sleep(_RETRY_SECONDS)
-            except Exception as error:
-                self._membership.exclude(address, str(error))
-                self._gone(address, f"can't open stage {stage}: {error}")
-
-    def _can_hold(self, stage: int, address: str, besides: int = 0) -> bool:
-        """Tell whether a worker has memory for one stage more, and for so many bytes besides."""
-        needs = [self._needs[s] for s, a in enumerate(self._addresses) if a == address]
-        needs.append(self._needs[stage])
-        own = sum(need.weight_bytes for need in needs)
-        weight_bytes = max(own, besides + self._needs[stage].weight_bytes)
-        token_bytes = sum(need.token_bytes for need in needs)
-        return fits(self._memory[address], weight_bytes, token_bytes, self._cache_bytes)
-
-    def _nobody_for(self, stage: int) -> str:
-        waited = f"within {self._wait_seconds:g} s"
-        if not self._links:
-            return f"0 of 1 workers joined {self._client.scheduler.address} {waited}."
-        weights = amount(self._needs[stage].weight_bytes, "B")
-        return (
-            f"None of the {len(self._links)} workers left has memory for stage {stage} ({weights} of "
-            f"weights), and none that has joined {self._client.scheduler.address} {waited}."
-        )
-
-    def _is_open(self, stage: int, address: str) -> bool:
-        opening = self._opened.get((stage, address))
-        if opening is None or not opening.done():
-            return False
-        return not opening.cancelled() and opening.exception() is None
+        following = (*self.placement.addresses, None)[stage + 1]
+        await self.placement.tell(stage, {"kind": "route", "following": following})
 
     async def _send_again(
         self, stage: int, rebuilt: list[int], names: Sequence[str] | None
@@ -944,11 +661,11 @@ class Engine:
             return
         message = {
             "kind": "resend",
-            "following": self._addresses[stage],
+            "following": self.placement.addresses[stage],
             "sessions": [(live.name, deliver, want) for live, deliver, want in sessions],
             "rebuilt": rebuilt,
         }
-        await self._tell(stage - 1, message)
+        await self.placement.tell(stage - 1, message)
 
     async def _refill(self) -> None:
         """Some stages lack what came before: they have got something out of turn."""
@@ -991,16 +708,6 @@ def _want(
     future.add_done_callback(_heard)
     live.wanted.append(_Wanted(part.epoch, start, part.end, part.want, future, since))
     return future
-
-
-def _num_shared(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """Count the tokens that two sequences begin with.
-
-    >>> _num_shared([5, 3, 8, 1], [5, 3, 7])
-    2
-    """
-    pairs = enumerate(zip(tokens, others, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(tokens), len(others)))
 
 
 def _heard(future: asyncio.Future[torch.Tensor]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -17,7 +16,6 @@ from dataclasses import astuple, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from distributed import Worker, WorkerPlugin, get_worker
 from distributed.core import Status
 
@@ -27,7 +25,7 @@ from dagflow.run.workers import describe
 from dagflow.sessions.links import OPERATION, CommClosedError, Link, Message
 from dagflow.sessions.memory import WorkerMemory
 from dagflow.sessions.models import ModelRef, read_weights
-from dagflow_tasks.decoding import DecoderStage, Part, join, select, split_logits
+from dagflow_tasks.decoding import DecoderStage, Part, join, keep_from, select, split_logits
 from dagflow_tasks.device import current_device
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.results import TensorDict
@@ -198,8 +196,11 @@ class _Hub:
     def take(self, message: Message) -> None:
         """Queue a message for its stage; those for stages that aren't here any more are dropped."""
         running = self._stages.get((message["deployment"], message["stage"]))
-        if running is not None:
-            running.queue.put_nowait(message)
+        if running is None:
+            return
+        if message["kind"] == "pass":
+            message["parts"] = [Part(*part) for part in message["parts"]]
+        running.queue.put_nowait(message)
 
     async def send(self, address: str, message: Message, values: TensorDict | None = None) -> None:
         """Send to a stage on some worker. If that is gone, the driver has it sent again."""
@@ -251,8 +252,6 @@ class _Running:
         self._hub = hub
         self._deployment = spec.deployment
         self._number = spec.stage
-        self._num_workers = 1
-        self._lately: deque[set[str]] = deque(maxlen=1)  # the sessions of as many passes as workers
         self.opening = spec.opening
         self.weight_bytes = stage.num_weight_bytes
         self._following: str | None = None
@@ -282,28 +281,16 @@ class _Running:
                 waiting.append(await self.queue.get())
             while not self.queue.empty():
                 waiting.append(self.queue.get_nowait())
-            passes = _together(waiting, self._most_sessions(waiting))
+            passes = _together(waiting)
             try:
                 if passes:
                     del waiting[: len(passes)]
-                    self._lately.append({part[0] for one in passes for part in one["parts"]})
                     await self._compute(passes, _rewound(waiting))
                 else:
                     await self._obey(waiting.pop(0))
             except Exception as error:
                 sessions = list(self._stage.sessions)
                 await self._tell({"kind": "failed", "sessions": sessions, "why": str(error)})
-
-    def _most_sessions(self, waiting: Sequence[Message]) -> float:
-        """How many sessions may share a pass: so many that every worker has one to compute.
-
-        With all of them in one pass, the workers would take turns. They go on to the next stage in
-        the groups that the first stage has made.
-        """
-        if self._number:
-            return math.inf
-        known = {part[0] for message in waiting for part in message.get("parts", ())}
-        return math.ceil(len(known.union(*self._lately)) / self._num_workers)
 
     async def _compute(
         self, messages: Sequence[Message], rewound: Mapping[str, tuple[int, int]]
@@ -312,16 +299,15 @@ class _Running:
         rebuilt = messages[0]["rebuilt"]
         accepted: list[tuple[list[Part], TensorDict]] = []
         for message in messages:
-            parts = [Part(*part) for part in message["parts"]]
-            over = [p for p in parts if self._stage.is_over(p) or _is_rewound(p, rewound)]
-            gaps = [part for part in parts if part not in over and not self._stage.accepts(part)]
+            parts = message["parts"]
+            over = {p for p in parts if self._stage.is_over(p) or _is_rewound(p, rewound)}
+            gaps = {part for part in parts if part not in over and not self._stage.accepts(part)}
             if gaps:
                 await self._tell({"kind": "gap", "sessions": [part.session for part in gaps]})
-            values = message["values"]
-            if gaps or over:
-                parts, values = _without(parts, values, [*gaps, *over])
-            if parts:
-                accepted.append((parts, values))
+            begins = [p.end if p in over or p in gaps else p.start for p in parts]
+            kept, values = keep_from(parts, message["values"], begins)
+            if kept:
+                accepted.append((kept, values))
         if not accepted:
             return
         parts, values = join(accepted)
@@ -391,8 +377,6 @@ class _Running:
                 await self._hub.send(self._following, {**message, "stage": self._number + 1})
         elif kind == "route":
             self._following = message["following"]
-            self._num_workers = message["num_workers"]
-            self._lately = deque(self._lately, self._num_workers)
         elif kind == "resend":
             self._following = message["following"]
             for session, deliver, want in message["sessions"]:
@@ -404,13 +388,13 @@ class _Running:
         await self._hub.tell_driver(self._deployment, {**message, "stage": self._number}, values)
 
 
-def _together(waiting: Sequence[Message], most_sessions: float) -> list[Message]:
+def _together(waiting: Sequence[Message]) -> list[Message]:
     """Return the first messages that make one pass; none if the first isn't a pass.
 
-    >>> parts = [[(session, 0, 0, 1, 0, "last")] for session in "abc"]
-    >>> waiting = [{"kind": "pass", "rebuilt": [], "parts": part} for part in parts]
-    >>> [len(_together(waiting, most_sessions=most)) for most in (1, 2, 3)]
-    [1, 2, 3]
+    >>> parts = [[Part(session, 0, 0, 1, 0, "last")] for session in "abc"]
+    >>> message = {"kind": "pass", "rebuilt": []}
+    >>> [len(_together([{**message, "parts": p, "most_sessions": m} for p in parts])) for m in (1, 2)]
+    [1, 2]
     """
     found: list[Message] = []
     tokens = 0
@@ -418,13 +402,13 @@ def _together(waiting: Sequence[Message], most_sessions: float) -> list[Message]
     for message in waiting:
         if message["kind"] != "pass" or (found and message["rebuilt"] != found[0]["rebuilt"]):
             break
-        parts = [Part(*part) for part in message["parts"]]
+        parts = message["parts"]
         own = {name for part in parts for name in (part.session, part.origin) if name}
         tokens += sum(part.count for part in parts)
         # Tokens of one session come one part after the other, and before those of its copies.
         if found and (tokens > MOST_TOKENS or own & sessions):
             break
-        if found and len(own | sessions) > most_sessions:
+        if found and len(own | sessions) > message.get("most_sessions", math.inf):
             break
         sessions |= own
         found.append(message)
@@ -435,9 +419,9 @@ def _rewound(waiting: Sequence[Message]) -> dict[str, tuple[int, int]]:
     """Return from where on the sessions that wait begin anew: the newest epoch, and its first token."""
     found: dict[str, tuple[int, int]] = {}
     for message in waiting:
-        for session, epoch, start, *_ in message["parts"] if message["kind"] == "pass" else ():
-            if epoch > found.get(session, (0, 0))[0]:
-                found[session] = (epoch, start)
+        for part in message["parts"] if message["kind"] == "pass" else ():
+            if part.epoch > found.get(part.session, (0, 0))[0]:
+                found[part.session] = (part.epoch, part.start)
     return found
 
 
@@ -445,23 +429,6 @@ def _is_rewound(part: Part, rewound: Mapping[str, tuple[int, int]]) -> bool:
     """Tell whether all of a part's tokens will be cut off."""
     epoch, start = rewound.get(part.session, (0, 0))
     return part.epoch < epoch and start <= part.start
-
-
-def _without(
-    parts: Sequence[Part], values: TensorDict, gaps: Sequence[Part]
-) -> tuple[list[Part], TensorDict]:
-    kept = [part for part in parts if part not in gaps]
-    pieces: list[tuple[int, int]] = []
-    begin = 0
-    for part in parts:
-        if part not in gaps:
-            pieces.append((begin, begin + part.count))
-        begin += part.count
-    if not kept:
-        return [], TensorDict()
-    return kept, TensorDict(
-        {name: torch.cat([value[a:b] for a, b in pieces]) for name, value in values.items()}
-    )
 
 
 _HUBS: WeakKeyDictionary[Any, _Hub] = WeakKeyDictionary()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 
@@ -65,9 +66,10 @@ class Part:
 
     def from_position(self, position: int) -> Part:
         """Return the part without the tokens before a position."""
-        start = min(max(self.start, position), self.end)
-        origin = self.origin if start == self.start else ""
-        return replace(self, start=start, count=self.end - start, origin=origin)
+        if position <= self.start:
+            return self
+        start = min(position, self.end)
+        return replace(self, start=start, count=self.end - start, origin="")
 
 
 @dataclass
@@ -82,7 +84,7 @@ class _Sent:
             end = start + value.shape[0]
             known = self.buffers.get(name)
             if known is None or known.shape[0] < end:
-                grown = _empty_rows(value, end)
+                grown = value.new_empty(whole_blocks(end), *value.shape[1:], device="cpu")
                 if known is not None:
                     grown[:start] = known[:start]
                 self.buffers[name] = known = grown
@@ -95,10 +97,6 @@ class _Sent:
     @property
     def num_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in list(self.buffers.values()))
-
-
-def _empty_rows(like: torch.Tensor, count: int) -> torch.Tensor:
-    return like.new_empty(whole_blocks(count), *like.shape[1:], device="cpu")
 
 
 class DecoderStage:
@@ -211,14 +209,14 @@ class DecoderStage:
         with torch.inference_mode(), attending(spans):
             outputs = self._executable.run(given, sizes, _NO_RANDOM)
         if self.program.loss is not None:
-            self._note_peak()
             logits = outputs[self.program.loss][0]
-            return list(parts), TensorDict({"logits": logits[: len(rows)].float().cpu()})
-        found = TensorDict(
-            {n: _from_dim(outputs[n], dim).cpu() for n, dim in self._dims.items() if n in outputs}
-        )
-        self._keep_sent(parts, found)
-        self._note_peak()
+            found = TensorDict({"logits": logits[: len(rows)].float().cpu()})
+        else:
+            sent = {n: dim for n, dim in self._dims.items() if n in outputs}
+            found = TensorDict({n: _from_dim(outputs[n], dim).cpu() for n, dim in sent.items()})
+            self._keep_sent(parts, found)
+        if any(whole_blocks(part.start) < whole_blocks(part.end) for part in parts):
+            self._note_peak()  # buffers have grown
         return list(parts), found
 
     def resend(self, session: str, deliver: int, want: str) -> tuple[Part, TensorDict] | None:
@@ -291,24 +289,28 @@ def select(
     parts: Sequence[Part], values: Mapping[str, torch.Tensor], everything: bool
 ) -> tuple[list[Part], TensorDict]:
     """Return what the next stage is to get: what is to be delivered, or, rebuilt, everything."""
-    if everything or all(part.deliver <= part.start for part in parts):
+    if everything:
         return list(parts), TensorDict(values)
-    kept: list[Part] = []
-    pieces: list[tuple[int, int]] = []
-    begin = 0
-    for part in parts:
-        short = part.from_position(part.deliver)
-        end = begin + part.count
-        if short.count:
-            kept.append(short)
-            pieces.append((end - short.count, end))
-        begin = end
-    return kept, TensorDict(
-        {
-            name: torch.cat([value[a:b] for a, b in pieces]) if pieces else value[:0]
-            for name, value in values.items()
-        }
-    )
+    return keep_from(parts, values, [part.deliver for part in parts])
+
+
+def keep_from(
+    parts: Sequence[Part], values: Mapping[str, torch.Tensor], positions: Sequence[int]
+) -> tuple[list[Part], TensorDict]:
+    """Return parts and their tensors without the tokens before a position of each.
+
+    >>> parts = [Part("a", 0, 3, 2, 0, "last"), Part("b", 0, 0, 1, 0, "last")]
+    >>> kept, values = keep_from(parts, {"x": torch.arange(3)}, [4, 1])
+    >>> [(part.session, part.start) for part in kept], values["x"]
+    ([('a', 4)], tensor([1]))
+    """
+    short = [part.from_position(at) for part, at in zip(parts, positions, strict=True)]
+    if short == list(parts):
+        return short, TensorDict(values)
+    ends = accumulate(part.count for part in parts)
+    rows = [r for part, end in zip(short, ends, strict=True) for r in range(end - part.count, end)]
+    kept = [part for part in short if part.count]
+    return kept, TensorDict({name: value[rows] for name, value in values.items()})
 
 
 def join(

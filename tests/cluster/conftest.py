@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,18 +9,12 @@ from typing import Any
 import pytest
 import torch
 from distributed import Client, LocalCluster
-from small import wait_until
+from local import local_cluster, wait_until
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(
-        n_workers=2,
-        threads_per_worker=1,
-        dashboard_address="127.0.0.1:0",
-        silence_logs=logging.CRITICAL,
-        memory_limit=0,
-    ) as local:
+    with local_cluster(2) as local:
         yield local
 
 

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from distributed import Client, LocalCluster
+from distributed import Client
+from local import local_cluster
 
 BIN = Path(sys.executable).parent
 TESTS = Path(__file__).parent
@@ -44,7 +45,7 @@ def swarm(
     ``ADDRESS`` in a command becomes the scheduler's.
     """
     with (
-        LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster,
+        local_cluster(0) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         address = cluster.scheduler_address

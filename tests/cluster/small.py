@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,15 +71,3 @@ def assert_same_run(found: dagflow.TrainResult, wanted: dagflow.TrainResult) -> 
     tensors, expected = found.state_dict(), wanted.state_dict()
     assert sorted(tensors) == sorted(expected)
     assert [n for n in expected if not torch.equal(tensors[n], expected[n])] == []
-
-
-def wait_until(
-    condition: Callable[[], bool], what: str | Callable[[], str], seconds: float = 60.0
-) -> None:
-    """Look again and again until a condition holds; fail at the deadline."""
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what() if callable(what) else what}: not within {seconds:g} s")
-        pause.wait(0.02)

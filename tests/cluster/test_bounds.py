@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from distributed import Client, LocalCluster
-from small import assert_same_run, batches, example, train, wait_until
+from local import wait_until
+from small import assert_same_run, batches, example, train
 
 import dagflow
 import dagflow_storage

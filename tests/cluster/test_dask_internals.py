@@ -11,7 +11,7 @@ from dask.tokenize import tokenize
 from distributed import Client, Event, LocalCluster
 from distributed.batched import BatchedSend
 from distributed.protocol.pickle import dumps, loads
-from small import wait_until
+from local import wait_until
 
 from dagflow.run.dask_internals import StepTask, Task, TaskRef, executing_seconds
 from dagflow.run.graph import Places

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client
+from local import local_cluster
 from small import assert_same_run, batches, example, train
 
 import dagflow
@@ -35,7 +36,7 @@ def test_a_cluster_without_workers(tmp_path: Path) -> None:
     of = example()
     config = dagflow.Config(cluster=dagflow.ClusterSettings(wait_seconds=0.5))
     with (
-        LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty,
+        local_cluster(0) as empty,
         Client(empty, set_as_default=False) as client,
         pytest.raises(dagflow.WorkersLost) as caught,
     ):

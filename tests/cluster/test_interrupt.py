@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 from distributed import Client
+from local import wait_until
 from processes import TESTS, kill_group, start
-from small import assert_same_run, batches, example, train, wait_until
+from small import assert_same_run, batches, example, train
 
 from dagflow_storage import Store, list_snapshots
 

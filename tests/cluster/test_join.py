@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from distributed import Client, LocalCluster, Nanny
+from distributed import Client, Nanny
+from local import local_cluster, wait_until
 from processes import BIN, kill_group, start, swarm
-from small import wait_until
 
 from dagflow.cli import main
 from dagflow.nanny import dask_teardown
@@ -105,9 +105,7 @@ def test_a_worker_that_its_nanny_does_not_know_yet_hands_over_too(
 ) -> None:
     """A nanny hears some time after the scheduler that its worker has started."""
     with (
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", memory_limit=0
-        ) as cluster,
+        local_cluster(2) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         first, second = cluster.workers.values()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,12 +88,3 @@ def logits_of(model: Any, tokens: list[int]) -> torch.Tensor:
     """Return the uncut model's logits (T, V)."""
     logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
     return logits
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
-    """Look again and again until a condition holds; fail at the deadline."""
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        pause.wait(0.02)

@@ -9,22 +9,13 @@ from typing import Any
 import pytest
 import torch
 from distributed import Client
-from families import beam_search, language_model, stored
+from families import beam_search, language_model
 
 import dagflow
 from dagflow.errors import SettingsInvalid
 
 PROMPTS = [[5, 17, 3, 42, 8, 23, 5, 17], [9], [60, 2, 60, 2, 60, 2, 60], list(range(20, 41))]
 NUM_NEW = 16
-
-
-@pytest.fixture(scope="module")
-def llama(
-    client: Client, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Any, dagflow.Deployment]]:
-    model, loaded = stored("llama", tmp_path_factory.mktemp("models"))
-    with dagflow.Deployment(loaded, client) as deployment:
-        yield model, deployment
 
 
 def _ended_early(model: Any) -> Any:
@@ -99,11 +90,11 @@ def test_many_beams_one_token_and_penalties(ended: tuple[dagflow.Deployment, Any
 
 
 def test_a_step_is_one_traversal_however_many_beams(
-    llama: tuple[Any, dagflow.Deployment],
+    deployed: tuple[Any, dagflow.Deployment],
 ) -> None:
-    engine = llama[1].engine
+    engine = deployed[1].engine
     before = engine.num_fed
-    dagflow.generate(llama[1], PROMPTS[:1], num_beams=8, max_new_tokens=10, ignore_end=True)
+    dagflow.generate(deployed[1], PROMPTS[:1], num_beams=8, max_new_tokens=10, ignore_end=True)
     assert engine.num_fed - before == 10
     assert not engine._live  # no session is left
 
@@ -124,14 +115,14 @@ def test_a_step_is_one_traversal_however_many_beams(
     ],
 )
 def test_what_makes_no_sense_with_beams_is_refused(
-    llama: tuple[Any, dagflow.Deployment], options: dict[str, Any], words: str
+    deployed: tuple[Any, dagflow.Deployment], options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(SettingsInvalid, match=words):
-        dagflow.generate(llama[1], PROMPTS[:1], **{"num_beams": 4, **options})
+        dagflow.generate(deployed[1], PROMPTS[:1], **{"num_beams": 4, **options})
 
 
 def test_options_of_beams_without_beams_are_warned_of(
-    llama: tuple[Any, dagflow.Deployment],
+    deployed: tuple[Any, dagflow.Deployment],
 ) -> None:
     with pytest.warns(UserWarning, match="change nothing without num_beams"):
-        dagflow.generate(llama[1], PROMPTS[:1], max_new_tokens=1, length_penalty=2.0)
+        dagflow.generate(deployed[1], PROMPTS[:1], max_new_tokens=1, length_penalty=2.0)

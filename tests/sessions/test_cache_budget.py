@@ -9,8 +9,9 @@ from typing import Any
 import dask
 import pytest
 import torch
-from distributed import Client, LocalCluster
-from families import greedy, logits_of, stored, wait_until
+from distributed import Client
+from families import greedy, logits_of
+from local import local_client, wait_until
 
 import dagflow
 from dagflow.errors import CacheFull, RequestTooLarge, SettingsInvalid, StageTooLarge
@@ -23,15 +24,14 @@ PROMPTS = [[5 + n, 17, 3, 42, n, 23, 5, 17] + [n] * (n % 5) for n in range(1, 25
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dagflow.Model]:
-    return stored("llama", tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def budget(client: Client, llama: tuple[Any, dagflow.Model]) -> int:
     """What so many blocks take on the worker whose stage takes most."""
     with dagflow.Deployment(llama[1], client) as deployment:
-        return NUM_BLOCKS * BLOCK_TOKENS * max(n.token_bytes for n in deployment.engine._needs)
+        return (
+            NUM_BLOCKS
+            * BLOCK_TOKENS
+            * max(n.token_bytes for n in deployment.engine.placement.needs)
+        )
 
 
 @pytest.fixture
@@ -174,14 +174,7 @@ def tiny_cluster() -> Iterator[Client]:
     settings = ("target", "spill", "pause", "terminate")
     with (
         dask.config.set({f"distributed.worker.memory.{name}": False for name in settings}),
-        LocalCluster(
-            n_workers=4,
-            threads_per_worker=1,
-            processes=False,
-            dashboard_address="127.0.0.1:0",
-            memory_limit=130_000,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
+        local_client(4, processes=False, memory_limit=130_000) as client,
     ):
         yield client
 
@@ -195,7 +188,7 @@ def test_workers_too_small_for_the_model_are_refused_with_the_numbers(
         dagflow.Deployment(llama[1], tiny_cluster, cache_bytes=100_000)
     with dagflow.Deployment(llama[1], tiny_cluster, num_stages=2) as deployment:
         assert deployment.caches.capacity_tokens > 0
-        assert len(set(deployment.engine._addresses)) == 2
+        assert len(set(deployment.engine.placement.addresses)) == 2
         found = dagflow.generate(deployment, [[5]], max_new_tokens=4, ignore_end=True)
         assert found.tokens[0].tolist() == greedy(llama[0], [5], 4)
 
@@ -204,11 +197,11 @@ def test_spares_open_what_they_have_memory_for_and_others_lack(
     tiny_cluster: Client, llama: tuple[Any, dagflow.Model]
 ) -> None:
     with dagflow.Deployment(llama[1], tiny_cluster, num_stages=2) as deployment:
-        engine = deployment.engine
+        placement = deployment.engine.placement
+        spares = {*tiny_cluster.scheduler_info()["workers"]} - {*placement.addresses}
 
         def warm() -> list[int]:
-            used = {engine.address_of(stage) for stage in range(2)}
-            return sorted(s for s, a in engine._opened if a not in used and engine._is_open(s, a))
+            return [s for s in range(2) for spare in spares if placement.is_open(s, spare)]
 
         wait_until(lambda: warm() == [0, 1], "either stage could be replaced")
-        assert engine.spares() == []  # nobody has both
+        assert placement.spares() == []  # nobody has both

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import Client, LocalCluster
-from families import greedy, language_model, wait_until
+from distributed import Client
+from families import greedy, language_model
+from local import local_client, wait_until
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -125,35 +125,25 @@ def _computed(client: Client, deployment: dagflow.Deployment) -> int:
 
 
 @pytest.fixture
-def volunteers() -> Iterator[tuple[LocalCluster, Client]]:
-    with (
-        LocalCluster(
-            n_workers=3,
-            threads_per_worker=1,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-            memory_limit=0,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+def volunteers() -> Iterator[Client]:
+    with local_client(3) as client:
         client.wait_for_workers(3, timeout=60)
-        yield cluster, client
+        yield client
 
 
 @pytest.mark.parametrize("draft_seed", [0, 1], ids=["right draft", "wrong draft"])
 def test_killed_workers_change_no_answer_with_passes_ahead(
-    draft_seed: int, volunteers: tuple[LocalCluster, Client], tmp_path: Path
+    draft_seed: int, volunteers: Client, tmp_path: Path
 ) -> None:
-    client = volunteers[1]
     model, draft = language_model("llama"), language_model("llama", draft_seed)
     loaded = dagflow.load(model, store=tmp_path)
-    with dagflow.Deployment(loaded, client, num_stages=2, draft=draft) as deployment:
+    with dagflow.Deployment(loaded, volunteers, num_stages=2, draft=draft) as deployment:
         engine = deployment.engine
         for stage in (1, 0):
-            wait_until(lambda: len(engine.spares()) >= 1, "a spare")
+            wait_until(lambda: len(engine.placement.spares()) >= 1, "a spare")
             watched = Watched(deployment)
-            pids = client.run(os.getpid)
-            address = engine.address_of(stage)
+            pids = volunteers.run(os.getpid)
+            address = engine.placement.addresses[stage]
             request = deployment.request(PROMPT, max_new_tokens=NUM_NEW, ignore_end=True)
             found = []
             for token in deployment.stream([request]):
@@ -161,7 +151,7 @@ def test_killed_workers_change_no_answer_with_passes_ahead(
                 if len(found) == 3:
                     os.kill(pids[address], signal.SIGKILL)
             assert found == greedy(model, PROMPT, NUM_NEW)
-            wait_until(lambda: engine.address_of(stage) not in ("", address), "another")  # noqa: B023
+            wait_until(lambda: engine.placement.addresses[stage] not in ("", address), "another")  # noqa: B023
             assert watched.most_under_way > 1
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 from families import language_model, stored
+from local import local_client
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -30,10 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dagflow.Model:
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Client]:
     """A cluster of one thread in this process, for tests that end it."""
-    with (
-        LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with local_client(1, processes=False) as client:
         yield client
 
 

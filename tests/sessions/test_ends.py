@@ -6,7 +6,8 @@ import asyncio
 from pathlib import Path
 
 from distributed import Client
-from families import stored, wait_until
+from families import stored
+from local import wait_until
 
 import dagflow
 from dagflow.sessions.service import sessions_open

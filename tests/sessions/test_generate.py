@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,6 @@ from dagflow.sessions.service import num_tokens_computed
 
 PROMPTS = [[5, 17, 3, 42, 8, 23, 5, 17], [9], [60, 2, 60, 2, 60, 2, 60], list(range(20, 41))]
 NUM_NEW = 20
-
-
-@pytest.fixture(scope="module")
-def llama(
-    client: Client, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Any, dagflow.Deployment]]:
-    model, loaded = stored("llama", tmp_path_factory.mktemp("models"))
-    with dagflow.Deployment(loaded, client) as deployment:
-        yield model, deployment
 
 
 def _tokens(found: Any) -> list[list[int]]:
@@ -50,8 +40,8 @@ def test_greedy_answers_equal_transformers(family: str, client: Client, tmp_path
             assert found.finish_reasons == ["length"] * len(PROMPTS)
 
 
-def test_right_guesses_save_traversals(llama: tuple[Any, dagflow.Deployment]) -> None:
-    model, deployment = llama
+def test_right_guesses_save_traversals(deployed: tuple[Any, dagflow.Deployment]) -> None:
+    model, deployment = deployed
     prompt = PROMPTS[0] + greedy(model, PROMPTS[0], 30)
 
     def traversals(speculate: bool) -> int:
@@ -66,8 +56,8 @@ def test_right_guesses_save_traversals(llama: tuple[Any, dagflow.Deployment]) ->
     assert traversals(True) < NUM_NEW
 
 
-def test_an_end_token_ends_an_answer(llama: tuple[Any, dagflow.Deployment]) -> None:
-    deployment = llama[1]
+def test_an_end_token_ends_an_answer(deployed: tuple[Any, dagflow.Deployment]) -> None:
+    deployment = deployed[1]
     [end] = deployment.model.end_tokens
     options = {"max_new_tokens": 5, "logit_bias": {end: 1e4}}
     stopped = dagflow.generate(deployment, PROMPTS[:1], **options)
@@ -76,11 +66,11 @@ def test_an_end_token_ends_an_answer(llama: tuple[Any, dagflow.Deployment]) -> N
     assert (_tokens(ignored), ignored.finish_reasons) == ([[end] * 5], ["length"])
 
 
-def test_sampling_follows_its_seed(llama: tuple[Any, dagflow.Deployment]) -> None:
+def test_sampling_follows_its_seed(deployed: tuple[Any, dagflow.Deployment]) -> None:
     def sampled(seed: int, speculate: bool = True) -> list[list[int]]:
         return _tokens(
             dagflow.generate(
-                llama[1],
+                deployed[1],
                 PROMPTS,
                 max_new_tokens=NUM_NEW,
                 ignore_end=True,
@@ -123,9 +113,9 @@ def test_sampling_keeps_what_transformers_keeps(seed: int) -> None:
 
 @pytest.mark.parametrize("speculate", [False, True])
 def test_frequency_and_presence_are_counted_in_the_answer_alone(
-    llama: tuple[Any, dagflow.Deployment], speculate: bool
+    deployed: tuple[Any, dagflow.Deployment], speculate: bool
 ) -> None:
-    model, deployment = llama
+    model, deployment = deployed
     frequency, presence = 0.7, 1.1
     for prompt in PROMPTS[:2]:
         wanted: list[int] = []
@@ -149,9 +139,9 @@ def test_frequency_and_presence_are_counted_in_the_answer_alone(
 
 @pytest.mark.parametrize("speculate", [False, True])
 def test_logits_on_request_equal_transformers_scores(
-    llama: tuple[Any, dagflow.Deployment], speculate: bool
+    deployed: tuple[Any, dagflow.Deployment], speculate: bool
 ) -> None:
-    model, deployment = llama
+    model, deployment = deployed
     options = {"max_new_tokens": NUM_NEW, "ignore_end": True, "speculate": speculate}
     found = dagflow.generate(deployment, PROMPTS, return_logits=True, **options)
     assert dagflow.generate(deployment, PROMPTS, **options).logits is None
@@ -168,8 +158,8 @@ def test_logits_on_request_equal_transformers_scores(
         torch.testing.assert_close(logits, torch.cat(wanted), atol=1e-4, rtol=1e-4)
 
 
-def test_streaming_yields_what_generate_returns(llama: tuple[Any, dagflow.Deployment]) -> None:
-    deployment = llama[1]
+def test_streaming_yields_what_generate_returns(deployed: tuple[Any, dagflow.Deployment]) -> None:
+    deployment = deployed[1]
     options = {"max_new_tokens": 7, "ignore_end": True}
     found: list[list[int]] = [[] for _ in PROMPTS]
     for token in dagflow.generate(deployment, PROMPTS, stream=True, **options):
@@ -177,8 +167,8 @@ def test_streaming_yields_what_generate_returns(llama: tuple[Any, dagflow.Deploy
     assert found == _tokens(dagflow.generate(deployment, PROMPTS, **options))
 
 
-def test_a_stream_that_is_left_leaves_no_session(llama: tuple[Any, dagflow.Deployment]) -> None:
-    model, deployment = llama
+def test_a_stream_that_is_left_leaves_no_session(deployed: tuple[Any, dagflow.Deployment]) -> None:
+    model, deployment = deployed
     stream = dagflow.generate(deployment, PROMPTS[:1], stream=True, ignore_end=True)
     next(stream)
     stream.close()
@@ -195,9 +185,9 @@ async def _counts(deployment: dagflow.Deployment) -> Any:
 
 
 def test_a_session_is_fed_forked_and_rewound_by_hand(
-    llama: tuple[Any, dagflow.Deployment],
+    deployed: tuple[Any, dagflow.Deployment],
 ) -> None:
-    model, deployment = llama
+    model, deployment = deployed
 
     def same(found: torch.Tensor, tokens: list[int]) -> None:
         wanted = logits_of(model, tokens)[-1]
@@ -222,8 +212,8 @@ def test_a_session_is_fed_forked_and_rewound_by_hand(
             session.prefill([])
 
 
-def test_a_closed_session_says_so(llama: tuple[Any, dagflow.Deployment]) -> None:
-    session = dagflow.Session(llama[1])
+def test_a_closed_session_says_so(deployed: tuple[Any, dagflow.Deployment]) -> None:
+    session = dagflow.Session(deployed[1])
     session.prefill([1, 2])
     session.close()
     session.close()
@@ -248,16 +238,16 @@ def test_a_closed_session_says_so(llama: tuple[Any, dagflow.Deployment]) -> None
     ],
 )
 def test_what_makes_no_sense_is_refused(
-    llama: tuple[Any, dagflow.Deployment],
+    deployed: tuple[Any, dagflow.Deployment],
     prompt: list[int],
     options: dict[str, Any],
     error: type[Exception],
     words: str,
 ) -> None:
     with pytest.raises(error, match=words):
-        dagflow.generate(llama[1], [prompt], **options)
+        dagflow.generate(deployed[1], [prompt], **options)
 
 
-def test_an_answer_ends_where_the_model_does(llama: tuple[Any, dagflow.Deployment]) -> None:
-    found = dagflow.generate(llama[1], [[1] * 60], ignore_end=True)
+def test_an_answer_ends_where_the_model_does(deployed: tuple[Any, dagflow.Deployment]) -> None:
+    found = dagflow.generate(deployed[1], [[1] * 60], ignore_end=True)
     assert (len(found.tokens[0]), found.finish_reasons) == (4, ["length"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import wait_until
+from local import wait_until
 
 import dagflow.sessions.keeping
 from dagflow.errors import LeaseLost, NotFound, SessionInUse, SettingsInvalid, StoreInUse

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -11,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import Client, LocalCluster
-from families import FAMILIES, greedy, logits_of, stored, wait_until
+from distributed import Client
+from families import FAMILIES, greedy, logits_of, stored
+from local import local_cluster, wait_until
 
 import dagflow
 from dagflow.sessions.answers import Token
@@ -143,7 +143,7 @@ class Swarm:
         self.deployment = deployment
 
     def kill(self, stage: int) -> None:
-        address = self.deployment.engine.address_of(stage)
+        address = self.deployment.engine.placement.addresses[stage]
         os.kill(self.client.run(os.getpid, workers=[address])[address], signal.SIGKILL)
 
 
@@ -151,21 +151,15 @@ class Swarm:
 def swarm(model: tuple[Any, dagflow.Model]) -> Iterator[Swarm]:
     """Workers that are killed don't come back."""
     with (
-        LocalCluster(
-            n_workers=3,
-            threads_per_worker=1,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-            memory_limit=0,
-        ) as cluster,
+        local_cluster(3) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         for nanny in cluster.workers.values():
             nanny.auto_restart = False
         with dagflow.Deployment(model[1], client, num_stages=2) as probe:
-            budget = 4 * BLOCK_TOKENS * max(n.token_bytes for n in probe.engine._needs)
+            budget = 4 * BLOCK_TOKENS * max(n.token_bytes for n in probe.engine.placement.needs)
         with dagflow.Deployment(model[1], client, num_stages=2, cache_bytes=budget) as deployment:
-            wait_until(lambda: len(deployment.engine.spares()) == 1, "a spare")
+            wait_until(lambda: len(deployment.engine.placement.spares()) == 1, "a spare")
             yield Swarm(client, deployment)
 
 

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
-from distributed import Client, LocalCluster
+from distributed import Client
 
 import dagflow
 from dagflow.errors import BatchInvalid, SettingsInvalid
 
 TEXTS = [[5, 17, 80], list(range(1, 60)), [3, 3], [9, 8, 7, 6, 5, 4, 3]]
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-            memory_limit=0,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
 
 
 def _eager(name: str) -> torch.nn.Module:

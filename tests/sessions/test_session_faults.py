@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import signal
 import time
@@ -14,7 +13,8 @@ import dask
 import pytest
 import torch
 from distributed import Client, LocalCluster
-from families import beam_search, greedy, logits_of, stored, wait_until
+from families import beam_search, greedy, logits_of
+from local import local_cluster, wait_until
 
 import dagflow
 from dagflow.sessions.service import num_tokens_computed
@@ -36,10 +36,10 @@ class Swarm:
 
     def wait_for_spares(self, count: int) -> None:
         """Wait until so many workers could replace any other at once."""
-        wait_until(lambda: len(self.engine.spares()) >= count, f"{count} spares")
+        wait_until(lambda: len(self.engine.placement.spares()) >= count, f"{count} spares")
 
     def address(self, stage: int) -> str:
-        return self.engine.address_of(stage)
+        return self.engine.placement.addresses[stage]
 
     def pids(self) -> dict[str, int]:
         found: dict[str, int] = self.client.run(os.getpid)
@@ -54,11 +54,6 @@ class Swarm:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dagflow.Model]:
-    return stored("llama", tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
     """Three workers; those that are killed are started again, under another address.
 
@@ -67,13 +62,7 @@ def cluster() -> Iterator[LocalCluster]:
     """
     with (
         dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"}),
-        LocalCluster(
-            n_workers=NUM_WORKERS,
-            threads_per_worker=1,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-            memory_limit=0,
-        ) as local,
+        local_cluster(NUM_WORKERS) as local,
     ):
         yield local
 

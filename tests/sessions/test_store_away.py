@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
-from distributed import Client, LocalCluster
-from families import greedy, stored, wait_until
+from families import greedy, stored
+from local import local_client, wait_until
 
 import dagflow
 from dagflow.sessions.models import ModelRef
@@ -28,20 +27,14 @@ def test_a_stage_is_read_again_once_the_store_is_back(tmp_path: Path) -> None:
         patient = Store(str(tmp_path / "store"), retry=RetryPolicy(total_seconds=0.0))
         away = replace(model, ref=ModelRef(with_faults(patient, [fault], counters), model.ref.name))
         with (
-            LocalCluster(
-                n_workers=2,
-                processes=False,
-                dashboard_address="127.0.0.1:0",
-                silence_logs=logging.CRITICAL,
-            ) as cluster,
-            Client(cluster, set_as_default=False) as client,
+            local_client(2, processes=False) as client,
             dagflow.Deployment(away, client, num_stages=2) as deployment,
         ):
             reads.append(num_attempts(counters, 0))
             if lose:
-                gone = deployment.engine.address_of(0)
+                gone = deployment.engine.placement.addresses[0]
                 client.retire_workers([gone], close_workers=False, remove=True)
-                wait_until(lambda: deployment.engine.address_of(0) != gone, "it has left")
+                wait_until(lambda: deployment.engine.placement.addresses[0] != gone, "it has left")
             found = dagflow.generate(deployment, [PROMPT], max_new_tokens=NUM_NEW, ignore_end=True)
             reads.append(num_attempts(counters, 0))
             return found.tokens[0].tolist()

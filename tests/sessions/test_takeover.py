@@ -16,7 +16,8 @@ import pytest
 import torch
 import transformers as hf
 from distributed import Client
-from families import logits_of, wait_until
+from families import logits_of
+from local import wait_until
 from zoo import SIZES
 
 import dagflow

@@ -1,0 +1,415 @@
+"""Which workers have which of a model's stages: connections, openings, spares, and who replaces whom.
+
+Knows nothing of sessions. Between the driver and each worker there is one connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from distributed import Client, Future
+
+from dagflow.errors import StoreUnreachable, WorkersLost
+from dagflow.graph.show import amount
+from dagflow.plan.partition import Partition
+from dagflow.run.dask_internals import connection_arguments
+from dagflow.run.membership import Membership
+from dagflow.sessions.links import CommClosedError, Link, Message
+from dagflow.sessions.memory import StageNeeds, WorkerMemory, fits, place_stages, tokens_that_fit
+from dagflow.sessions.models import Model
+from dagflow.sessions.service import SessionWorker, StageSpec, open_stage, take_part
+from dagflow_tasks.results import TensorDict
+
+# A worker that hasn't answered for so many looks is frozen. Looks are counted rather than seconds:
+# if it is this process that didn't move, nobody else is to blame.
+_LOOK_SECONDS = 0.25
+_MOST_UNHEARD = 8
+_CONNECT_SECONDS = 5.0
+_RETRY_SECONDS = 1.0
+
+
+class Placement:
+    """The stages of one model on one swarm. All but `start` and `stop` run on the client's loop.
+
+    Parameters
+    ----------
+    name : str
+        Tells the workers one deployment from another.
+    model : Model
+    cut : Partition
+    client : Client
+    wait_seconds : float
+        How long to wait for workers when too few are left.
+    cache_bytes : int, optional
+        What sessions' caches may take on a worker; see `memory.cache_budget`.
+    hear : callable
+        Gets the messages that workers send, and their addresses.
+    lost : callable
+        Hears which worker is gone, how, and with which stages.
+    came : callable
+        Awaited when a worker has come, before it is made a spare.
+    note : callable
+        Tells people what happens.
+    spawn : callable
+        Begins a coroutine whose errors somebody hears of.
+
+    Attributes
+    ----------
+    addresses : list of str
+        The worker of each stage; empty while nobody has it.
+    needs : list of StageNeeds
+        Of each stage.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        cut: Partition,
+        client: Client,
+        *,
+        wait_seconds: float,
+        cache_bytes: int | None,
+        hear: Callable[[Message, str], None],
+        lost: Callable[[str, str, list[int]], None],
+        came: Callable[[], Awaitable[None]],
+        note: Callable[[str], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self.addresses: list[str] = []
+        self.needs = [StageNeeds.of(model.dag, program) for program in cut.programs]
+        self._name = name
+        self._ref = model.ref
+        self._cut = cut
+        self._client = client
+        self._wait_seconds = wait_seconds
+        self._cache_bytes = cache_bytes
+        self._hear, self._lost, self._came = hear, lost, came
+        self._note, self._spawn = note, spawn
+        self._membership = Membership(client)
+        self._memory: dict[str, WorkerMemory] = {}
+        # Open stages, and those that are being opened, by stage and address.
+        self._opened: dict[tuple[int, str], asyncio.Task[Future]] = {}
+        self._links: dict[str, Link] = {}
+        self._inviting: set[str] = set()
+        self._joined = asyncio.Event()
+
+    def start(self) -> None:
+        """Hear of workers that come and go, and have them take part."""
+        self._membership.__enter__()
+        self._client.register_plugin(SessionWorker())
+
+    def stop(self) -> None:
+        """Hear of them no more."""
+        self._membership.__exit__()
+
+    async def place(self) -> None:
+        """Connect to all workers, and have the stages opened.
+
+        Raises
+        ------
+        WorkersLost
+            If there is no worker.
+        StageTooLarge
+            If the workers can't hold the model.
+        """
+        await asyncio.gather(*(self._connect(a) for a in self._membership.usable()))
+        if not self._links:
+            raise WorkersLost("No worker is there to run the model on.")
+        here = {address: self._memory[address] for address in self._links}
+        self.addresses = place_stages(self.needs, here, self._cache_bytes)
+        opening = (self._open(stage, address) for stage, address in enumerate(self.addresses))
+        for error in await asyncio.gather(*opening, return_exceptions=True):
+            if isinstance(error, BaseException) and not isinstance(error, OSError):
+                raise error
+
+    def look_after(self) -> None:
+        """From now on notice who leaves and who comes; spares read weights."""
+        self._spawn(self._watch())
+        for address in self._links.keys() - set(self.addresses):
+            self._spawn(self._warm(address))
+
+    async def end(self) -> None:
+        """Hang up; workers forget their stages when their driver does."""
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+        for opening in self._opened.values():
+            opening.cancel()
+        await asyncio.gather(*self._opened.values(), return_exceptions=True)
+        self._opened.clear()
+
+    # What is there
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers take part, spares included."""
+        return len(self._links)
+
+    @property
+    def num_placed_on(self) -> int:
+        """How many workers have a stage."""
+        return len(set(self.addresses))
+
+    def missing(self) -> list[int]:
+        """Return the stages that no worker has now."""
+        return [s for s, address in enumerate(self.addresses) if address not in self._links]
+
+    def places(self) -> set[tuple[int, str]]:
+        """Return the stages that some worker has now, with its address."""
+        return {(s, a) for s, a in enumerate(self.addresses) if a in self._links}
+
+    def spares(self) -> list[str]:
+        """Return the workers without a stage that have the weights of all."""
+        return [
+            address
+            for address in list(self._links)
+            if address not in self.addresses
+            and all(self.is_open(stage, address) for stage in range(len(self._cut)))
+        ]
+
+    def is_open(self, stage: int, address: str) -> bool:
+        """Tell whether a worker has the weights of a stage, be it its own or not."""
+        opening = self._opened.get((stage, address))
+        if opening is None or not opening.done():
+            return False
+        return not opening.cancelled() and opening.exception() is None
+
+    def capacity(self) -> int:
+        """Return how many tokens all sessions together may have where the stages are now."""
+        weights = {address: self._weights_on(address) for address in self.addresses}
+        return tokens_that_fit(self.addresses, self.needs, weights, self._memory, self._cache_bytes)
+
+    def _weights_on(self, address: str) -> int:
+        """Bytes of the weights that a worker has open, or is opening."""
+        return sum(self.needs[s].weight_bytes for s, a in self._opened if a == address)
+
+    def _can_hold(self, stage: int, address: str, besides: int = 0) -> bool:
+        """Tell whether a worker has memory for one stage more, and for so many bytes besides."""
+        needs = [self.needs[s] for s, a in enumerate(self.addresses) if a == address]
+        needs.append(self.needs[stage])
+        own = sum(need.weight_bytes for need in needs)
+        weight_bytes = max(own, besides + self.needs[stage].weight_bytes)
+        token_bytes = sum(need.token_bytes for need in needs)
+        return fits(self._memory[address], weight_bytes, token_bytes, self._cache_bytes)
+
+    # Messages
+
+    async def tell(self, stage: int, message: Message, values: TensorDict | None = None) -> None:
+        """Send to a stage; if its worker is gone, mending sends again what matters."""
+        link = self._links.get(self.addresses[stage])
+        if link is None:
+            return
+        with contextlib.suppress(OSError):
+            await link.send({**message, "deployment": self._name, "stage": stage}, values)
+
+    async def _listen(self, address: str, link: Link) -> None:
+        try:
+            while True:
+                self._hear(await link.receive(), address)
+        except CommClosedError:
+            if self._links.get(address) is link:
+                self.give_up(address, "has left")
+
+    async def _send(self, link: Link, message: Message) -> None:
+        with contextlib.suppress(OSError):
+            await link.send(message)
+
+    # Workers come and go
+
+    async def _connect(self, address: str) -> None:
+        """Hold a connection to a worker, if it can be reached."""
+        hello = {"deployment": self._name, "role": "driver"}
+        try:
+            ready = self._client.run(take_part, self._name, workers=[address], asynchronous=True)
+            self._memory.update(await asyncio.wait_for(ready, _CONNECT_SECONDS))
+            link = await Link.open(address, connection_arguments(self._client), hello)
+        except (OSError, ValueError):
+            return  # frozen, or it has left; if it is still there at the next look, once more
+        self._links[address] = link
+        self._joined.set()
+        self._spawn(self._listen(address, link))
+
+    async def _watch(self) -> None:
+        """Notice workers that are silent, though their connections are open, and those that come."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            usable = set(self._membership.usable())
+            for address, link in list(self._links.items()):
+                link.num_unheard += 1
+                if address not in usable:
+                    self.give_up(address, "has left")
+                elif link.num_unheard > _MOST_UNHEARD:
+                    self.give_up(address, "has fallen silent")
+                elif not link.is_sending:
+                    self._spawn(self._send(link, {"kind": "ping"}))
+            for address in usable - self._links.keys() - self._inviting:
+                self._spawn(self._invite(address))
+
+    async def _invite(self, address: str) -> None:
+        """Make a worker that has come, or come back, a spare."""
+        self._inviting.add(address)
+        try:
+            await self._connect(address)
+        finally:
+            self._inviting.discard(address)
+        if address in self._links:
+            await self._came()  # first: what it gets leaves less memory for a spare's weights
+            await self._warm(address)
+
+    def give_up(self, address: str, how: str) -> None:
+        """A worker can't be reached any more, or doesn't move."""
+        link = self._links.pop(address, None)
+        if link is not None:
+            link.close()
+        for place in [place for place in self._opened if place[1] == address]:
+            del self._opened[place]
+        for other in self._links.values():  # they need wait no longer, either
+            self._spawn(self._send(other, {"kind": "lost", "address": address}))
+        stages = [s for s, a in enumerate(self.addresses) if a == address]
+        for stage in stages:
+            self.addresses[stage] = ""  # were it to come back, it would have forgotten
+        self._lost(address, how, stages)
+
+    # Stages are opened and shut
+
+    async def _open(self, stage: int, address: str) -> None:
+        """Have a worker open a stage, unless it has it open.
+
+        Raises
+        ------
+        CommClosedError
+            If the worker leaves meanwhile.
+        """
+        place = (stage, address)
+        if place not in self._opened:
+            link = self._links.get(address)
+            if link is None:
+                raise CommClosedError(f"The worker {address} has left.")
+            self._opened[place] = asyncio.ensure_future(self._opening(stage, address, link))
+        opening = self._opened[place]
+        try:
+            await asyncio.shield(opening)
+        except BaseException:
+            if opening.done() and self._opened.get(place) is opening:
+                del self._opened[place]
+            raise
+
+    async def _opening(self, stage: int, address: str, link: Link) -> Future:
+        key = f"open-stage-{self._name}-{stage}-{uuid.uuid4().hex[:6]}"
+        spec = StageSpec(self._name, stage, self._ref, self._cut[stage].to_json(), key)
+        future = self._client.submit(
+            open_stage, spec, key=key, workers=[address], pure=False, retries=0
+        )
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
+        waiting = [asyncio.ensure_future(event.wait()) for event in (ended, link.closed)]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waiting:
+                wait.cancel()
+        if link.closed.is_set() or future.status in ("lost", "cancelled"):
+            raise CommClosedError(f"The worker {address} left while it opened stage {stage}.")
+        if future.status == "error":
+            raise await loop.run_in_executor(None, future.exception)
+        return future
+
+    async def _warm(self, address: str) -> None:
+        """Have a spare read all weights that it has memory for: it may have to replace anybody."""
+        try:
+            while (stage := self._most_useful(address)) is not None:
+                await self._open(stage, address)
+        except OSError:
+            return
+        except Exception as error:
+            self._note(f"The spare {address} can't read all weights: {error}")
+
+    def _most_useful(self, spare: str) -> int | None:
+        """Return which stage a spare should open next: one that the fewest others could replace."""
+        if spare in self.addresses:
+            return None
+        copies = Counter(s for s, address in self._opened if address not in self.addresses)
+        held = self._weights_on(spare)
+
+        def has_room(stage: int) -> bool:
+            need = self.needs[stage]
+            weight_bytes = held + need.weight_bytes
+            return fits(self._memory[spare], weight_bytes, need.token_bytes, self._cache_bytes)
+
+        lacking = [s for s in range(len(self._cut)) if (s, spare) not in self._opened]
+        return min(filter(has_room, lacking), key=lambda s: (copies[s], s), default=None)
+
+    def shut_unneeded(self, address: str) -> None:
+        """Have a worker forget weights of stages that it hasn't got."""
+        for stage in range(len(self._cut)):
+            if self.is_open(stage, address) and self.addresses[stage] != address:
+                opening = self._opened.pop((stage, address)).result().key
+                message = {"kind": "shut", "stage": stage, "opening": opening}
+                self._spawn(self._send(self._links[address], message))
+
+    async def replace(self, stage: int) -> None:
+        """Put a stage on another worker: a spare that has its weights, if there is one.
+
+        Raises
+        ------
+        WorkersLost
+            If none that could hold it has come in time.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._wait_seconds
+        while True:
+            address = self._best_for(stage)
+            if address is None:
+                self._joined.clear()
+                try:
+                    await asyncio.wait_for(self._joined.wait(), deadline - loop.time())
+                except TimeoutError as error:
+                    raise WorkersLost(self._nobody_for(stage)) from error
+                continue
+            if not self.is_open(stage, address):
+                self._note(f"Stage {stage} is being opened on {address}.")
+                if not self._can_hold(stage, address, besides=self._weights_on(address)):
+                    self.shut_unneeded(address)
+            try:
+                await self._open(stage, address)
+            except OSError:
+                continue  # gone as well
+            except StoreUnreachable as error:  # which isn't the worker's fault
+                if loop.time() > deadline:
+                    raise WorkersLost(
+                        f"The weights of stage {stage} can't be read: {error}"
+                    ) from error
+                self._note(f"The weights of stage {stage} can't be read now: {error}")
+                await asyncio.sleep(_RETRY_SECONDS)
+            except Exception as error:
+                self._membership.exclude(address, str(error))
+                self.give_up(address, f"can't open stage {stage}: {error}")
+            else:
+                self.addresses[stage] = address
+                return
+
+    def _best_for(self, stage: int) -> str | None:
+        """Return who should take a stage: whoever has the fewest, and its weights already."""
+        used = Counter(self.addresses)
+        return min(
+            (a for a in self._links if self._can_hold(stage, a)),
+            key=lambda a: (used[a], not self.is_open(stage, a), a),
+            default=None,
+        )
+
+    def _nobody_for(self, stage: int) -> str:
+        waited = f"within {self._wait_seconds:g} s"
+        if not self._links:
+            return f"0 of 1 workers joined {self._client.scheduler.address} {waited}."
+        weights = amount(self.needs[stage].weight_bytes, "B")
+        return (
+            f"None of the {len(self._links)} workers left has memory for stage {stage} ({weights} of "
+            f"weights), and none that has joined {self._client.scheduler.address} {waited}."
+        )
