@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import signal
-import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from cluster.processes import BIN, kill_group, start
-from distributed import Client, LocalCluster
+from cluster.processes import BIN, kill_group
+from distributed import Client
+from local import local_cluster
 from openai import OpenAI
+from serving import KEYS, Served, Swarmed, process_of
 from tiny import save_tiny
-
-KEYS = ("first key", "second")
-
-
-@dataclass(frozen=True)
-class Served:
-    """Where the server is, and clients of it."""
-
-    url: str
-    http: httpx.Client
-    openai: OpenAI
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        lines = self.http.get("/metrics").text.splitlines()
-        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        return {name: float(value) for name, value in pairs}
 
 
 @pytest.fixture(scope="session")
@@ -57,25 +37,10 @@ def served(model_folder: Path) -> Iterator[Served]:
         kill_group(process, signal.SIGINT)  # as a terminal does
 
 
-@dataclass(frozen=True)
-class Swarmed:
-    """A server of two stages over somebody else's workers, and a client of their scheduler."""
-
-    http: httpx.Client
-    client: Client
-    pid: int
-
-
 @pytest.fixture(scope="session")
 def swarmed(model_folder: Path) -> Iterator[Swarmed]:
     with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-            memory_limit=0,
-        ) as cluster,
+        local_cluster(2) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         command: list[str | Path] = [BIN / "dagflow", "serve", "--model", model_folder]
@@ -85,22 +50,3 @@ def swarmed(model_folder: Path) -> Iterator[Swarmed]:
             with httpx.Client(base_url=url, timeout=60) as http:
                 yield Swarmed(http, client, process.pid)
             kill_group(process, signal.SIGINT)
-
-
-@contextmanager
-def process_of(
-    command: Sequence[str | Path], log: Path
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Yield a server's URL and process; whoever gets it sends it a signal that ends it, without a word."""
-    process = start(command, log)
-    try:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        found = re.search(r"(http://\S+)/v1", said)
-        assert found, said + log.read_text()
-        yield found[1], process
-        assert process.wait(30) == 0, log.read_text()
-        assert log.read_text() == ""
-    finally:
-        kill_group(process)
-        process.communicate()

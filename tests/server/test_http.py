@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from cluster.processes import BIN
-from conftest import KEYS, Served, process_of
+from serving import KEYS, Served, process_of
 from test_openai_client import GOES_ON, complete
 
 MODEL_TOKENS = 4096

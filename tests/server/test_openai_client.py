@@ -6,8 +6,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import Served
 from openai.types.chat import ChatCompletionMessageParam
+from serving import Served
 
 END = 0  # the tokenizer's end token
 GOES_ON = {str(END): -100}

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Swarmed
-from sessions.families import wait_until
+from local import wait_until
+from serving import Swarmed
 from test_openai_client import GOES_ON
 
 from dagflow.sessions.service import sessions_open

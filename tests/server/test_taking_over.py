@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 from cluster.processes import BIN, kill_group, start
-from cluster.small import wait_until
-from conftest import KEYS
+from local import wait_until
+from serving import KEYS
 from test_openai_client import GOES_ON
 
 from dagflow.errors import NotFound

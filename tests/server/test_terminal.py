@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,21 @@ def test_the_terminal_answers_until_the_input_ends(model_folder: Path) -> None:
     assert twice.startswith(once.rstrip("> \n"))
 
 
+def _chat(model_folder: Path, store: str, write: Callable[[str], object]) -> None:
+    chat(
+        str(model_folder),
+        store=store,
+        scheduler=None,
+        stages="auto",
+        weights=None,
+        workers=1,
+        system=None,
+        temperature=0.0,
+        max_tokens=8,
+        write=write,
+    )
+
+
 def test_an_interrupt_ends_the_answer_and_not_the_conversation(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,18 +81,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(
         if len(shown) == 3:
             raise KeyboardInterrupt
 
-    chat(
-        str(model_folder),
-        store="memory://interrupted",
-        scheduler=None,
-        stages="auto",
-        weights=None,
-        workers=1,
-        system=None,
-        temperature=0.0,
-        max_tokens=8,
-        write=write,
-    )
+    _chat(model_folder, "memory://interrupted", write)
     assert shown[3] == " [ended]"
     assert len(shown) > 8
     assert shown[-3:-1] == [" [cut off at its longest length]", "\n"]
@@ -96,18 +101,7 @@ def test_an_answer_that_breaks_off_says_why_and_the_conversation_goes_on(
         return await send(self, *args)
 
     monkeypatch.setattr(Engine, "send", send_or_fail)
-    chat(
-        str(model_folder),
-        store="memory://broken",
-        scheduler=None,
-        stages="auto",
-        weights=None,
-        workers=1,
-        system=None,
-        temperature=0.0,
-        max_tokens=8,
-        write=shown.append,
-    )
+    _chat(model_folder, "memory://broken", shown.append)
     said = "".join(shown)
     assert said.count("[broken off] TaskFailed: 1F0 can't\n") == 1
     assert said.count("[cut off at its longest length]\n") == 1
