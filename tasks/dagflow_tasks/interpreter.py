@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -66,6 +66,20 @@ class _Slot:
 
 @dataclass(slots=True)
 class _Instruction:
+    """One operator call, its arguments given but for those that are values.
+
+    Attributes
+    ----------
+    arguments, keywords
+        Templates.
+    holes : tuple of (position, slot)
+        Arguments that are values.
+    nested, keyword_holes
+        Arguments that are lists of values, and keywords that are either.
+    plain : bool
+        Whether nothing but the call is to be done.
+    """
+
     function: Callable[..., Any]
     arguments: list[Any]
     keywords: dict[str, Any]
@@ -74,6 +88,28 @@ class _Instruction:
     node: Node
     random: bool
     weights: frozenset[int]
+    holes: tuple[tuple[int, int], ...] = field(init=False)
+    nested: tuple[tuple[int, Any], ...] = field(init=False)
+    keyword_holes: tuple[tuple[str, Any], ...] = field(init=False)
+    plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        templates = list(enumerate(self.arguments))
+        self.holes = tuple((at, t.index) for at, t in templates if type(t) is _Slot)
+        self.nested = tuple((at, t) for at, t in templates if type(t) is list and _has_slot(t))
+        self.keyword_holes = tuple(h for h in self.keywords.items() if _has_slot(h[1]))
+        self.plain = self.node.grad and self.node.autocast and not self.random
+
+    def filled(self, slots: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments of the call."""
+        arguments, keywords = self.arguments.copy(), self.keywords
+        for position, index in self.holes:
+            arguments[position] = slots[index]
+        for position, template in self.nested:
+            arguments[position] = _fill(template, slots)
+        if self.keyword_holes:
+            keywords = {**keywords, **{k: _fill(t, slots) for k, t in self.keyword_holes}}
+        return arguments, keywords
 
 
 def _fill(template: Any, slots: Sequence[Any]) -> Any:
@@ -82,6 +118,10 @@ def _fill(template: Any, slots: Sequence[Any]) -> Any:
     if type(template) is list:
         return [_fill(item, slots) for item in template]
     return template
+
+
+def _has_slot(template: Any) -> bool:
+    return type(template) is _Slot or (type(template) is list and any(map(_has_slot, template)))
 
 
 def _mentions_size(argument: Argument) -> bool:
@@ -113,6 +153,7 @@ class Executable:
         for node in self._nodes:
             self._slots[node.name] = len(self._slots)
         self._free = self._last_reads()
+        self._draws = any(draws_random_numbers(node.op) for node in self._nodes)
         written = {name for node in self._nodes for name in mutated_arguments(node)}
         inputs = {i.value.name for i in program.inputs} | set(self.constants)
         self._written_inputs = [self._slots[name] for name in sorted(written & inputs)]
@@ -171,7 +212,8 @@ class Executable:
             slots[self._slots[name]] = value
         for index in self._written_inputs:
             slots[index] = slots[index].clone()  # inputs belong to the caller
-        with self._autocast(), _restored_generator(self.device):
+        untouched = _restored_generator(self.device) if self._draws else nullcontext()
+        with self._autocast(), untouched:
             for instruction in instructions:
                 try:
                     slots[instruction.output] = self._execute(instruction, slots, random, deferred)
@@ -190,13 +232,12 @@ class Executable:
         random: RandomAddress,
         deferred: DeferredWeights | None,
     ) -> Any:
-        arguments = [_fill(template, slots) for template in instruction.arguments]
-        keywords = {k: _fill(template, slots) for k, template in instruction.keywords.items()}
-        node = instruction.node
-        if node.grad and node.autocast and not instruction.random:
+        arguments, keywords = instruction.filled(slots)
+        if instruction.plain:
             if deferred is not None and instruction.weights:
                 return deferred.run(instruction.function, arguments, keywords, instruction.weights)
             return instruction.function(*arguments, **keywords)
+        node = instruction.node
         grad = nullcontext() if node.grad else torch.no_grad()
         cast = nullcontext() if node.autocast else torch.autocast(self.device.type, enabled=False)
         draw = _seeded(self.device, random.of(node.name)) if instruction.random else nullcontext()
