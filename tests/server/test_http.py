@@ -15,7 +15,8 @@ from serving import KEYS, Served, process_of
 from test_openai_client import GOES_ON, complete
 
 MODEL_TOKENS = 4096
-LONG = {"stream": True, "max_tokens": MODEL_TOKENS}
+# Random text takes ten times as long as what can be guessed.
+LONG = {"stream": True, "max_tokens": MODEL_TOKENS, "temperature": 1.2}
 
 
 def error_of(response: httpx.Response) -> dict[str, str | None]:

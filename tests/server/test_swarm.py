@@ -23,7 +23,8 @@ from dagflow.sessions.service import sessions_open
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SHORT = {"model": "tiny", "prompt": "A", "max_tokens": 4, "logit_bias": GOES_ON}
-LONG = {**SHORT, "max_tokens": 4000, "stream": True}
+# Random text takes ten times as long as what can be guessed.
+LONG = {**SHORT, "max_tokens": 4000, "stream": True, "temperature": 1.2}
 NUM_DEAF = 200
 MOST_BYTES_OF_ONE = 2**18
 # Values of JSON are some tens of bytes each in Python; without care they were a gigabyte here.
