@@ -32,6 +32,8 @@ from chaos.faults import AfterStep, Fault, Incident, InTask, WhileRebuilding
 from chaos.scheduling import scheduler
 from chaos.volunteer import REPLAYING, volunteer
 
+# A worker that wakes takes up what it was told meanwhile, which others may have done.
+_CATCH_UP_SECONDS = 2.0
 # A stopped worker that nobody noticed is woken after so long, so that the run doesn't hang.
 _WAKE_SECONDS = 30.0
 _SLOW_ON_SECONDS, _SLOW_OFF_SECONDS = 0.02, 0.08
@@ -367,11 +369,11 @@ class Harness:
         now = time.monotonic()
         self._hits.append(Hit(now, now + seconds, names, sends_back))
 
-    def _over(self, who: Volunteer) -> None:
+    def _over(self, who: Volunteer, seconds: float = 0.0) -> None:
         """Note that what began to happen to a volunteer has ended: it is well again, or gone."""
-        now = time.monotonic()
+        end = time.monotonic() + seconds
         self._hits = [
-            replace(hit, end=now) if hit.volunteers == {who.name} else hit for hit in self._hits
+            replace(hit, end=end) if hit.volunteers == {who.name} else hit for hit in self._hits
         ]
 
     def _workers_of(self, stages: Sequence[int]) -> list[Volunteer]:
@@ -429,7 +431,7 @@ class Harness:
 
         def undo() -> None:
             _signal(pid, signal.SIGCONT)
-            self._over(who)
+            self._over(who, _CATCH_UP_SECONDS)
 
         self._lasting.append((last_step, end, undo))
 

@@ -27,15 +27,15 @@ def start(
 
     A cold one imports everything anew, as on a machine that was just switched on.
     """
-    context = multiprocessing.get_context("spawn") if cold else _warm()
+    context = multiprocessing.get_context("spawn") if cold else warm()
     process = context.Process(target=_begin, args=(function, log, arguments), daemon=True)
     process.start()
     return process
 
 
 @cache
-def _warm() -> Any:
-    """Start the process that is copied."""
+def warm() -> Any:
+    """Start the process that is copied, and return what starts copies of it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     # It leaves out what it can't import, without a word, and knows this process' path from here.

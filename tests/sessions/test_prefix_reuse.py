@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 import torch
 from distributed import Client
@@ -149,13 +150,14 @@ class Swarm:
 
 @pytest.fixture(scope="module")
 def swarm(model: tuple[Any, dagflow.Model]) -> Iterator[Swarm]:
-    """Workers that are killed don't come back."""
+    """Workers that are killed don't come back: neither nannies nor the cluster start them again."""
     with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"}),
         local_cluster(3) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         for nanny in cluster.workers.values():
-            nanny.auto_restart = False
+            nanny.close_gracefully()
         with dagflow.Deployment(model[1], client, num_stages=2) as probe:
             budget = 4 * BLOCK_TOKENS * max(n.token_bytes for n in probe.engine.placement.needs)
         with dagflow.Deployment(model[1], client, num_stages=2, cache_bytes=budget) as deployment:
