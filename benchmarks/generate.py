@@ -1,11 +1,13 @@
 """Generation over two workers against the same model in one process, and what faults and distance cost.
 
-    python benchmarks/generate.py [--part speed faults distance] [--rounds 5]
+    python benchmarks/generate.py [--part speed faults injected distance] [--rounds 5]
 
 The model is a Llama, hidden 512, 8 layers, vocabulary 2000, fp32, random weights; two workers of one
 thread hold 4 layers each, the local contestant (transformers.generate) has one thread. *speed*: tokens a
 second for one sequence, alternating, and for 8 sessions at once. *faults*: the longest gap between
-two tokens when a worker is killed, or frozen, at token 64, with a warm spare. *distance*: plain decoding
+two tokens when a worker is killed, or frozen, at token 64, with a warm spare. *injected*: the rate over
+1024 tokens if after each one a stage's worker is killed with a probability of 1 in 100, of the rate if none
+is; there are warm spares for all. *distance*: plain decoding
 against guessing, alternating, on workers beside the driver and 50 ms one way from it and from each other (a
 relay before each worker holds all bytes back). On two texts: one that repeats its prompt of 128 tokens with
 one in twenty changed, said by a small Llama that is trained here, within minutes, to do just that on random
@@ -21,6 +23,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import signal
 import subprocess
 import sys
@@ -43,6 +46,8 @@ PROMPT_TOKENS = 32
 VOCABULARY = 2000
 DELAY_SECONDS = 0.05
 LETTERS = 64
+MANY_TOKENS = 1024
+FAILURE = 0.01
 
 
 def local_model() -> Any:
@@ -348,9 +353,57 @@ def measure_guessing(deployment: dagflow.Deployment, kind: str, rounds: int) -> 
     }
 
 
+def measure_injected(model: dagflow.Model, rounds: int) -> dict[str, Any]:
+    """Kill the worker of some stage after each token with a small probability, and not, in turn."""
+    shares, rates, numbers = [], [], []
+    for number in range(rounds):
+        rng = random.Random(number)
+        kills = {n: rng.randrange(2) for n in range(1, MANY_TOKENS) if rng.random() < FAILURE}
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            volunteers(2 + len(kills), Path(folder)) as (client, _),
+            dagflow.Deployment(model, client, num_stages=2) as deployment,
+        ):
+            placement = deployment.engine.placement
+            pids = client.run(os.getpid)
+            while len(placement.spares()) < len(kills):
+                time.sleep(0.1)
+
+            def rate(killing: bool) -> tuple[list[int | None], float]:
+                found = []
+                begin = time.perf_counter()
+                for token in dagflow.generate(
+                    deployment,
+                    [random_prompt(number)],  # noqa: B023
+                    max_new_tokens=MANY_TOKENS,
+                    ignore_end=True,
+                    speculate=False,
+                    stream=True,
+                ):
+                    found.append(token.token)
+                    if killing and len(found) in kills:  # noqa: B023
+                        address = placement.addresses[kills[len(found)]]  # noqa: B023
+                        if address:  # else it is being replaced already
+                            os.kill(pids[address], signal.SIGKILL)  # noqa: B023
+                return found, len(found) / (time.perf_counter() - begin)
+
+            wanted, undisturbed = rate(killing=False)
+            found, disturbed = rate(killing=True)
+            assert found == wanted, "other tokens than undisturbed"
+            shares.append(disturbed / undisturbed)
+            rates.append(undisturbed)
+            numbers.append(len(pids) - len(client.scheduler_info(n_workers=-1)["workers"]))
+    return {
+        "of_undisturbed": median(shares),
+        "shares": shares,
+        "kills": numbers,
+        "undisturbed_tokens_per_second": median(rates),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    every = ("speed", "faults", "distance")
+    every = ("speed", "faults", "injected", "distance")
     parser.add_argument("--part", nargs="+", choices=every, default=list(every))
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -370,9 +423,11 @@ def main() -> None:
             wanted, _ = locally(local, prompt)
             document["killed"] = measure_fault(model, wanted, prompt, signal.SIGKILL)
             document["frozen"] = measure_fault(model, wanted, prompt, signal.SIGSTOP)
+        if "injected" in options.part:
+            document["injected"] = measure_injected(model, options.rounds)
         if "distance" in options.part:
             document["distance"] = measure_distance(editing_model(), options.rounds)
-    for part in ("speed", "killed", "frozen", "distance"):
+    for part in ("speed", "killed", "frozen", "injected", "distance"):
         if part in document:
             print(f"{part}:")
             for name, value in document[part].items():
