@@ -18,8 +18,9 @@ WORKERS ?= 2
 demo: .venv/.run
 	$(BIN)/dagflow demo
 
+# Modules in the order of their names: the longest are tests/chaos, and begin.
 test: .venv/.dev s3-server
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
 
 # The S3 server that the tests start. Never fails: without it those tests say that they are skipped.
 s3-server:

@@ -291,6 +291,7 @@ class _Running:
                 if passes:
                     del waiting[: len(passes)]
                     await self._compute(passes, _rewound(waiting))
+                    await asyncio.sleep(0)  # what has come meanwhile may join the next pass
                 else:
                     await self._obey(waiting.pop(0))
             except Exception as error:
