@@ -11,24 +11,20 @@ sending and unpacking one after the other beat sending the raw bytes.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import blosc2
 import numpy as np
 import torch
+from common import write_results
 from workload import Workload
 
 from dagflow_storage.arrays import CHUNK_BYTES
 from dagflow_storage.codec import NUM_THREADS
 
-RESULTS = Path(__file__).parent / "results"
 SETTINGS: dict[str, tuple[blosc2.Codec, int, blosc2.Filter]] = {
     "lz4-1 shuffle": (blosc2.Codec.LZ4, 1, blosc2.Filter.SHUFFLE),
     "lz4-1 bitshuffle": (blosc2.Codec.LZ4, 1, blosc2.Filter.BITSHUFFLE),
@@ -141,19 +137,13 @@ def main() -> None:
                   f"{row['pack_bytes_per_second'] / 1e9:11.2f}"
                   f"{row['unpack_bytes_per_second'] / 1e9:13.2f}"
                   f"{row['pays_up_to_mbit_per_second']:16.0f}")  # fmt: skip
-    document = {
-        "benchmark": "codecs",
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {"num_cores": os.cpu_count(), "python": platform.python_version()},
+    measured = {
         "num_steps": workload.num_steps,
         "num_threads": NUM_THREADS,
         "chunk_bytes": CHUNK_BYTES,
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "codecs.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"written: {path}")
+    write_results("codecs", measured)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -30,17 +28,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from common import write_results
 from distributed import Client, LocalCluster
 
 import dagflow
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS = 128
 PROMPT_TOKENS = 32
 VOCABULARY = 2000
@@ -237,6 +235,33 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
+def streamed(
+    deployment: dagflow.Deployment,
+    prompt: Sequence[int],
+    num_tokens: int,
+    faults: Mapping[int, int],
+    pids: Mapping[str, int],
+    how: signal.Signals,
+) -> tuple[list[int | None], list[float]]:
+    """Return an answer's tokens and when they came; after so many tokens a stage's worker gets a signal."""
+    tokens, times = [], []
+    for token in dagflow.generate(
+        deployment,
+        [prompt],
+        max_new_tokens=num_tokens,
+        ignore_end=True,
+        speculate=False,
+        stream=True,
+    ):
+        times.append(time.perf_counter())
+        tokens.append(token.token)
+        if len(tokens) in faults:
+            address = deployment.engine.placement.addresses[faults[len(tokens)]]
+            if address:  # else it is being replaced already
+                os.kill(pids[address], how)
+    return tokens, times
+
+
 def measure_fault(
     model: dagflow.Model, wanted: Sequence[int], prompt: Sequence[int], how: signal.Signals
 ) -> dict[str, Any]:
@@ -247,19 +272,7 @@ def measure_fault(
             pids = client.run(os.getpid)
             with dagflow.Deployment(model, client, num_stages=2) as deployment:
                 over_workers(deployment, [prompt], speculate=False)
-                times, tokens = [], []
-                for token in dagflow.generate(
-                    deployment,
-                    [prompt],
-                    max_new_tokens=TOKENS,
-                    ignore_end=True,
-                    speculate=False,
-                    stream=True,
-                ):
-                    times.append(time.perf_counter())
-                    tokens.append(token.token)
-                    if len(tokens) == 64:
-                        os.kill(pids[deployment.engine.placement.addresses[stage]], how)
+                tokens, times = streamed(deployment, prompt, TOKENS, {64: stage}, pids, how)
                 assert tokens == list(wanted), "other tokens than undisturbed"
                 between = [b - a for a, b in itertools.pairwise(times)]
                 gaps.append(max(between))
@@ -364,34 +377,20 @@ def measure_injected(model: dagflow.Model, rounds: int) -> dict[str, Any]:
             volunteers(2 + len(kills), Path(folder)) as (client, _),
             dagflow.Deployment(model, client, num_stages=2) as deployment,
         ):
-            placement = deployment.engine.placement
             pids = client.run(os.getpid)
-            while len(placement.spares()) < len(kills):
+            while len(deployment.engine.placement.spares()) < len(kills):
                 time.sleep(0.1)
-
-            def rate(killing: bool) -> tuple[list[int | None], float]:
-                found = []
+            answers, both = [], []
+            for faults in ({}, kills):
                 begin = time.perf_counter()
-                for token in dagflow.generate(
-                    deployment,
-                    [random_prompt(number)],  # noqa: B023
-                    max_new_tokens=MANY_TOKENS,
-                    ignore_end=True,
-                    speculate=False,
-                    stream=True,
-                ):
-                    found.append(token.token)
-                    if killing and len(found) in kills:  # noqa: B023
-                        address = placement.addresses[kills[len(found)]]  # noqa: B023
-                        if address:  # else it is being replaced already
-                            os.kill(pids[address], signal.SIGKILL)  # noqa: B023
-                return found, len(found) / (time.perf_counter() - begin)
-
-            wanted, undisturbed = rate(killing=False)
-            found, disturbed = rate(killing=True)
-            assert found == wanted, "other tokens than undisturbed"
-            shares.append(disturbed / undisturbed)
-            rates.append(undisturbed)
+                found, times = streamed(
+                    deployment, random_prompt(number), MANY_TOKENS, faults, pids, signal.SIGKILL
+                )
+                answers.append(found)
+                both.append(len(found) / (times[-1] - begin))
+            assert answers[0] == answers[1], "other tokens than undisturbed"
+            shares.append(both[1] / both[0])
+            rates.append(both[0])
             numbers.append(len(pids) - len(client.scheduler_info(n_workers=-1)["workers"]))
     return {
         "of_undisturbed": median(shares),
@@ -409,33 +408,26 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     local = local_model()
-    document: dict[str, Any] = {
-        "benchmark": "generate",
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {"num_cores": os.cpu_count(), "python": platform.python_version()},
-    }
+    measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as store:
         model = dagflow.load(local, store=store)
         if "speed" in options.part:
-            document["speed"] = measure_speed(model, local, options.rounds)
+            measured["speed"] = measure_speed(model, local, options.rounds)
         if "faults" in options.part:
             prompt = random_prompt(0)
             wanted, _ = locally(local, prompt)
-            document["killed"] = measure_fault(model, wanted, prompt, signal.SIGKILL)
-            document["frozen"] = measure_fault(model, wanted, prompt, signal.SIGSTOP)
+            measured["killed"] = measure_fault(model, wanted, prompt, signal.SIGKILL)
+            measured["frozen"] = measure_fault(model, wanted, prompt, signal.SIGSTOP)
         if "injected" in options.part:
-            document["injected"] = measure_injected(model, options.rounds)
+            measured["injected"] = measure_injected(model, options.rounds)
         if "distance" in options.part:
-            document["distance"] = measure_distance(editing_model(), options.rounds)
+            measured["distance"] = measure_distance(editing_model(), options.rounds)
     for part in ("speed", "killed", "frozen", "injected", "distance"):
-        if part in document:
+        if part in measured:
             print(f"{part}:")
-            for name, value in document[part].items():
+            for name, value in measured[part].items():
                 print(f"  {name:36} {value}")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "generate.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\nwritten: {path}")
+    write_results("generate", measured)
 
 
 if __name__ == "__main__":

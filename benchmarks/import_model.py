@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -31,13 +30,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from common import peak_extra_bytes, write_results
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dagflow
 from dagflow.sessions import loading
 
-RESULTS = Path(__file__).parent / "results"
 PIECE_BYTES = 4 * 2**20
 SHARD_BYTES = 256 * 10**6
 # What a deleted file took is written to again at once, if at once; a virtual machine gives it back to
@@ -115,15 +114,11 @@ def import_in_this_process(folder: Path, store: Path, weights: str) -> dict[str,
     dagflow.load(tiny, store=store.with_name("tiny-store"), weights=weights)
     capturing: list[float] = []
     loading.capture_decoder = _timed(loading.capture_decoder, capturing)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, begin = _status_bytes("VmRSS"), time.perf_counter()
-    dagflow.load(folder, store=store, weights=weights)
-    seconds = time.perf_counter() - begin
-    return {
-        "seconds": seconds,
-        "capture_seconds": capturing[0],
-        "extra_bytes": _status_bytes("VmHWM") - before,
-    }
+    with peak_extra_bytes() as extra:
+        begin = time.perf_counter()
+        dagflow.load(folder, store=store, weights=weights)
+        seconds = time.perf_counter() - begin
+    return {"seconds": seconds, "capture_seconds": capturing[0], "extra_bytes": extra[0]}
 
 
 def _timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
@@ -135,11 +130,6 @@ def _timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., 
             seconds.append(time.perf_counter() - begin)
 
     return timed
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
 def import_in_a_process(folder: Path, store: Path, weights: str) -> dict[str, float]:
@@ -232,19 +222,13 @@ def main() -> None:
     largest_bytes = wanted.vocab_size * wanted.hidden_size * dtype.itemsize
     results = summary(rows, num_bytes, largest_bytes)
     show(results)
-    document = {
-        "benchmark": "import_model",
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {"num_cores": os.cpu_count(), "python": platform.python_version()},
+    measured = {
         "weights": options.weights,
         "num_bytes": num_bytes,
         "results": results,
         "rounds": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"import_model_{options.weights}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\nwritten: {path}")
+    write_results("import_model", measured, f"import_model_{options.weights}")
 
 
 if __name__ == "__main__":

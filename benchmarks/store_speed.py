@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -31,11 +29,11 @@ import numpy as np
 import s3fs
 import torch
 import torch.distributed.checkpoint as dcp
+from common import peak_extra_bytes, write_results
 from safetensors.torch import load_file, save_file
 
 from dagflow_storage import ArraySpec, Snapshot, Store, commit_snapshot, write_shard
 
-RESULTS = Path(__file__).parent / "results"
 # As in a GPT: most bytes in matrices, most tensors small.
 WIDTH = 512
 
@@ -147,21 +145,6 @@ class S3fs(Contestant):
         self._s3.rm(self._path)
 
 
-@contextlib.contextmanager
-def peak_extra_bytes() -> Iterator[list[int]]:
-    """Put the most memory that was taken inside on the list yielded."""
-    found: list[int] = []
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status_bytes("VmRSS")
-    yield found
-    found.append(_status_bytes("VmHWM") - before)
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
-
-
 def measure(
     contestants: dict[str, Contestant], state: dict[str, torch.Tensor], rounds: int
 ) -> dict[str, Any]:
@@ -252,29 +235,20 @@ def main() -> None:
     options = parser.parse_args()
     state = tensors(options.megabytes)
     num_bytes = sum(t.nbytes for t in state.values())
-    document: dict[str, Any] = {
-        "benchmark": "store_speed",
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {"num_cores": os.cpu_count(), "python": platform.python_version()},
-        "num_bytes": num_bytes,
-        "num_tensors": len(state),
-    }
+    measured: dict[str, Any] = {"num_bytes": num_bytes, "num_tensors": len(state)}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         local: dict[str, Contestant] = {
             "dagflow": Dagflow(Store(f"{folder}/dagflow")),
             "torch.distributed.checkpoint": DistributedCheckpoint(Path(folder, "dcp")),
             "safetensors": Safetensors(Path(folder, "safetensors")),
         }
-        document["folder"] = measure(local, state, options.rounds)
-    show("A folder", document["folder"], num_bytes)
+        measured["folder"] = measure(local, state, options.rounds)
+    show("A folder", measured["folder"], num_bytes)
     if options.s3:
         with s3_contestants() as remote:
-            document["s3"] = measure(remote, state, options.rounds)
-        show("S3 (radosgw on this machine)", document["s3"], num_bytes)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "store_speed.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\nwritten: {path}")
+            measured["s3"] = measure(remote, state, options.rounds)
+        show("S3 (radosgw on this machine)", measured["s3"], num_bytes)
+    write_results("store_speed", measured)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import logging
 
 from distributed import Nanny
 
-from dagflow.run.dask_internals import retire
+from dagflow.run.dask_internals import registered_worker, retire
 from dagflow.run.join import when_parent_leaves
 
 logger = logging.getLogger("dagflow.nanny")
@@ -35,15 +35,8 @@ async def dask_teardown(nanny: Nanny) -> None:
     try:
         async with asyncio.timeout(HAND_OVER_SECONDS):
             # A worker can have results before its nanny has heard that it started.
-            address = nanny.worker_address or await _registered_worker(nanny)
+            address = nanny.worker_address or await registered_worker(nanny)
             if address is not None:
                 await retire(nanny, address)
     except (OSError, TimeoutError) as error:
         logger.info("Leaving without handing over: %s", error)
-
-
-async def _registered_worker(nanny: Nanny) -> str | None:
-    """Return the address under which the scheduler knows a nanny's worker, if it does."""
-    workers = (await nanny.scheduler.identity(n_workers=-1))["workers"]
-    mine = (address for address, info in workers.items() if info["nanny"] == nanny.address)
-    return next(mine, None)

@@ -1,6 +1,6 @@
 """dask's clusters on this machine, and waiting for what processes do.
 
-Workers are copies of a process that has imported everything, and so start ten times as fast.
+Workers are copies of a process that has imported everything: starting them costs little.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import dask
@@ -20,9 +20,32 @@ from distributed import Client, LocalCluster, Nanny
 class WarmNanny(Nanny):  # type: ignore[misc]
     """Starts its worker, and starts it again, as a copy."""
 
+    # dask's configuration is everybody's, and nannies that start at once end in any order: only the
+    # first changes it, and only the last changes it back.
+    _lock = threading.Lock()
+    _num_starting = 0
+    _change = ExitStack()
+
     async def instantiate(self) -> Any:
-        with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        with self._copying():
             return await super().instantiate()
+
+    @classmethod
+    @contextmanager
+    def _copying(cls) -> Iterator[None]:
+        with cls._lock:
+            if not cls._num_starting:
+                cls._change.enter_context(
+                    dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
+                )
+            cls._num_starting += 1
+        try:
+            yield
+        finally:
+            with cls._lock:
+                cls._num_starting -= 1
+                if not cls._num_starting:
+                    cls._change.close()
 
 
 def local_cluster(num_workers: int, **options: Any) -> LocalCluster:

@@ -20,6 +20,7 @@ __all__ = [
     "connection_arguments",
     "executing_seconds",
     "notice_retirement",
+    "registered_worker",
     "retire",
     "set_scheduler_send_interval",
     "set_worker_send_interval",
@@ -64,6 +65,13 @@ async def retire(nanny: Nanny, worker: str) -> None:
     await nanny.scheduler.retire_workers(
         workers=[worker], close_workers=False, remove=True, stimulus_id="dagflow-leaves"
     )
+
+
+async def registered_worker(nanny: Nanny) -> str | None:
+    """Return the address under which the scheduler knows a nanny's worker, if it does."""
+    workers = (await nanny.scheduler.identity(n_workers=-1))["workers"]
+    mine = (address for address, info in workers.items() if info["nanny"] == nanny.address)
+    return next(mine, None)
 
 
 def notice_retirement(worker: Worker, changed: Callable[[bool], object]) -> None:

@@ -203,10 +203,8 @@ class Placement:
     async def tell(self, stage: int, message: Message, values: TensorDict | None = None) -> None:
         """Send to a stage; if its worker is gone, mending sends again what matters."""
         link = self._links.get(self.addresses[stage])
-        if link is None:
-            return
-        with contextlib.suppress(OSError):
-            await link.send({**message, "deployment": self._name, "stage": stage}, values)
+        if link is not None:
+            await self._send(link, {**message, "deployment": self._name, "stage": stage}, values)
 
     async def _listen(self, address: str, link: Link) -> None:
         try:
@@ -216,9 +214,10 @@ class Placement:
             if self._links.get(address) is link:
                 self.give_up(address, "has left")
 
-    async def _send(self, link: Link, message: Message) -> None:
+    @staticmethod
+    async def _send(link: Link, message: Message, values: TensorDict | None = None) -> None:
         with contextlib.suppress(OSError):
-            await link.send(message)
+            await link.send(message, values)
 
     # Workers come and go
 

@@ -310,7 +310,8 @@ class _Running:
             gaps = {part for part in parts if part not in over and not self._stage.accepts(part)}
             if gaps:
                 await self._tell({"kind": "gap", "sessions": [part.session for part in gaps]})
-            begins = [p.end if p in over or p in gaps else p.start for p in parts]
+            dropped = over | gaps
+            begins = [part.end if part in dropped else part.start for part in parts]
             kept, values = keep_from(parts, message["values"], begins)
             if kept:
                 accepted.append((kept, values))

@@ -308,7 +308,8 @@ def keep_from(
     if short == list(parts):
         return short, TensorDict(values)
     ends = accumulate(part.count for part in parts)
-    rows = [r for part, end in zip(short, ends, strict=True) for r in range(end - part.count, end)]
+    tails = zip(short, ends, strict=True)
+    rows = torch.tensor([r for part, end in tails for r in range(end - part.count, end)]).long()
     kept = [part for part in short if part.count]
     return kept, TensorDict({name: value[rows] for name, value in values.items()})
 

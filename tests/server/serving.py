@@ -42,10 +42,10 @@ class Swarmed:
 
 
 @contextmanager
-def process_of(
+def started(
     command: Sequence[str | Path], log: Path
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Yield a server's URL and process; whoever gets it sends it a signal that ends it, without a word."""
+    """Yield a server's URL and process, and kill it with all that it has started."""
     process = start(command, log)
     try:
         assert process.stdout is not None
@@ -53,8 +53,17 @@ def process_of(
         found = re.search(r"(http://\S+)/v1", said)
         assert found, said + log.read_text()
         yield found[1], process
-        assert process.wait(30) == 0, log.read_text()
-        assert log.read_text() == ""
     finally:
         kill_group(process)
         process.communicate()
+
+
+@contextmanager
+def process_of(
+    command: Sequence[str | Path], log: Path
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Yield a server's URL and process; whoever gets it sends it a signal that ends it, without a word."""
+    with started(command, log) as (url, process):
+        yield url, process
+        assert process.wait(30) == 0, log.read_text()
+        assert log.read_text() == ""

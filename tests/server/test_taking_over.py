@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from cluster.processes import BIN, kill_group, start
+from cluster.processes import BIN, start
 from local import wait_until
-from serving import KEYS
+from serving import KEYS, started
 from test_openai_client import GOES_ON
 
 from dagflow.errors import NotFound
@@ -36,18 +35,12 @@ def server(model_folder: Path, answers: Path, log: Path) -> Iterator[httpx.Clien
     command += ["--workers", "1", "--answers", answers]
     for key in KEYS:
         command += ["--api-key", key]
-    process = start(command, log)
-    try:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        found = re.search(r"(http://\S+)/v1", said)
-        assert found, said + log.read_text()
-        headers = {"Authorization": f"Bearer {KEYS[0]}"}
-        with httpx.Client(base_url=found[1], headers=headers, timeout=180) as client:
-            yield client
-    finally:
-        kill_group(process)
-        process.communicate()
+    headers = {"Authorization": f"Bearer {KEYS[0]}"}
+    with (
+        started(command, log) as (url, _),
+        httpx.Client(base_url=url, headers=headers, timeout=180) as client,
+    ):
+        yield client
 
 
 def with_key(key: str, api_key: str = KEYS[0]) -> dict[str, str]:

@@ -1,0 +1,43 @@
+"""What benchmarks share: the peak of a process's memory, and a file for what was measured."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@contextlib.contextmanager
+def peak_extra_bytes() -> Iterator[list[int]]:
+    """Put the most memory that was taken inside on the list yielded."""
+    found: list[int] = []
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status_bytes("VmRSS")
+    yield found
+    found.append(_status_bytes("VmHWM") - before)
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def write_results(benchmark: str, measured: Mapping[str, Any], name: str = "") -> None:
+    """Write what was measured, when and on what, as JSON to a file of the benchmark's name, or another."""
+    document = {
+        "benchmark": benchmark,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": {"num_cores": os.cpu_count(), "python": platform.python_version()},
+        **measured,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name or benchmark}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"\nwritten: {path}")
