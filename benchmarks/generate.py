@@ -17,7 +17,6 @@ tokens; and random tokens, which the same model says at temperature 10. Answers 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import itertools
 import os
@@ -26,7 +25,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +34,7 @@ from typing import Any
 import torch
 from common import write_results
 from distributed import Client, LocalCluster
+from relay import Relay
 
 import dagflow
 
@@ -147,94 +146,6 @@ def volunteers(count: int, folder: Path, delay: bool = False) -> Iterator[tuple[
         yield client, processes
 
 
-class Relay:
-    """Hands bytes on, both ways, each so much later than it came; a long way off on one machine.
-
-    Whoever calls a worker, the driver or the stage before, calls its relay, so each hop passes one once:
-    driver to stage, stage to stage, and the last stage's answer, which comes back on the driver's call.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self.port, self.behind = _free_ports(2)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-
-    def __enter__(self) -> Relay:
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-
-    async def _end(self) -> None:
-        self._server.close()
-        serving = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in serving:
-            task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            there, back = await asyncio.open_connection("127.0.0.1", self.behind)
-        except OSError:
-            writer.close()
-            return
-        try:
-            with contextlib.suppress(asyncio.CancelledError):  # at the end
-                await self._hand_on(((reader, back), (there, writer)))
-        finally:
-            back.close()
-            writer.close()
-
-    async def _hand_on(
-        self, ways: Sequence[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
-    ) -> None:
-        async with asyncio.TaskGroup() as group:
-            for source, target in ways:
-                pending: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-                group.create_task(self._take(source, pending))
-                group.create_task(self._give(pending, target))
-
-    async def _take(
-        self, source: asyncio.StreamReader, pending: asyncio.Queue[tuple[float, bytes]]
-    ) -> None:
-        with contextlib.suppress(OSError):
-            while data := await source.read(1 << 16):
-                pending.put_nowait((self._loop.time() + self._seconds, data))
-        pending.put_nowait((self._loop.time() + self._seconds, b""))
-
-    async def _give(
-        self, pending: asyncio.Queue[tuple[float, bytes]], target: asyncio.StreamWriter
-    ) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                due, data = await pending.get()
-                await asyncio.sleep(due - self._loop.time())
-                if not data:
-                    break
-                target.write(data)
-                await target.drain()
-        target.close()
-
-
-def _free_ports(count: int) -> list[int]:
-    import socket
-
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 def streamed(
     deployment: dagflow.Deployment,
     prompt: Sequence[int],
@@ -260,6 +171,16 @@ def streamed(
             if address:  # else it is being replaced already
                 os.kill(pids[address], how)
     return tokens, times
+
+
+def measure_faults(model: dagflow.Model, local: Any) -> dict[str, Any]:
+    """Return the gaps in an answer when a worker is killed, and when one is frozen."""
+    prompt = random_prompt(0)
+    wanted, _ = locally(local, prompt)
+    return {
+        "killed": measure_fault(model, wanted, prompt, signal.SIGKILL),
+        "frozen": measure_fault(model, wanted, prompt, signal.SIGSTOP),
+    }
 
 
 def measure_fault(
@@ -337,10 +258,10 @@ def measure_distance(local: Any, rounds: int) -> dict[str, Any]:
                 volunteers(2, Path(folder), delay=delay) as (client, _),
                 dagflow.Deployment(model, client, num_stages=2) as deployment,
             ):
-                found |= {
-                    f"{place}, {kind}": measure_guessing(deployment, kind, rounds)
-                    for kind in ("repeating", "random")
-                }
+                for kind in ("repeating", "random"):
+                    name = f"{place}, {kind}"
+                    found[name] = measure_guessing(deployment, kind, rounds)
+                    print(f"{name}: {found[name]}", flush=True)
     return found
 
 
@@ -404,30 +325,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     every = ("speed", "faults", "injected", "distance")
     parser.add_argument("--part", nargs="+", choices=every, default=list(every))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     local = local_model()
-    measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as store:
         model = dagflow.load(local, store=store)
-        if "speed" in options.part:
-            measured["speed"] = measure_speed(model, local, options.rounds)
-        if "faults" in options.part:
-            prompt = random_prompt(0)
-            wanted, _ = locally(local, prompt)
-            measured["killed"] = measure_fault(model, wanted, prompt, signal.SIGKILL)
-            measured["frozen"] = measure_fault(model, wanted, prompt, signal.SIGSTOP)
-        if "injected" in options.part:
-            measured["injected"] = measure_injected(model, options.rounds)
-        if "distance" in options.part:
-            measured["distance"] = measure_distance(editing_model(), options.rounds)
-    for part in ("speed", "killed", "frozen", "injected", "distance"):
-        if part in measured:
-            print(f"{part}:")
-            for name, value in measured[part].items():
+        measures = {
+            "speed": lambda: measure_speed(model, local, options.rounds),
+            "faults": lambda: measure_faults(model, local),
+            "injected": lambda: measure_injected(model, options.rounds),
+            "distance": lambda: measure_distance(editing_model(), options.rounds),
+        }
+        for part in options.part:
+            measured = measures[part]()
+            print(f"\n{part}:")
+            for name, value in measured.items():
                 print(f"  {name:36} {value}")
-    write_results("generate", measured)
+            write_results("generate", measured, f"generate_{part}")
 
 
 if __name__ == "__main__":

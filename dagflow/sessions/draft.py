@@ -16,8 +16,8 @@ from dagflow.errors import SettingsInvalid
 from dagflow.plan.partition import partition
 from dagflow.sessions.guess import DRAFT, Guess, Kind
 from dagflow.sessions.loading import load
-from dagflow.sessions.models import Model, read_weights
-from dagflow_tasks.decoding import LAST, TOKENS, DecoderStage, Part
+from dagflow.sessions.models import Model, read_stage
+from dagflow_tasks.decoding import LAST, TOKENS, Part
 from dagflow_tasks.device import current_device
 
 _CHUNK_TOKENS = 256
@@ -54,8 +54,7 @@ class Draft:
         self.seconds = 0.0
         self._num_tokens = _vocabulary_size(model) or None
         program = partition(source.dag, 1)[0]
-        weights = read_weights(source.ref, program, current_device())
-        self._stage = DecoderStage(program, current_device(), weights)
+        self._stage = read_stage(source.ref, program, current_device())
         self._thread = ThreadPoolExecutor(1, "dagflow-draft")
 
     def begin(self, name: str) -> DraftSession:

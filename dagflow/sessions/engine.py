@@ -243,6 +243,7 @@ class Engine:
         for stage in range(len(self.cut)):
             await self._route(stage)
         self.placement.look_after()
+        await self._mend()
 
     async def _end(self) -> None:
         """End everything."""

@@ -28,6 +28,8 @@ from dagflow.errors import BatchInvalid, SettingsInvalid
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.decoder import without_head
 from dagflow_storage import Store, StoredArray, read_arrays
+from dagflow_tasks.decoding import DecoderStage
+from dagflow_tasks.packing import pack_linears
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.state import from_array
 
@@ -155,6 +157,12 @@ class Model:
         """Return the first token that isn't in the vocabulary."""
         size = int(self.config.get("vocab_size") or 0)
         return next((token for token in tokens if not 0 <= token < (size or token + 1)), None)
+
+
+def read_stage(ref: ModelRef, program: StageProgram, device: torch.device) -> DecoderStage:
+    """Read a stage's weights, and make it ready to take passes."""
+    weights = read_weights(ref, program, device)
+    return DecoderStage(pack_linears(program, weights), device, weights)
 
 
 def read_weights(

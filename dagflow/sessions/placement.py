@@ -127,6 +127,11 @@ class Placement:
         for error in await asyncio.gather(*opening, return_exceptions=True):
             if isinstance(error, BaseException) and not isinstance(error, OSError):
                 raise error
+        for stage, address in enumerate(self.addresses):
+            if not self.is_open(stage, address):
+                self.addresses[stage] = (
+                    ""  # it is to be replaced, whether its worker is there or not
+                )
 
     def look_after(self) -> None:
         """From now on notice who leaves and who comes; spares read weights."""
@@ -228,6 +233,8 @@ class Placement:
             ready = self._client.run(take_part, self._name, workers=[address], asynchronous=True)
             self._memory.update(await asyncio.wait_for(ready, _CONNECT_SECONDS))
             link = await Link.open(address, connection_arguments(self._client), hello)
+            # Before it knows the driver it opens no stage; its task would overtake a slow connection.
+            await asyncio.wait_for(link.receive(), _CONNECT_SECONDS)
         except (OSError, ValueError):
             return  # frozen, or it has left; if it is still there at the next look, once more
         self._links[address] = link

@@ -24,7 +24,7 @@ from dagflow.run.dask_internals import add_handler, connection_arguments
 from dagflow.run.workers import describe
 from dagflow.sessions.links import OPERATION, CommClosedError, Link, Message
 from dagflow.sessions.memory import WorkerMemory
-from dagflow.sessions.models import ModelRef, read_weights
+from dagflow.sessions.models import ModelRef, read_stage
 from dagflow_tasks.decoding import DecoderStage, Part, join, keep_from, select, split_logits
 from dagflow_tasks.device import current_device
 from dagflow_tasks.program import StageProgram
@@ -124,8 +124,7 @@ class _Hub:
     def open(self, spec: StageSpec) -> int:
         key = (spec.deployment, spec.stage)
         program = StageProgram.from_json(spec.program)
-        weights = read_weights(spec.model, program, current_device())
-        stage = DecoderStage(program, current_device(), weights)
+        stage = read_stage(spec.model, program, current_device())
         opened: Future[None] = Future()
 
         def take_up() -> None:
@@ -140,7 +139,7 @@ class _Hub:
 
         self._loop.call_soon_threadsafe(take_up)
         opened.result()
-        return sum(tensor.nbytes for tensor in weights.values())
+        return stage.num_weight_bytes
 
     def num_tokens(self, deployment: str) -> dict[int, int]:
         return {s: r.num_tokens for (name, s), r in self._stages.items() if name == deployment}
@@ -171,9 +170,10 @@ class _Hub:
     async def _serve(self, comm: Any, deployment: str, role: str) -> Any:
         """Take messages from one connection until it ends."""
         link = Link(comm)
-        if role == "driver":
-            self.drivers[deployment] = link
         try:
+            if role == "driver":
+                self.drivers[deployment] = link
+                await link.send({"kind": "welcome"})  # stages may be opened for it now
             while True:
                 message = await link.receive()
                 if message["kind"] == "ping":

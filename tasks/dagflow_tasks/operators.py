@@ -18,6 +18,7 @@ import torch
 
 from dagflow_tasks.attention import ATTEND, attend
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid
+from dagflow_tasks.onednn import LINEAR_PACKED, linear_packed
 from dagflow_tasks.quantised import LINEAR_INT4, LINEAR_INT8, linear_int4, linear_int8
 
 Argument = Any
@@ -305,6 +306,7 @@ _EXTENSIONS: dict[str, Callable[..., Any]] = {
     ATTEND: attend,
     LINEAR_INT8: linear_int8,
     LINEAR_INT4: linear_int4,
+    LINEAR_PACKED: linear_packed,
 }
 
 

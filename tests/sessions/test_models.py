@@ -11,15 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from families import language_model, logits_of
 from safetensors.torch import load_file, save_file
 
 import dagflow
 from dagflow.errors import DagflowError, NotFound, SettingsInvalid
 from dagflow.sessions.engine import cut_at_layers
-from dagflow.sessions.models import read_weights
+from dagflow.sessions.models import read_stage, read_weights
 from dagflow_storage import Store
-from dagflow_tasks.decoding import ALL, TOKENS, DecoderStage, Part
+from dagflow_tasks.decoding import ALL, TOKENS, Part
+from dagflow_tasks.onednn import LINEAR_PACKED
 
 CPU = torch.device("cpu")
 
@@ -119,7 +121,7 @@ def test_a_folder_computes_what_the_module_does(family: str, tmp_path: Path) -> 
     model = _saved(family, tmp_path / "saved")
     loaded = dagflow.load(tmp_path / "saved", store=tmp_path / "store")
     [program] = cut_at_layers(loaded.dag, 1)
-    stage = DecoderStage(program, CPU, read_weights(loaded.ref, program, CPU))
+    stage = read_stage(loaded.ref, program, CPU)
     tokens = list(range(3, 40))
     part = Part("s", 0, 0, len(tokens), 0, ALL)
     _, found = stage.run([part], {TOKENS: torch.tensor(tokens)})
@@ -205,3 +207,35 @@ def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
     assert not loaded.has_tokenizer
     with pytest.raises(DagflowError, match="no tokenizer"):
         _ = loaded.tokenizer
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_a_model_with_packed_weights_computes_what_the_module_does(
+    weights: str, tied: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=tied,
+    )
+    model = hf.LlamaForCausalLM(config).eval()
+    loaded = dagflow.load(model, store=tmp_path, weights=weights)
+    [program] = cut_at_layers(loaded.dag, 1)
+    stage = read_stage(loaded.ref, program, CPU)
+    if weights == "fp32" and torch.backends.mkldnn.is_available():
+        assert LINEAR_PACKED in {node.op for node in stage.program.nodes}
+    tokens = list(range(3, 40))
+    found = []
+    for begin, end in [(0, 30), *((i, i + 1) for i in range(30, 37))]:
+        part = Part("s", 0, begin, end - begin, begin, ALL)
+        found.append(stage.run([part], {TOKENS: torch.tensor(tokens[begin:end])})[1]["logits"])
+    plain = sum(t.nbytes for t in read_weights(loaded.ref, program, CPU).values())
+    assert stage.num_weight_bytes == plain
+    wanted = logits_of(model, tokens)
+    atol = 1e-4 if weights == "fp32" else 0.05 * float(wanted.std())
+    torch.testing.assert_close(torch.cat(found), wanted, atol=atol, rtol=atol)

@@ -13,7 +13,7 @@ import dagflow
 from dagflow.errors import SettingsInvalid
 from dagflow.graph.decoder import POSITIONS, ROWS, TOKENS
 from dagflow.plan.partition import partition
-from dagflow.sessions.models import Model, read_weights
+from dagflow.sessions.models import Model, read_stage, read_weights
 from dagflow_tasks.decoding import ALL, DecoderStage, Part
 from dagflow_tasks.quantised import (
     dequantise_int4,
@@ -88,7 +88,7 @@ def _logits(model: Model, tokens: list[int]) -> torch.Tensor:
 
 def _stage(model: Model) -> DecoderStage:
     program = partition(model.dag, 1)[0]
-    return DecoderStage(program, CPU, read_weights(model.ref, program, CPU))
+    return read_stage(model.ref, program, CPU)
 
 
 def _worker_bytes(model: Model) -> int:

@@ -1,0 +1,64 @@
+"""Linear layers whose weights lie in the order in which oneDNN's kernels read them: inference on CPUs.
+
+A pass of few tokens does little but read weights, and torch's ordinary product of matrices reads them
+at a third of the memory's speed. oneDNN's products, of weights that were put into its order once, take
+less time for any number of rows; `benchmarks/packed_weights.py` measures how much.
+
+The operators are those that torch keeps for its compiler's frozen graphs: none of them is public. They
+are used in this module alone, whose tests fail when torch changes them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+LINEAR_PACKED = "dagflow.linear_packed.default"
+
+# With fewer rows oneDNN takes kernels that are slower than those for four (1024 x 1024, float32, one
+# thread with AVX-512: 301, 367 and 234 us for one, two and four rows).
+_LEAST_ROWS = 4
+# Packed for one row the order is another, and slow for more; from four rows up it is the same.
+_PACKED_FOR_ROWS = 16
+# A call costs some 10 us more than torch's own: smaller weights are read within that time.
+_LEAST_ELEMENTS = 1 << 16
+
+
+def packs(weight: torch.Tensor) -> bool:
+    """Tell whether a linear layer is faster with its weight packed, on this machine."""
+    if weight.device.type != "cpu" or weight.dim() != 2 or weight.numel() < _LEAST_ELEMENTS:
+        return False
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight (N, K) in oneDNN's order: an opaque tensor of the same shape and size."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(
+        weight.contiguous(), _PACKED_FOR_ROWS
+    )
+    return packed
+
+
+def linear_packed(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Linear layer with a packed weight; has no gradient.
+
+    Parameters
+    ----------
+    x : Tensor (..., K)
+    weight : Tensor (N, K)
+        As `pack` returns it.
+    bias : Tensor (N,), optional
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if 0 < count < _LEAST_ROWS:
+        rows = torch.cat([rows] * -(-_LEAST_ROWS // count))
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+        rows, weight, bias, "none", [], ""
+    )
+    return output[:count].reshape(*x.shape[:-1], weight.shape[0])
