@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -29,15 +31,30 @@ def _status_bytes(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
-def write_results(benchmark: str, measured: Mapping[str, Any], name: str = "") -> None:
-    """Write what was measured, when and on what, as JSON to a file of the benchmark's name, or another."""
+def write_results(
+    benchmark: str, measured: Mapping[str, Any], name: str = "", folder: Path = RESULTS
+) -> None:
+    """Write what was measured, when and on what, as JSON to a file of the benchmark's name or another."""
     document = {
         "benchmark": benchmark,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {"num_cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {
+            "processor": _processor(),
+            "num_cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "load": os.getloadavg(),
+        },
         **measured,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name or benchmark}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name or benchmark}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     print(f"\nwritten: {path}")
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -9,16 +9,15 @@ time is that of building the graph, sending it, and the scheduler taking it in.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import dask
 import psutil
 import torch
+from common import write_results
 from distributed import Client
 from torch import nn
 
@@ -29,8 +28,6 @@ from dagflow_storage import Store
 from dagflow_tasks.optimizer import Optimizer
 from dagflow_tasks.references import Microbatch, StageRef, TaskSettings
 from dagflow_tasks.results import TensorDict
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def deep_model(num_stages: int) -> nn.Module:
@@ -117,10 +114,8 @@ def main() -> None:
     rows = [measure(options.stages, options.microbatches) for _ in range(options.rounds)]
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"graph_scale_{options.stages}x{options.microbatches}.json"
-    path.write_text(json.dumps({"benchmark": "graph_scale", "rows": rows}, indent=1) + "\n")
-    print(f"written: {path}")
+    name = f"graph_scale_{options.stages}x{options.microbatches}"
+    write_results("graph_scale", {"rows": rows}, name)
 
 
 if __name__ == "__main__":

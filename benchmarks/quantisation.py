@@ -10,9 +10,7 @@ bytes of weights on a worker, and how long one linear layer (2048 x 2048) takes.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import sysconfig
 import tempfile
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import write_results
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,7 +33,6 @@ from dagflow_tasks.quantised import linear_int4, linear_int8, quantise_int4, qua
 CPU = torch.device("cpu")
 LENGTH, ROWS, HELD_OUT_ROWS = 128, 8, 128
 WIDTH, NUM_ROWS = 2048, (1, 16, 64)
-RESULTS = Path(__file__).parent / "results" / "quantisation.json"
 
 
 def sources() -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,16 +149,15 @@ def main() -> None:
         change = f"{100 * (row['perplexity'] / first - 1):+.2f} %"
         cells = [row["weights"], f"{row['perplexity']:.4f}", change, *sizes, *times]
         print(f"| {' | '.join(cells)} |")
-    body = {
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, 1 thread",
-        "torch": torch.__version__,
+    measured = {
+        "kernels": torch.backends.cpu.get_cpu_capability(),
         "training_seconds": arguments.seconds,
         "training_steps": steps,
         "models": found,
         "linear_width": WIDTH,
         "linear_seconds": seconds,
     }
-    RESULTS.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    write_results("quantisation", measured)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,22 @@ Three parts, each on real processes of this machine (the harness of tests/chaos)
   without, where every loss sends the run back to its newest snapshot;
 - overhead: throughput with journal and snapshots against none.
 
-    python benchmarks/recovery.py [--part latency goodput overhead] [--store s3://bucket/prefix]
+    python benchmarks/recovery.py [--part latency goodput overhead] [--s3]
+
+``--s3`` starts Ceph's radosgw on this machine (root, `make s3-server`), which shares its cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
-import platform
 import re
 import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -30,19 +32,18 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
-import torch
 from chaos import accounting
 from chaos.accounting import COMPUTING, Execution
 from chaos.driving import Recipe, Size
 from chaos.faults import AfterStep, Extent, Fault, Incident
 from chaos.harness import Harness, Outcome
+from common import write_results
 from workload import Timing, Workload
 
 import dagflow
 from dagflow.run.clusters import ClusterSettings, open_cluster
 from dagflow_storage import Store
 
-RESULTS = Path(__file__).parent / "results"
 PARTS = ("detection", "placing", "reading", "replay", "first_task")
 SIZE = Size(width=256, num_layers=8, num_heads=4, context=128)
 
@@ -200,31 +201,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     every = ("latency", "goodput", "overhead")
     parser.add_argument("--part", nargs="+", choices=every, default=list(every))
-    parser.add_argument("--store", help="URL to measure the overhead on, besides a folder.")
+    parser.add_argument("--s3", action="store_true", help="overhead on a radosgw started here, too")
     parser.add_argument("--kills", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    path = RESULTS / "recovery.json"
-    document = json.loads(path.read_text()) if path.exists() else {}
-    if "latency" in options.part:
-        document["latency"] = {
+    measures = {
+        "latency": lambda: {
             name: show_latency(name, latencies(cold=name == "cold", num_kills=options.kills))
             for name in ("warm", "cold")
-        }
-    if "goodput" in options.part:
-        document["goodput"] = measure_goodput(options.steps)
-    if "overhead" in options.part:
-        document["overhead"] = measure_overhead(options.store, options.rounds)
-    document["size"] = asdict(SIZE)
-    document["machine"] = {
-        "num_cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load": os.getloadavg(),
+        },
+        "goodput": lambda: measure_goodput(options.steps),
+        "overhead": lambda: measure_overhead(options.s3, options.rounds),
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"written: {path}")
+    for part in options.part:
+        measured = {"size": asdict(SIZE), **measures[part]()}
+        write_results("recovery", measured, f"recovery_{part}")
 
 
 def measure_goodput(num_steps: int) -> dict[str, Any]:
@@ -242,15 +234,35 @@ def measure_goodput(num_steps: int) -> dict[str, Any]:
     return found
 
 
-def measure_overhead(store: str | None, rounds: int) -> dict[str, Any]:
-    """Print and return what journal and snapshots cost, on a folder and on a store."""
+def measure_overhead(s3: bool, rounds: int) -> dict[str, Any]:
+    """Print and return what journal and snapshots cost, on a folder and on S3."""
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for url in filter(None, (folder, store)):
-            kind = "folder" if url == folder else url.partition("://")[0]
+    with contextlib.ExitStack() as stack:
+        places = {"folder": stack.enter_context(tempfile.TemporaryDirectory())}
+        if s3:
+            places["s3"] = stack.enter_context(s3_server())
+        for kind, url in places.items():
             found[kind] = overhead(url, rounds)
-            print(f"journal and snapshots cost {found[kind]['cost']:.1%} on a {kind}")
+            print(f"journal and snapshots cost {found[kind]['cost']:.1%} on {kind}")
     return found
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[str]:
+    """Yield the URL of a bucket on a radosgw of this machine, whose keys are in the environment."""
+    from s3_server import radosgw_running
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        radosgw_running(Path(folder) / "radosgw") as server,
+    ):
+        os.environ |= {
+            "AWS_ENDPOINT_URL": server.endpoint_url,
+            "AWS_ACCESS_KEY_ID": server.key,
+            "AWS_SECRET_ACCESS_KEY": server.secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        yield server.new_store().url
 
 
 if __name__ == "__main__":

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from workload import Timing, Workload
 
 # bf16 rounds to 3 digits, and who adds what first differs between the contestants.
@@ -86,32 +79,3 @@ def table(results: Mapping[str, Mapping[str, Any]], reference: str) -> str:
         rates = f"{result['tokens_per_second']:9.0f} {result['tokens_per_second_by_mean']:9.0f}"
         lines.append(f"{name:10} {rates} {ratio:>9}  {by_round}")
     return "\n".join(lines)
-
-
-def write_json(
-    path: Path, workload: Workload, rounds: Rounds, results: Mapping[str, Any], difference: float
-) -> None:
-    """Write all that was measured, and on what."""
-    document = {
-        "benchmark": "train_throughput",
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {
-            "processor": _processor(),
-            "num_cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "workload": asdict(workload),
-        "largest_difference_of_losses": difference,
-        "results": results,
-        "rounds": {name: [asdict(t) for t in timings] for name, timings in rounds.items()},
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

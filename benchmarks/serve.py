@@ -20,7 +20,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import random
 import re
 import signal
@@ -40,6 +39,7 @@ import httpx
 import numpy as np
 import psutil
 import torch
+from common import RESULTS, write_results
 from distributed import Client
 from openai import AsyncOpenAI
 from tiny import save_tiny
@@ -49,7 +49,6 @@ from dagflow.sessions.sampling import Sampling
 from dagflow.sessions.service import sessions_open
 
 PARTS = ("undisturbed", "kills")
-RESULTS = Path(__file__).parent / "results"
 BIN = Path(sys.executable).parent
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
 TEXT = "a machine leaves the stage and another comes back with every token of its last volunteer"
@@ -505,7 +504,7 @@ def main() -> int:
         "--kill-every-requests", type=int, metavar="N", help="Count answers instead of seconds."
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--to", type=Path, default=RESULTS / "serve.json")
+    parser.add_argument("--to", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--logs", type=Path, help="Keep the processes' logs in this folder.")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -513,19 +512,8 @@ def main() -> int:
         folder = options.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         document = measure(folder, options)
-    document |= {
-        "benchmark": "serve",
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {
-            "num_cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "load": os.getloadavg(),
-        },
-        "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path)},
-    }
-    options.to.parent.mkdir(parents=True, exist_ok=True)
-    options.to.write_text(json.dumps(document) + "\n")
-    print(f"\nwritten: {options.to}")
+    chosen = {k: v for k, v in vars(options).items() if not isinstance(v, Path)}
+    write_results("serve", {**document, "options": chosen}, folder=options.to)
     bad = any(document[name]["lost"] or document[name]["wrong"] for name in options.part)
     return int(bad or document["sessions_left"] > 0)
 

@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 import ast
 import itertools
-import json
 import tempfile
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from common import write_results
 from workload import Workload
 
 import dagflow
@@ -29,7 +28,6 @@ from dagflow.plan.schedule import one_forward_one_backward
 from dagflow.run.clusters import ClusterSettings, open_cluster
 from dagflow_storage import Store
 
-RESULTS = Path(__file__).parent / "results"
 NUM_WORKERS = 2
 PIPELINE = ("forward", "backward", "weights")
 
@@ -154,9 +152,8 @@ def main() -> None:
     name = (
         f"{workload.precision}_{workload.num_stages}stages_{workload.num_microbatches}microbatches"
     )
-    path = RESULTS / f"step_timeline_{name}.json"
-    path.write_text(json.dumps({"workload": asdict(workload), "rows": rows}, indent=1) + "\n")
-    print(f"written: {path}")
+    measured = {"workload": asdict(workload), "rows": rows}
+    write_results("step_timeline", measured, f"step_timeline_{name}")
 
 
 if __name__ == "__main__":

@@ -21,17 +21,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import report
 import torch
+from common import write_results
 from torch_pipeline import train_1f1b, train_plain
 from workload import Timing, Workload
 
 import dagflow
 
-RESULTS = Path(__file__).parent / "results"
 NUM_CORES = 2
 # What each contestant's user gets without setting anything: glibc's malloc as it is. Only the
 # number of threads is pinned, and the device hidden that isn't measured.
@@ -165,10 +165,15 @@ def main() -> None:
     rounds = measure(workload, contestants, arguments.rounds)
     difference = report.check_losses(workload, rounds)
     results = report.summary(workload, rounds, reference)
-    path = RESULTS / f"train_throughput_{_label(workload)}.json"
-    report.write_json(path, workload, rounds, results, difference)
     print(report.table(results, reference))
-    print(f"losses differ by {difference:.1e} at most; written to {path}")
+    print(f"losses differ by {difference:.1e} at most")
+    measured = {
+        "workload": asdict(workload),
+        "largest_difference_of_losses": difference,
+        "results": results,
+        "rounds": {name: [asdict(t) for t in timings] for name, timings in rounds.items()},
+    }
+    write_results("train_throughput", measured, f"train_throughput_{_label(workload)}")
 
 
 def _label(workload: Workload) -> str:

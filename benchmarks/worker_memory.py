@@ -12,7 +12,6 @@ Python and torch take before the run) with the sum of
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import psutil
 import torch
+from common import write_results
 from workload import Workload
 
 import dagflow
@@ -29,7 +29,6 @@ from dagflow_storage import Store
 from dagflow_tasks.interpreter import Executable, RandomAddress
 from dagflow_tasks.program import StageProgram
 
-RESULTS = Path(__file__).parent / "results"
 STATE_COPIES = 4  # weights, gradients, two moments
 
 
@@ -147,10 +146,7 @@ def main() -> None:
         rows += measure(workload, options.steps)
         for row in rows[-2:]:
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "worker_memory.json"
-    path.write_text(json.dumps({"benchmark": "worker_memory", "rows": rows}, indent=1) + "\n")
-    print(f"written: {path}")
+    write_results("worker_memory", {"rows": rows})
 
 
 if __name__ == "__main__":

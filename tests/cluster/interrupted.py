@@ -25,7 +25,9 @@ def main(store: str, steps: int, interrupted_after: int) -> None:
         if event.step == interrupted_after:
             signal.raise_signal(signal.SIGINT)
         elif interrupted_after and event.step > interrupted_after:
-            threading.Event().wait(120)
+            # Many short waits: a signal that comes just before a wait is heeded after it.
+            for _ in range(1200):
+                threading.Event().wait(0.1)
 
     torch.set_num_threads(1)
     of = example(dropout=True)

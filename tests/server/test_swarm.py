@@ -110,7 +110,7 @@ def test_a_killed_worker_costs_no_request_and_changes_none(tmp_path: Path) -> No
     """A short run of the benchmark: its clients are many, and all of its processes are real."""
     command = [sys.executable, REPOSITORY / "benchmarks" / "serve.py", "--part", "kills"]
     command += ["--requests", "30", "--clients", "10", "--stages", "2", "--spares", "1"]
-    command += ["--kill-every-requests", "20", "--to", tmp_path / "serve.json"]
+    command += ["--kill-every-requests", "20", "--to", tmp_path]
     found = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     disturbed = json.loads((tmp_path / "serve.json").read_text())["kills"]
