@@ -8,9 +8,9 @@ Three parts, each on real processes of this machine (the harness of tests/chaos)
   without, where every loss sends the run back to its newest snapshot;
 - overhead: throughput with journal and snapshots against none.
 
-    python benchmarks/recovery.py [--part latency goodput overhead] [--s3]
+    python benchmarks/recovery.py [--part latency goodput overhead] [--on folder s3]
 
-``--s3`` starts Ceph's radosgw on this machine (root, `make s3-server`), which shares its cores.
+``--on s3`` starts Ceph's radosgw on this machine (root, `make s3-server`), which shares its cores.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -201,7 +201,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     every = ("latency", "goodput", "overhead")
     parser.add_argument("--part", nargs="+", choices=every, default=list(every))
-    parser.add_argument("--s3", action="store_true", help="overhead on a radosgw started here, too")
+    parser.add_argument(
+        "--on", nargs="+", choices=("folder", "s3"), default=["folder"], help="what overhead is of"
+    )
     parser.add_argument("--kills", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
@@ -212,7 +214,7 @@ def main() -> None:
             for name in ("warm", "cold")
         },
         "goodput": lambda: measure_goodput(options.steps),
-        "overhead": lambda: measure_overhead(options.s3, options.rounds),
+        "overhead": lambda: measure_overhead(options.on, options.rounds),
     }
     for part in options.part:
         measured = {"size": asdict(SIZE), **measures[part]()}
@@ -234,16 +236,13 @@ def measure_goodput(num_steps: int) -> dict[str, Any]:
     return found
 
 
-def measure_overhead(s3: bool, rounds: int) -> dict[str, Any]:
-    """Print and return what journal and snapshots cost, on a folder and on S3."""
+def measure_overhead(kinds: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Print and return what journal and snapshots cost, on stores of some kinds."""
     found = {}
-    with contextlib.ExitStack() as stack:
-        places = {"folder": stack.enter_context(tempfile.TemporaryDirectory())}
-        if s3:
-            places["s3"] = stack.enter_context(s3_server())
-        for kind, url in places.items():
+    for kind in kinds:
+        with s3_server() if kind == "s3" else tempfile.TemporaryDirectory() as url:
             found[kind] = overhead(url, rounds)
-            print(f"journal and snapshots cost {found[kind]['cost']:.1%} on {kind}")
+        print(f"journal and snapshots cost {found[kind]['cost']:.1%} on {kind}")
     return found
 
 

@@ -7,6 +7,7 @@ flight then is up to chance, and must not matter.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -396,10 +397,19 @@ class Harness:
             self._replace(who)
 
     def _retire(self, who: Volunteer) -> None:
+        """Ask the scheduler, and wait for nothing: it may want to put a result on a frozen worker."""
         self._hit([who])
-        with Client(self.address, set_as_default=False) as client:
-            workers = client.scheduler_info()["workers"]
-            addresses = [a for a, info in workers.items() if info["name"] == who.name]
+        asking = threading.Thread(target=self._ask_to_retire, args=(who.name,), daemon=True)
+        asking.start()
+
+    def _ask_to_retire(self, name: str) -> None:
+        # Another fault, or the end, may take the scheduler away meanwhile.
+        with (
+            contextlib.suppress(OSError),
+            Client(self.address, set_as_default=False) as client,
+        ):
+            workers = client.scheduler_info(n_workers=-1)["workers"]
+            addresses = [a for a, info in workers.items() if info["name"] == name]
             client.retire_workers(addresses, close_workers=True)
 
     def _interrupt(self, who: Volunteer) -> None:
