@@ -1,4 +1,4 @@
-"""What benchmarks share: the peak of a process's memory, and a file for what was measured."""
+"""What benchmarks share: the peak of a process's memory, an S3 server, a file for what was measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import platform
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +31,19 @@ def peak_extra_bytes() -> Iterator[list[int]]:
 def _status_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+@contextlib.contextmanager
+def radosgw() -> Iterator[Any]:
+    """Yield an S3 server that is started on this machine, as the tests do; see tests/s3_server.py."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from s3_server import radosgw_running
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        radosgw_running(Path(folder) / "radosgw") as server,
+    ):
+        yield server
 
 
 def write_results(

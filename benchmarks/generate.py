@@ -1,6 +1,6 @@
 """Generation over two workers against the same model in one process, and what faults and distance cost.
 
-    python benchmarks/generate.py [--part speed faults injected distance] [--rounds 5]
+    python benchmarks/generate.py [--part speed faults injected distance] [--rounds 3]
 
 The model is a Llama, hidden 512, 8 layers, vocabulary 2000, fp32, random weights; two workers of one
 thread hold 4 layers each, the local contestant (transformers.generate) has one thread. *speed*: tokens a
@@ -312,7 +312,7 @@ def measure_injected(model: dagflow.Model, rounds: int) -> dict[str, Any]:
             assert answers[0] == answers[1], "other tokens than undisturbed"
             shares.append(both[1] / both[0])
             rates.append(both[0])
-            numbers.append(len(pids) - len(client.scheduler_info(n_workers=-1)["workers"]))
+            numbers.append(len(pids) - len(client.scheduler_info()["workers"]))
     return {
         "of_undisturbed": median(shares),
         "shares": shares,

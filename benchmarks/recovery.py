@@ -38,7 +38,7 @@ from chaos.accounting import COMPUTING, Execution
 from chaos.driving import Recipe, Size
 from chaos.faults import AfterStep, Extent, Fault, Incident
 from chaos.harness import Harness, Outcome
-from common import write_results
+from common import radosgw, write_results
 from workload import Timing, Workload
 
 import dagflow
@@ -237,21 +237,16 @@ def measure_goodput(num_steps: int) -> dict[str, Any]:
 
 def measure_overhead(kind: str, rounds: int) -> dict[str, Any]:
     """Print and return what journal and snapshots cost, on a store of some kind."""
-    with s3_server() if kind == "s3" else tempfile.TemporaryDirectory() as url:
+    with bucket() if kind == "s3" else tempfile.TemporaryDirectory() as url:
         found = overhead(url, rounds)
     print(f"journal and snapshots cost {found['cost']:.1%} on {kind}")
     return found
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[str]:
+def bucket() -> Iterator[str]:
     """Yield the URL of a bucket on a radosgw of this machine, whose keys are in the environment."""
-    from s3_server import radosgw_running
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        radosgw_running(Path(folder) / "radosgw") as server,
-    ):
+    with radosgw() as server:
         os.environ |= {
             "AWS_ENDPOINT_URL": server.endpoint_url,
             "AWS_ACCESS_KEY_ID": server.key,

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import os
 import shutil
-import sys
 import tempfile
 import time
 import uuid
@@ -29,7 +28,7 @@ import numpy as np
 import s3fs
 import torch
 import torch.distributed.checkpoint as dcp
-from common import peak_extra_bytes, write_results
+from common import peak_extra_bytes, radosgw, write_results
 from safetensors.torch import load_file, save_file
 
 from dagflow_storage import ArraySpec, Snapshot, Store, commit_snapshot, write_shard
@@ -213,13 +212,7 @@ def show(title: str, results: dict[str, Any], num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def s3_contestants() -> Iterator[dict[str, Contestant]]:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from s3_server import radosgw_running
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        radosgw_running(Path(folder) / "radosgw") as server,
-    ):
+    with radosgw() as server:
         store = server.new_store()
         yield {"dagflow": Dagflow(store), "s3fs": S3fs(store.url, server.options)}
 

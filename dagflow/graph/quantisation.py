@@ -10,7 +10,7 @@ import torch
 
 from dagflow.errors import SettingsInvalid
 from dagflow.graph.dag import OperatorDag, Parameter
-from dagflow_tasks.operators import Node
+from dagflow_tasks.operators import LINEAR, Node, linear_weights
 from dagflow_tasks.quantised import (
     GROUP,
     LINEAR_INT4,
@@ -19,7 +19,6 @@ from dagflow_tasks.quantised import (
     quantise_int8,
 )
 
-_LINEAR = "aten.linear.default"
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
@@ -64,14 +63,14 @@ def quantised(dag: OperatorDag, quantiser: Quantiser) -> tuple[OperatorDag, froz
     SettingsInvalid
         If there is nothing to quantise.
     """
-    readers = _readers(dag)
+    linear = linear_weights(dag.nodes)
     chosen = {
         use: parameter.name
         for parameter in dag.parameters
         if _IN_A_LAYER.search(parameter.name)
         and len(parameter.shape) == 2
         and parameter.shape[1] % quantiser.multiple == 0
-        and all(_is_weight(use, readers.get(use, [])) for use in parameter.uses)
+        and linear.issuperset(parameter.uses)
         for use in parameter.uses
     }
     if not chosen:
@@ -90,20 +89,6 @@ def quantised(dag: OperatorDag, quantiser: Quantiser) -> tuple[OperatorDag, froz
     return replace(dag, parameters=parameters, nodes=nodes), frozenset(chosen.values())
 
 
-def _readers(dag: OperatorDag) -> Mapping[str, list[Node]]:
-    found: dict[str, list[Node]] = {}
-    for node in dag.nodes:
-        for name in node.references():
-            found.setdefault(name, []).append(node)
-    return found
-
-
-def _is_weight(use: str, readers: list[Node]) -> bool:
-    return bool(readers) and all(
-        node.op == _LINEAR and node.args[1] == {"ref": use} for node in readers
-    )
-
-
 def _parameters(parameter: Parameter, quantiser: Quantiser) -> list[Parameter]:
     values, scale = quantiser.quantise(torch.zeros(parameter.shape))
     return [
@@ -119,7 +104,7 @@ def _parameters(parameter: Parameter, quantiser: Quantiser) -> list[Parameter]:
 
 
 def _rewritten(node: Node, chosen: Mapping[str, str], op: str) -> Node:
-    if node.op != _LINEAR or node.args[1].get("ref") not in chosen:
+    if node.op != LINEAR or node.args[1].get("ref") not in chosen:
         return node
     x, weight, *bias = node.args
     return replace(node, op=op, args=(x, weight, {"ref": scale_name(weight["ref"])}, *bias))

@@ -129,9 +129,7 @@ class Placement:
                 raise error
         for stage, address in enumerate(self.addresses):
             if not self.is_open(stage, address):
-                self.addresses[stage] = (
-                    ""  # it is to be replaced, whether its worker is there or not
-                )
+                self.addresses[stage] = ""  # to be replaced, be its worker there or not
 
     def look_after(self) -> None:
         """From now on notice who leaves and who comes; spares read weights."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -24,6 +24,7 @@ from dagflow_tasks.quantised import LINEAR_INT4, LINEAR_INT8, linear_int4, linea
 Argument = Any
 """JSON: None, bool, int, float, str, a list, or a one-key mapping (`ref`, `size`, `dtype`, ...)."""
 
+LINEAR = "aten.linear.default"
 _ATEN_NAME = re.compile(r"aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
 
 # ATen operators that reach outside the program: files, other processes, raw storage, or a device
@@ -350,6 +351,23 @@ def is_allowed(op: str) -> bool:
 _PRODUCTS = frozenset(
     ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d")
 )
+
+
+def linear_weights(nodes: Iterable[Node]) -> set[str]:
+    """Return the values that nothing reads but linear operators, as their weights.
+
+    >>> x, w, v = ({"ref": name} for name in "xwv")
+    >>> nodes = [Node("a", LINEAR, (x, w)), Node("b", LINEAR, (x, v)), Node("c", "aten.t.default", (v,))]
+    >>> linear_weights(nodes)
+    {'w'}
+    """
+    weights, others = set(), set()
+    for node in nodes:
+        names = list(node.references())
+        if node.op == LINEAR:
+            weights.add(names.pop(1))  # after its input
+        others.update(names)
+    return weights - others
 
 
 def multiplies(node: Node) -> bool:

@@ -408,7 +408,7 @@ class Harness:
             contextlib.suppress(OSError),
             Client(self.address, set_as_default=False) as client,
         ):
-            workers = client.scheduler_info(n_workers=-1)["workers"]
+            workers = client.scheduler_info()["workers"]
             addresses = [a for a, info in workers.items() if info["name"] == name]
             client.retire_workers(addresses, close_workers=True)
 
