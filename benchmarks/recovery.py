@@ -33,6 +33,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
+import psutil
 from chaos import accounting
 from chaos.accounting import COMPUTING, Execution
 from chaos.driving import Recipe, Size
@@ -150,21 +151,43 @@ def goodput(*, every_seconds: float, journal: bool, num_steps: int) -> dict[str,
 
 
 def overhead(store: str, rounds: int) -> dict[str, Any]:
-    """Return tokens per second with and without journal and snapshots, alternating."""
+    """Return tokens per second with and without journal and snapshots, taking turns.
+
+    On S3 the server works on the same cores as those who train; its part of them is told apart.
+    """
     workload = Workload(num_layers=8, width=256, num_warmup_steps=5, num_timed_steps=40)
     with_both = {"journal": True, "snapshot_every": 20}
     without = {"journal": False, "snapshot_every": None}
     rates: dict[str, list[float]] = {"with": [], "without": []}
-    for _ in range(rounds):
-        for name, options in (("with", with_both), ("without", without)):
-            rates[name].append(_tokens_per_second(workload, store, options))
-            print(f"  {name:8} {rates[name][-1]:8.0f} tokens/s", flush=True)
-    ratios = [a / b for a, b in zip(rates["with"], rates["without"], strict=True)]
-    return {"tokens_per_second": rates, "cost": 1 - median(ratios), "workload": asdict(workload)}
+    servers: dict[str, list[float]] = {"with": [], "without": []}
+    for number in range(rounds):
+        turns = [("with", with_both), ("without", without)]
+        for name, options in turns if number % 2 == 0 else turns[::-1]:
+            rate, server = _tokens_per_second(workload, store, options)
+            rates[name].append(rate)
+            servers[name].append(server)
+            print(f"  {name:8} {rate:8.0f} tokens/s, S3 server {server:.1%} of cores", flush=True)
+    pairs = list(zip(rates["with"], rates["without"], strict=True))
+    return {
+        "tokens_per_second": rates,
+        "cost": 1 - median(a / b for a, b in pairs),
+        "cost_of_rounds": [1 - a / b for a, b in pairs],
+        "server_share_of_cores": {name: median(shares) for name, shares in servers.items()},
+        "workload": asdict(workload),
+    }
 
 
-def _tokens_per_second(workload: Workload, store: str, options: dict[str, Any]) -> float:
+def _tokens_per_second(
+    workload: Workload, store: str, options: dict[str, Any]
+) -> tuple[float, float]:
+    """Return the rate, and the part of the machine's cores that a server of S3 took meanwhile."""
     ends: list[float] = []
+    worked: list[float] = []
+
+    def end_step(_: dagflow.StepEvent) -> None:
+        ends.append(time.perf_counter())
+        worked.append(_server_seconds())
+
     place = f"{store.rstrip('/')}/{uuid.uuid4().hex[:8]}"
     with open_cluster(None, ClusterSettings(2), Store(place)) as client:
         result = dagflow.train(
@@ -176,13 +199,23 @@ def _tokens_per_second(workload: Workload, store: str, options: dict[str, Any]) 
             store=place,
             client=client,
             progress=False,
-            callbacks=[lambda event: ends.append(time.perf_counter())],
+            callbacks=[end_step],
             **options,
         )
     Store(store).delete(place.rpartition("/")[2])
     seconds = Timing.from_ends(workload, result.losses, ends).seconds
     # The mean: a median of steps doesn't see a pause every twenty.
-    return workload.tokens_per_step * len(seconds) / sum(seconds)
+    share = (worked[-1] - worked[0]) / (ends[-1] - ends[0]) / (os.cpu_count() or 1)
+    return workload.tokens_per_step * len(seconds) / sum(seconds), share
+
+
+def _server_seconds() -> float:
+    """Return the processor time of the S3 server so far."""
+    total = 0.0
+    for process in psutil.process_iter(["name", "cpu_times"]):
+        if process.info["name"] in ("ceph-osd", "ceph-mon", "radosgw"):
+            total += process.info["cpu_times"].user + process.info["cpu_times"].system
+    return total
 
 
 # Report
@@ -239,7 +272,11 @@ def measure_overhead(kind: str, rounds: int) -> dict[str, Any]:
     """Print and return what journal and snapshots cost, on a store of some kind."""
     with bucket() if kind == "s3" else tempfile.TemporaryDirectory() as url:
         found = overhead(url, rounds)
-    print(f"journal and snapshots cost {found['cost']:.1%} on {kind}")
+    servers = found["server_share_of_cores"]
+    print(
+        f"journal and snapshots cost {found['cost']:.1%} on {kind}; the server takes "
+        f"{servers['with'] - servers['without']:.1%} of the cores for it"
+    )
     return found
 
 

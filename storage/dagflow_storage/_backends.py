@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dagflow_storage._chunk_files import NUM_THREADS
 from dagflow_storage._translation import is_lost_race, is_unsupported
 from dagflow_storage.retries import RetryPolicy
 
 _UNFINISHED_SUFFIX = ".unfinished"
+_PARALLEL_SYNCS = 4
 # fsspec's memory and local file systems check and then put: one creator at a time keeps that
 # atomic within a process. Across processes the server's own condition decides.
 _one_creator = threading.Lock()
@@ -127,7 +127,7 @@ class FolderBackend(Backend):
         for folder, _, names in os.walk(self._root / path):
             folders.append(Path(folder))
             files += [Path(folder, name) for name in names]
-        with ThreadPoolExecutor(NUM_THREADS) as pool:  # each waits for the disk
+        with ThreadPoolExecutor(_PARALLEL_SYNCS) as pool:  # each waits for the disk
             list(pool.map(_sync_file, files))
         for parent in folders:
             _sync_folder(parent)

@@ -1,9 +1,10 @@
 """Many named arrays, stored as one flat zarr array per dtype.
 
 A model has hundreds of small arrays; one file, or one request, for each costs three to four
-times as much as laying them end to end in chunks of 4 MiB.
+times as much as laying them end to end in chunks of 8 MiB.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from dagflow_storage._chunk_files import NUM_THREADS
 from dagflow_storage.codec import Blosc2Codec
 from dagflow_storage.flat import AnyArray, FlatArray
 from dagflow_storage.location import Store
 
-CHUNK_BYTES = 4 * 2**20
-# Written at once, so that their compression and their requests overlap, while as many are gathered.
-NUM_BUFFERED_CHUNKS = 4
+CHUNK_BYTES = 8 * 2**20
+# At once: their compression and their requests overlap, while the next ones are gathered.
+NUM_CHUNKS_UNDER_WAY = 4
 # Kernels may round differently on what isn't aligned to their vectors; torch aligns to this.
 ALIGNMENT_BYTES = 64
 
@@ -83,8 +83,8 @@ def write_arrays(
 ) -> list[StoredArray]:
     """Write arrays below `path`, which must be unused, and tell where each one lies.
 
-    Memory on top of what `read` returns: twice `NUM_BUFFERED_CHUNKS` chunks a dtype, and some
-    copies of those that are under way.
+    Memory on top of what `read` returns: `NUM_CHUNKS_UNDER_WAY` chunks a dtype and one, and as many
+    again where they are compressed.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def write_arrays(
     index = _layout(specs)
     num_elements = {stored.array: stored.end for stored in index}
     writers: dict[str, _FlatWriter] = {}
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
+    with ThreadPoolExecutor(NUM_CHUNKS_UNDER_WAY) as pool:
         for spec, stored in zip(specs, index, strict=True):
             data = np.ascontiguousarray(read(spec.name))
             _check_data(spec, data)
@@ -140,66 +140,82 @@ def read_arrays(store: Store, path: str, index: Iterable[StoredArray]) -> dict[s
 
 
 class _FlatWriter:
-    """Lays arrays end to end and writes them a few whole chunks at a time.
-
-    While some are being written the next are gathered: there are two buffers.
-    """
+    """Lays arrays end to end and writes them chunk by chunk, a few at once."""
 
     def __init__(
         self, store: Store, path: str, dtype: np.dtype[Any], num_elements: int, pool: Executor
     ) -> None:
-        chunk = max(1, CHUNK_BYTES // dtype.itemsize)
-        codec = _codec_for(store)
+        chunk = chunk_elements(num_elements, dtype.itemsize)
+        codec = codec_for(store)
         self._target = FlatArray.create(store, path, dtype, num_elements, chunk, codec=codec)
         self._pool = pool
-        buffered = min(num_elements, NUM_BUFFERED_CHUNKS * self._target.chunk_elements)
-        self._buffer, self._spare = np.empty(buffered, dtype), np.empty(0, dtype)
-        self._num_buffered = 0
-        self._num_written = 0
-        self._under_way: list[Future[None]] = []
+        self._buffer, self._num_buffered = self._new_buffer(), 0
+        self._spare: list[AnyArray] = []
+        # Each with the buffer that it is written from, if any.
+        self._under_way: deque[tuple[Future[None], AnyArray | None]] = deque()
+        self._num_begun = 0
 
     def append(self, data: AnyArray) -> None:
         while data.size:
             if not self._num_buffered and data.size >= self._buffer.size:
-                # Past the buffer: a large array is written from where it lies. Only so much at
-                # once, because zarr holds up to 16 MB for each chunk under way.
-                self._write(data[: self._buffer.size])
+                # Past the buffer: a large array is written from where it lies.
+                self._begin(data[: self._buffer.size], None)
                 data = data[self._buffer.size :]
             else:
                 data = self._take(data)
 
     def finish(self) -> None:
-        self._write(self._buffer[: self._num_buffered])
-        self._wait()
+        if self._num_buffered:
+            self._begin(self._buffer[: self._num_buffered], None)
+        while self._under_way:
+            self._wait()
 
     def _take(self, data: AnyArray) -> AnyArray:
         taken = min(data.size, self._buffer.size - self._num_buffered)
         self._buffer[self._num_buffered : self._num_buffered + taken] = data[:taken]
         self._num_buffered += taken
         if self._num_buffered == self._buffer.size:
-            self._write(self._buffer)
-            if self._spare.size < self._buffer.size:
-                self._spare = np.empty_like(self._buffer)
-            self._buffer, self._spare = self._spare, self._buffer
+            self._begin(self._buffer, self._buffer)
+            self._buffer = self._spare.pop() if self._spare else self._new_buffer()
             self._num_buffered = 0
         return data[taken:]
 
-    def _write(self, data: AnyArray) -> None:
-        """Begin to write; what was begun before, in the other buffer, is done then."""
-        self._wait()
-        if data.size:
-            self._under_way = self._target.begin_write(self._num_written, data, self._pool)
-            self._num_written += data.size
+    def _begin(self, chunk: AnyArray, buffer: AnyArray | None) -> None:
+        if len(self._under_way) == NUM_CHUNKS_UNDER_WAY:
+            self._wait()
+        future = self._pool.submit(self._target.write_chunk, self._num_begun, chunk)
+        self._under_way.append((future, buffer))
+        self._num_begun += 1
 
     def _wait(self) -> None:
-        under_way, self._under_way = self._under_way, []
-        for chunk in under_way:
-            chunk.result()
+        """Wait for the oldest."""
+        future, buffer = self._under_way.popleft()
+        future.result()
+        if buffer is not None:
+            self._spare.append(buffer)
+
+    def _new_buffer(self) -> AnyArray:
+        return np.empty(self._target.chunk_elements, self._target.dtype)
 
 
-def _codec_for(store: Store) -> Blosc2Codec | None:
-    # A local disk is faster than any compressor; see docs/storage.md.
-    return None if store.folder("") is not None else Blosc2Codec()
+def chunk_elements(num_elements: int, itemsize: int) -> int:
+    """How many elements of an array go into a chunk: zarr fills up the last one, so all are alike.
+
+    >>> chunk_elements(10**6, 4), chunk_elements(3 * 10**6, 4)
+    (1000000, 1500000)
+    """
+    num_chunks = -(-num_elements * itemsize // CHUNK_BYTES)
+    elements = -(-num_elements // max(1, num_chunks))
+    aligned = max(1, ALIGNMENT_BYTES // itemsize)
+    return -(-elements // aligned) * aligned
+
+
+def codec_for(store: Store, itemsize: int = 0) -> Blosc2Codec | None:
+    """How a store's chunks are compressed, of elements of a size or of that of the array.
+
+    None where they aren't: a local disk is faster than any compressor; see docs/storage.md.
+    """
+    return None if store.folder("") is not None else Blosc2Codec(typesize=itemsize)
 
 
 def _layout(specs: Sequence[ArraySpec]) -> list[StoredArray]:
@@ -252,13 +268,13 @@ def _runs(members: Iterable[StoredArray], chunk: int) -> Iterator[list[StoredArr
 
 
 def _read_run(source: FlatArray, run: Sequence[StoredArray]) -> dict[str, AnyArray]:
-    found = {stored.name: _aligned(stored.num_elements, source.dtype) for stored in run}
+    found = {stored.name: aligned_empty(stored.num_elements, source.dtype) for stored in run}
     source.read_into([(stored.offset, found[stored.name]) for stored in run])
     return {stored.name: found[stored.name].reshape(stored.shape) for stored in run}
 
 
-def _aligned(num_elements: int, dtype: np.dtype[Any]) -> AnyArray:
-    """Memory that begins where vector instructions like it, as numpy's own does by chance."""
+def aligned_empty(num_elements: int, dtype: np.dtype[Any]) -> AnyArray:
+    """A new array in memory that begins where vector instructions like it, as numpy's own does by chance."""
     num_bytes = num_elements * dtype.itemsize
     raw = np.empty(num_bytes + ALIGNMENT_BYTES, np.uint8)
     begin = -raw.ctypes.data % ALIGNMENT_BYTES

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import blosc2  # type: ignore[import-untyped]
 import numpy as np
+from numpy.typing import NDArray
 from zarr.abc.codec import BytesBytesCodec
 from zarr.registry import register_codec
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import Buffer
 
+Bytes = NDArray[np.uint8]
 CODEC_NAME = "dagflow.blosc2"
 # blosc2 holds the GIL while it works, so zarr's threads can't overlap; its own threads can:
 # 0.64 GB/s with one, 1.1 GB/s with two. More than four starve the training beside it.
@@ -102,12 +104,28 @@ class Blosc2Codec(BytesBytesCodec):
 
     def _encode_sync(self, chunk_bytes: "Buffer", chunk_spec: "ArraySpec") -> "Buffer":
         raw = np.asarray(chunk_bytes.as_array_like()).view(np.uint8)
+        return chunk_spec.prototype.buffer.from_bytes(self.compressed(raw))
+
+    def _decode_sync(self, chunk_bytes: "Buffer", chunk_spec: "ArraySpec") -> "Buffer":
+        packed = np.asarray(chunk_bytes.as_array_like())
+        raw = np.empty(_checked_raw_size(packed), dtype=np.uint8)
+        self.decompress(packed, raw)
+        return chunk_spec.prototype.buffer.from_array_like(raw)
+
+    def compressed(self, raw: Bytes) -> bytes:
+        """A chunk's bytes, compressed.
+
+        Raises
+        ------
+        ValueError
+            If there are more than blosc2 takes.
+        """
         if raw.nbytes > _MAX_CHUNK_BYTES:
             raise ValueError(
                 f"a chunk has {raw.nbytes} bytes, blosc2 takes at most {_MAX_CHUNK_BYTES}: "
                 "choose smaller chunks"
             )
-        packed = blosc2.compress2(
+        packed: bytes = blosc2.compress2(
             raw,
             codec=_COMPRESSORS[self.cname],
             clevel=self.clevel,
@@ -115,18 +133,24 @@ class Blosc2Codec(BytesBytesCodec):
             filters=[blosc2.Filter.NOFILTER] * 5 + [_SHUFFLES[self.shuffle]],
             nthreads=NUM_THREADS,
         )
-        return chunk_spec.prototype.buffer.from_bytes(packed)
+        return packed
 
-    def _decode_sync(self, chunk_bytes: "Buffer", chunk_spec: "ArraySpec") -> "Buffer":
-        packed = np.asarray(chunk_bytes.as_array_like())
+    def decompress(self, packed: Bytes, raw: Bytes) -> None:
+        """Fill `raw` with what was compressed.
+
+        Raises
+        ------
+        ValueError
+            If that has another size, or `packed` isn't what `compressed` returned.
+        """
         num_raw_bytes = _checked_raw_size(packed)
-        raw = np.empty(num_raw_bytes, dtype=np.uint8)
+        if num_raw_bytes != raw.nbytes:
+            raise ValueError(f"it holds {num_raw_bytes} bytes, not {raw.nbytes}")
         if num_raw_bytes:
             blosc2.decompress2(packed, dst=raw, nthreads=NUM_THREADS)
-        return chunk_spec.prototype.buffer.from_array_like(raw)
 
 
-def _checked_raw_size(packed: np.ndarray[Any, np.dtype[Any]]) -> int:
+def _checked_raw_size(packed: Bytes) -> int:
     if packed.nbytes < _HEADER_BYTES:
         raise ValueError(f"{packed.nbytes} bytes are too few for a blosc2 chunk")
     num_raw_bytes, num_packed_bytes, _ = blosc2.get_cbuffer_sizes(packed)

@@ -124,11 +124,6 @@ class FakeClock(Clock):
         self.seconds += seconds
         self.pauses.append(seconds)
 
-    async def sleep_async(self, seconds: float) -> None:
-        """Jump, and let others work."""
-        self.sleep(seconds)
-        await asyncio.sleep(0)
-
     def fraction(self) -> float:
         """The longest pause."""
         return 1.0

@@ -1,23 +1,20 @@
 """A one-dimensional zarr array that notices damage, the only kind dagflow stores.
 
 Every chunk carries a checksum, and a chunk that is missing is an error; zarr alone would
-answer zeros.
+answer zeros. zarr writes and reads the metadata, `Chunks` what they describe.
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import DTypeLike, NDArray
-from zarr.abc.store import ByteRequest
-from zarr.abc.store import Store as ZarrStore
 from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import WrapperStore
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.storage import MemoryStore
 
-from dagflow_storage._chunk_files import ChunkFiles, each
+from dagflow_storage._chunks import ChunkFiles, ChunkObjects, Chunks
 from dagflow_storage._translation import reading, writing
 from dagflow_storage.codec import Blosc2Codec
 from dagflow_storage.documents import JSON
@@ -25,22 +22,11 @@ from dagflow_storage.errors import DagflowError, DamagedData, NotFound, StoreUnr
 from dagflow_storage.location import Store
 
 AnyArray = NDArray[Any]
+_METADATA = "zarr.json"
 
 
 class _MissingChunk(Exception):
     """A chunk that should be there is not."""
-
-
-class _NoticingStore(WrapperStore[ZarrStore]):
-    """Raises for a missing chunk where zarr would go on with the fill value."""
-
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        found = await self._store.get(key, prototype, byte_range)
-        if found is None and not key.endswith("zarr.json"):
-            raise _MissingChunk("it is missing")
-        return found
 
 
 class FlatArray:
@@ -50,16 +36,18 @@ class FlatArray:
     ----------
     store, path
         Where it is.
-    array
-        The zarr array that reads and writes it.
+    metadata
+        Its metadata, in a memory of zarr's.
     """
 
-    def __init__(self, store: Store, path: str, array: "zarr.Array[Any]") -> None:
+    def __init__(self, store: Store, path: str, metadata: "dict[str, Buffer]") -> None:
         self._store = store
         self._path = path
         self._where = _place(store, path)
-        self._array = array
-        self._files = _chunk_files(store, path, array)
+        self._metadata = metadata
+        # In memory: zarr would ask the store what is there before it writes.
+        self._array = zarr.open_array(MemoryStore(metadata), mode="r+", zarr_format=3)
+        self._chunks = _chunks(store, path, self._array)
 
     @classmethod
     def create(
@@ -72,26 +60,41 @@ class FlatArray:
         attributes: Mapping[str, JSON] | None = None,
         codec: Blosc2Codec | None = None,
     ) -> "FlatArray":
-        """A new array; `path` must be unused.
+        """A new array in the store; `path` must be unused.
 
         All-zero chunks are written too, so that a missing one is always damage. Without a `codec`
         chunks aren't compressed.
         """
+        array = cls.new(store, path, dtype, num_elements, chunk_elements, attributes, codec)
+        array.put_metadata()
+        return array
+
+    @classmethod
+    def new(
+        cls,
+        store: Store,
+        path: str,
+        dtype: DTypeLike,
+        num_elements: int,
+        chunk_elements: int,
+        attributes: Mapping[str, JSON] | None = None,
+        codec: Blosc2Codec | None = None,
+    ) -> "FlatArray":
+        """The same, but nobody finds it before `put_metadata`."""
         compressors = [Crc32cCodec()] if codec is None else [codec, Crc32cCodec()]
         chunk = max(1, min(chunk_elements, num_elements))
-        with writing(_place(store, path)):
-            array = zarr.create_array(
-                store.zarr_store(path),
-                shape=(num_elements,),
-                chunks=(chunk,),
-                dtype=np.dtype(dtype),
-                compressors=compressors,
-                filters=None,
-                fill_value=0,
-                attributes=dict(attributes or {}),
-                config={"write_empty_chunks": True},
-            )
-        return cls(store, path, array)
+        metadata: dict[str, Buffer] = {}
+        zarr.create_array(
+            MemoryStore(metadata),
+            shape=(num_elements,),
+            chunks=(chunk,),
+            dtype=np.dtype(dtype).newbyteorder("<"),
+            compressors=compressors,
+            filters=None,
+            fill_value=0,
+            attributes=dict(attributes or {}),
+        )
+        return cls(store, path, metadata)
 
     @classmethod
     def open(cls, store: Store, path: str) -> "FlatArray":
@@ -100,22 +103,19 @@ class FlatArray:
         Raises
         ------
         NotFound
-            If there is none.
+            If there is none, or one that isn't dagflow's.
         DamagedData
             If its metadata can't be read.
         """
         where = _place(store, path)
+        data = store.read_bytes(f"{path}/{_METADATA}")
         try:
-            with reading(where):
-                source = _NoticingStore(store.zarr_store(path, read_only=True))
-                array = zarr.open_array(source, mode="r", zarr_format=3)
+            buffer = default_buffer_prototype().buffer.from_bytes(data)
+            return cls(store, path, {_METADATA: buffer})
         except DagflowError:
             raise
         except Exception as error:  # zarr has no error of its own for bad metadata
             raise DamagedData(f"the metadata of {where} can't be read: {error}") from error
-        if array.ndim != 1:
-            raise NotFound(f"{where} holds an array of shape {array.shape}, not a flat one")
-        return cls(store, path, array)
 
     def __len__(self) -> int:
         return self._array.shape[0]
@@ -137,13 +137,13 @@ class FlatArray:
 
     def update_attributes(self, attributes: Mapping[str, JSON]) -> None:
         """Add to the attributes, in one write of the metadata."""
-        with writing(self._where):
-            self._array.update_attributes(dict(attributes))
+        self._array.update_attributes(dict(attributes))
+        self.put_metadata()
 
     def resize(self, num_elements: int) -> None:
-        """Make the array longer or shorter."""
-        with writing(self._where):
-            self._array.resize((num_elements,))
+        """Make the array longer, or leave off what was never written."""
+        self._array.resize((num_elements,))
+        self.put_metadata()
 
     def write(self, start: int, data: AnyArray) -> None:
         """Put `data` at `start`, which must be a chunk's first element.
@@ -151,22 +151,25 @@ class FlatArray:
         Up to a chunk's end or the array's: a partly written chunk would be read, merged and
         written again.
         """
-        self.begin_write(start, data, None)
+        chunk = self.chunk_elements
+        assert start % chunk == 0, "writes begin at a chunk"
+        numbers = range(start // chunk, -(-(start + data.size) // chunk))
 
-    def begin_write(
-        self, start: int, data: AnyArray, pool: Executor | None
-    ) -> "list[Future[None]]":
-        """Begin to `write`, and return what there is to wait for; `data` mustn't change until then.
+        def write(number: int) -> None:
+            begin = number * chunk - start
+            self.write_chunk(number, data[begin : begin + chunk])
 
-        Only chunks that are files are written behind the caller, by the threads of `pool`.
-        """
-        assert start % self.chunk_elements == 0, "writes begin at a chunk"
-        if self._files is not None and data.size:
-            return self._write_files(self._files, start, data, pool)
-        if data.size:
-            with writing(self._where):
-                self._array[start : start + data.size] = data
-        return []
+        self._chunks.each(write, numbers)
+
+    def write_chunk(self, number: int, data: AnyArray) -> None:
+        """Put one chunk; the last one may be short. Safe to call from several threads."""
+
+        def attempt() -> None:
+            with writing(f"{self._where}/c/{number}"):
+                size_bytes, checksum = self._chunks.write(number, data)
+            self._store.written(f"{self._path}/c/{number}", size_bytes, checksum)
+
+        self._store.retries.run(attempt)
 
     def read(self, start: int, stop: int) -> AnyArray:
         """Elements `start` to `stop`, a new array.
@@ -207,42 +210,13 @@ class FlatArray:
 
     def _read_checked(self, pieces: Sequence[tuple[int, AnyArray]], start: int, stop: int) -> None:
         try:
-            self._read(pieces, start, stop)
+            self._read(pieces)
         except DagflowError:
             raise
         except Exception as error:  # codecs raise ValueError, RuntimeError and more
             raise self._diagnosis(start, stop) from error
 
-    def _write_files(
-        self, files: ChunkFiles, start: int, data: AnyArray, pool: Executor | None
-    ) -> "list[Future[None]]":
-        chunk = self.chunk_elements
-
-        def write(number: int) -> None:
-            begin = number * chunk - start
-            with writing(f"{self._where}/c/{number}"):
-                size_bytes, checksum = files.write(number, data[begin : begin + chunk])
-            self._store.written(f"{self._path}/c/{number}", size_bytes, checksum)
-
-        def try_to_write(number: int) -> None:
-            self._store.retries.run(lambda: write(number))
-
-        numbers = range(start // chunk, -(-(start + data.size) // chunk))
-        if pool is not None:
-            return [pool.submit(try_to_write, number) for number in numbers]
-        each(try_to_write, numbers)
-        return []
-
-    def _read(self, pieces: Sequence[tuple[int, AnyArray]], start: int, stop: int) -> None:
-        if self._files is not None:
-            self._read_files(self._files, pieces)
-            return
-        with reading(self._where):
-            found = np.asarray(self._array[start:stop])
-        for first, out in pieces:
-            out[:] = found[first - start : first - start + out.size]
-
-    def _read_files(self, files: ChunkFiles, pieces: Sequence[tuple[int, AnyArray]]) -> None:
+    def _read(self, pieces: Sequence[tuple[int, AnyArray]]) -> None:
         chunk = self.chunk_elements
         by_chunk: dict[int, list[tuple[int, AnyArray]]] = {}
         for first, out in pieces:
@@ -255,18 +229,22 @@ class FlatArray:
         def read(number: int) -> None:
             try:
                 with reading(f"{self._where}/c/{number}"):
-                    files.read(number, by_chunk[number])
+                    self._chunks.read(number, by_chunk[number])
             except NotFound as error:
                 raise _MissingChunk("it is missing") from error
 
-        each(lambda number: self._store.retries.run(lambda: read(number)), by_chunk)
+        self._chunks.each(lambda number: self._store.retries.run(lambda: read(number)), by_chunk)
+
+    def put_metadata(self) -> None:
+        """Write what zarr and `open` find the array by."""
+        self._store.write_bytes(f"{self._path}/{_METADATA}", self._metadata[_METADATA].to_bytes())
 
     def _diagnosis(self, start: int, stop: int) -> DagflowError:
         chunk = self.chunk_elements
         for number in range(start // chunk, -(-stop // chunk)):
             try:
                 begin, end = number * chunk, min((number + 1) * chunk, len(self))
-                self._read([(begin, np.empty(end - begin, self.dtype))], begin, end)
+                self._read([(begin, np.empty(end - begin, self.dtype))])
             except DagflowError as error:
                 return error
             except Exception as error:
@@ -279,14 +257,18 @@ def _place(store: Store, path: str) -> str:
     return f"{path} in {store!r}" if path else repr(store)
 
 
-def _chunk_files(store: Store, path: str, array: "zarr.Array[Any]") -> ChunkFiles | None:
-    """A shorter way to the chunks, where they are nothing but elements and a checksum."""
+def _chunks(store: Store, path: str, array: "zarr.Array[Any]") -> Chunks:
+    """What reads and writes an array's chunks, if it is one of ours."""
+    dtype, codecs = np.dtype(array.dtype), list(getattr(array.metadata, "codecs", ()))
+    plain = [BytesCodec(endian="little" if dtype.itemsize > 1 else None), Crc32cCodec()]
+    codec = next((item for item in codecs if isinstance(item, Blosc2Codec)), None)
+    expected = plain if codec is None else [plain[0], codec, plain[1]]
+    if array.ndim != 1 or codecs != expected or dtype != dtype.newbyteorder("<"):
+        raise NotFound(
+            f"{_place(store, path)} holds an array that dagflow didn't write, of shape "
+            f"{array.shape}, type {dtype} and with the codecs {codecs}"
+        )
     folder = store.folder(path)
-    dtype = np.dtype(array.dtype)
-    if folder is None or array.ndim != 1:
-        return None
-    plain = (BytesCodec(endian="little" if dtype.itemsize > 1 else None), Crc32cCodec())
-    is_plain = tuple(
-        getattr(array.metadata, "codecs", ())
-    ) == plain and dtype == dtype.newbyteorder("<")
-    return ChunkFiles(folder, dtype, array.chunks[0]) if is_plain else None
+    if folder is not None and codec is None:
+        return ChunkFiles(folder, dtype, array.chunks[0])
+    return ChunkObjects(store.backend, path, dtype, array.chunks[0], codec)

@@ -2,28 +2,34 @@
 
 ::
 
-    journal/PLAN/step-00000012/2-3f9a.../float32/...   a segment: entries of stage 2
-    journal/PLAN/step-00000012/2-3f9a.../index.json    written last
+    journal/PLAN/step-00000012/2-3f9a.../c/...        a segment: entries of stage 2
+    journal/PLAN/step-00000012/2-3f9a.../zarr.json    written last
 
 An entry is what one task sent, tensors and a few facts. Entries are written in segments, as many at
-a time as have gathered, and read one by one. Nothing is overwritten: the same entry written twice
-has the same content, and either is read.
+a time as have gathered, and read one by one. A segment is one zarr array of bytes, which says in its
+attributes whose they are: each object is a request, and of those a segment of any size should cost
+few. Nothing is overwritten: the same entry written twice has the same content, and either is read.
 """
 
 import re
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
-from dagflow_storage.arrays import ArraySpec, StoredArray, read_arrays, write_arrays
-from dagflow_storage.documents import encode_document, read_document
-from dagflow_storage.errors import DamagedData, NotFound
-from dagflow_storage.flat import AnyArray
+import numpy as np
+
+from dagflow_storage.arrays import ALIGNMENT_BYTES, aligned_empty, chunk_elements, codec_for
+from dagflow_storage.documents import JSON
+from dagflow_storage.errors import DamagedData, FormatTooNew, NotFound
+from dagflow_storage.flat import AnyArray, FlatArray
 from dagflow_storage.location import Store
 
-JOURNAL_FORMAT = 1
+JOURNAL_FORMAT = 2
+_MARK = "dagflow_journal"
 _FOLDER = "journal"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _PARALLEL_READS = 8
@@ -65,12 +71,38 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """Where a segment's bytes hold a tensor; `stored_as` is its dtype, or NumPy's stand-in for it."""
+
+    name: str
+    dtype: str
+    stored_as: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes."""
+        return prod(self.shape) * np.dtype(self.stored_as).itemsize
+
+    def to_json(self) -> dict[str, JSON]:
+        """As it goes into the index."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "stored_as": self.stored_as,
+            "shape": list(self.shape),
+            "offset": self.offset,
+        }
+
+
+@dataclass(frozen=True)
 class Segment:
     """Entries of one step and stage as they lie in the store."""
 
     path: str
     facts: Mapping[EntryKey, Mapping[str, Any]]
-    index: Mapping[EntryKey, tuple[StoredArray, ...]]
+    index: Mapping[EntryKey, tuple[StoredTensor, ...]]
 
     def read(
         self, store: Store, key: EntryKey, names: Iterable[str] | None = None
@@ -80,16 +112,22 @@ class Segment:
         Raises
         ------
         NotFound, DamagedData, StoreUnreachable
-            As `read_arrays` does.
+            As `FlatArray.read_into` does.
         """
         wanted = None if names is None else set(names)
-        stored = [s for s in self.index[key] if wanted is None or s.role in wanted]
-        found = read_arrays(store, self.path, stored)
-        return {s.role: found[s.name] for s in stored}
+        stored = [s for s in self.index[key] if wanted is None or s.name in wanted]
+        if not stored:
+            return {}
+        raw = [(s.offset, aligned_empty(s.num_bytes, np.dtype(np.uint8))) for s in stored]
+        FlatArray.open(store, self.path).read_into(raw)
+        return {
+            s.name: part.view(s.stored_as).reshape(s.shape)
+            for s, (_, part) in zip(stored, raw, strict=True)
+        }
 
     def dtypes(self, key: EntryKey) -> dict[str, str]:
         """The labels of an entry's dtypes, by array name."""
-        return {stored.role: stored.dtype for stored in self.index[key]}
+        return {stored.name: stored.dtype for stored in self.index[key]}
 
 
 def write_segment(
@@ -101,28 +139,46 @@ def write_segment(
     not a power cut at the store: the journal of a few steps isn't worth waiting for a disk.
     """
     path = f"{_step_folder(plan, step)}/{stage}-{uuid.uuid4().hex[:12]}"
-    # An array's role is its name within the entry: names must differ within a segment.
-    arrays = {
-        f"{number}/{name}": array
-        for number, entry in enumerate(entries)
-        for name, array in entry.arrays.items()
-    }
-    specs = [
-        ArraySpec(f"{number}/{name}", name, entry.dtypes[name], array.shape)
-        for number, entry in enumerate(entries)
-        for name, array in entry.arrays.items()
-    ]
-    stored = {s.name: s for s in write_arrays(store, path, specs, arrays.__getitem__)}
-    segment = Segment(
-        path,
-        {entry.key: dict(entry.facts) for entry in entries},
-        {
-            entry.key: tuple(stored[f"{number}/{name}"] for name in entry.arrays)
-            for number, entry in enumerate(entries)
-        },
-    )
-    store.write_bytes(f"{path}/index.json", _encode(segment))
+    facts = {entry.key: dict(entry.facts) for entry in entries}
+    segment = Segment(path, facts, _layout(entries))
+    raw = _gathered(segment, entries)
+    codec = codec_for(store, _commonest_itemsize(segment))
+    chunk = chunk_elements(raw.size, 1)
+    array = FlatArray.new(store, path, raw.dtype, raw.size, chunk, _encode(segment), codec)
+    array.write(0, raw)
+    array.put_metadata()
     return segment
+
+
+def _layout(entries: Sequence[Entry]) -> dict[EntryKey, tuple[StoredTensor, ...]]:
+    index, end = {}, 0
+    for entry in entries:
+        stored = []
+        for name, array in entry.arrays.items():
+            offset = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            dtype = entry.dtypes[name]
+            stored.append(StoredTensor(name, dtype, array.dtype.str, array.shape, offset))
+            end = offset + array.nbytes
+        index[entry.key] = tuple(stored)
+    return index
+
+
+def _gathered(segment: Segment, entries: Sequence[Entry]) -> AnyArray:
+    stored = [item for items in segment.index.values() for item in items]
+    raw = np.zeros(max((s.offset + s.num_bytes for s in stored), default=0), np.uint8)
+    arrays = [array for entry in entries for array in entry.arrays.values()]
+    for item, array in zip(stored, arrays, strict=True):
+        target = raw[item.offset : item.offset + item.num_bytes]
+        target.view(item.stored_as).reshape(item.shape)[...] = array
+    return raw
+
+
+def _commonest_itemsize(segment: Segment) -> int:
+    """The size of most bytes' elements: shuffling by it lets them shrink."""
+    sizes = Counter[int]()
+    for item in (item for items in segment.index.values() for item in items):
+        sizes[np.dtype(item.stored_as).itemsize] += item.num_bytes
+    return max(sizes, key=lambda size: sizes[size], default=1)
 
 
 def read_segments(store: Store, plan: str, step: int) -> list[Segment]:
@@ -159,23 +215,32 @@ def delete_segments(store: Store, plan: str, from_step: int, stage: int) -> None
 
 
 def _read_index(store: Store, path: str) -> Segment | None:
+    where = f"{path} in {store!r}"
     try:
-        document = read_document(store, f"{path}/index.json", JOURNAL_FORMAT)
-    except NotFound:
-        return None  # never finished, or trimmed since it was listed
-    try:
+        document = FlatArray.open(store, path).attributes[_MARK]
+        found = int(document["format_version"])
+        if found > JOURNAL_FORMAT:
+            raise FormatTooNew(
+                f"the journal's segment {where} has format version {found}, this dagflow reads "
+                f"versions up to {JOURNAL_FORMAT}: upgrade dagflow"
+            )
         facts, index = {}, {}
         for item in document["entries"]:
             key = EntryKey(item["kind"], item["stage"], item["index"])
             facts[key] = dict(item["facts"])
-            index[key] = tuple(StoredArray.from_json(stored) for stored in item["arrays"])
+            index[key] = tuple(
+                StoredTensor(**{**stored, "shape": tuple(stored["shape"])})
+                for stored in item["arrays"]
+            )
+    except NotFound:
+        return None  # never finished, or trimmed since it was listed
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedData(f"{path}/index.json in {store!r} is no index: {error!r}") from error
+        raise DamagedData(f"the journal's segment {where} has no index: {error!r}") from error
     return Segment(path, facts, index)
 
 
-def _encode(segment: Segment) -> bytes:
-    entries = [
+def _encode(segment: Segment) -> dict[str, JSON]:
+    entries: list[JSON] = [
         {
             "kind": key.kind,
             "stage": key.stage,
@@ -185,7 +250,7 @@ def _encode(segment: Segment) -> bytes:
         }
         for key in segment.facts
     ]
-    return encode_document(JOURNAL_FORMAT, {"entries": entries})
+    return {_MARK: {"format_version": JOURNAL_FORMAT, "entries": entries}}
 
 
 def _step_folder(plan: str, step: int) -> str:

@@ -11,15 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec  # type: ignore[import-untyped]
-from fsspec.implementations.asyn_wrapper import (  # type: ignore[import-untyped]
-    AsyncFileSystemWrapper,
-)
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
-from zarr.abc.store import Store as ZarrStore
-from zarr.storage import FsspecStore, LocalStore
 
 from dagflow_storage._backends import Backend, FolderBackend, NoCondition, ObjectBackend
-from dagflow_storage._retrying import RetryingZarrStore
 from dagflow_storage._translation import reading, writing
 from dagflow_storage.errors import (
     DagflowError,
@@ -136,12 +130,12 @@ class Store:
         NotFound
             If there is none.
         """
-        return self._reading(path, lambda: self._backend().read(_clean(path)))
+        return self._reading(path, lambda: self.backend().read(_clean(path)))
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Put `data` at `path`: afterwards it holds all of it, or what it held before."""
         target = _required(path)
-        self._writing(path, lambda: self._backend().write(target, data))
+        self._writing(path, lambda: self.backend().write(target, data))
 
     def create_bytes(self, path: str, data: bytes) -> bool:
         """Put `data` at `path` unless something is there; of several creators one wins.
@@ -159,32 +153,31 @@ class Store:
 
     def exists(self, path: str) -> bool:
         """Whether there is a file, or something below it, at `path`."""
-        return self._reading(path, lambda: self._backend().exists(_clean(path)))
+        return self._reading(path, lambda: self.backend().exists(_clean(path)))
 
     def list(self, path: str = "") -> list[str]:
         """The names of the direct children of `path`, sorted; none when it is absent."""
         try:
-            return self._reading(path, lambda: sorted(self._backend().list(_clean(path))))
+            return self._reading(path, lambda: sorted(self.backend().list(_clean(path))))
         except NotFound:
             return []
 
     def delete(self, path: str) -> None:
         """Remove `path` and all below it; absent is fine."""
         target = _required(path)
-        self._writing(path, lambda: self._backend().delete(target))
+        self._writing(path, lambda: self.backend().delete(target))
 
     def flush(self, path: str) -> None:
         """Return once everything below `path` would survive a power cut."""
-        self._writing(path, lambda: self._backend().flush(_clean(path)))
+        self._writing(path, lambda: self.backend().flush(_clean(path)))
 
-    def zarr_store(self, path: str, *, read_only: bool = False) -> ZarrStore:
-        """What zarr reads and writes `path` through; it raises errors of our tree."""
-        shown = self._shown(path)
-        with reading(shown):
-            inner = self._plain_zarr_store(self._join(_clean(path)), read_only)
-        # A folder's operations run in threads, which nothing can stop.
-        has_limits = not _is_folder(self._url)
-        return RetryingZarrStore(inner, self._retries, shown, has_limits)
+    def backend(self) -> Backend:
+        """What reads and writes, without retries and with errors of its own; not to be kept."""
+        # fsspec caches its file systems by thread and process itself, and a file system carried
+        # over a fork would hang.
+        if _is_folder(self._url):
+            return FolderBackend(self._url)
+        return ObjectBackend(*self._filesystem(self._url), self._retries.policy)
 
     def written(self, path: str, size_bytes: int, crc32c: int) -> None:
         """Hear of an object that was put past this store's own methods."""
@@ -231,7 +224,7 @@ class Store:
         first, second = f"{path}-first".encode(), f"{path}-second".encode()
 
         def create(data: bytes) -> bool:
-            return self._backend().create(path, data, look_first=False)
+            return self.backend().create(path, data, look_first=False)
 
         try:
             created = self._created_once(path, first, lambda: create(first))
@@ -257,7 +250,7 @@ class Store:
         return result
 
     def _create(self, target: str, data: bytes) -> bool:
-        backend = self._backend()
+        backend = self.backend()
         if self._has_condition is not False:
             try:
                 # Not probed: some servers silently ignore the condition.
@@ -288,7 +281,7 @@ class Store:
     def _holds(self, path: str, data: bytes) -> bool:
         try:
             with reading(self._shown(path)):
-                return self._backend().read(_clean(path)) == data
+                return self.backend().read(_clean(path)) == data
         except NotFound:
             return False
 
@@ -331,26 +324,8 @@ class Store:
     def _shown(self, path: str) -> str:
         return _without_secrets(self._join(path))
 
-    def _backend(self) -> Backend:
-        # Not kept: fsspec caches its file systems by thread and process itself, and a file
-        # system carried over a fork would hang.
-        if _is_folder(self._url):
-            return FolderBackend(self._url)
-        return ObjectBackend(*self._filesystem(self._url), self._retries.policy)
-
-    def _plain_zarr_store(self, url: str, read_only: bool) -> ZarrStore:
-        if _is_folder(url):
-            return LocalStore(url, read_only=read_only)
-        filesystem, root = self._filesystem(url)
-        if filesystem.async_impl:
-            # Another instance, because it works in zarr's event loop, not in fsspec's.
-            filesystem, root = self._filesystem(url, asynchronous=True)
-        else:
-            filesystem = AsyncFileSystemWrapper(filesystem, asynchronous=True)
-        return FsspecStore(filesystem, path=root, read_only=read_only)
-
-    def _filesystem(self, url: str, **more: Any) -> tuple[Any, str]:
-        options = {**limited_options(url, self._options, self._retries.policy), **more}
+    def _filesystem(self, url: str) -> tuple[Any, str]:
+        options = limited_options(url, self._options, self._retries.policy)
         try:
             filesystem, root = fsspec.core.url_to_fs(url, **options)
         except ImportError as error:
@@ -374,6 +349,9 @@ def limited_options(url: str, options: Mapping[str, Any], policy: RetryPolicy) -
         # Retries are ours: only so are they bounded, and is a lost answer noticed.
         "retries": {"total_max_attempts": 1},
         "max_pool_connections": 32,
+        # Chunks bring a checksum of their own, and many servers don't know the new ones of S3.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
         **options.get("config_kwargs", {}),
     }
     # With more than 1, s3fs asks for an object's size before it reads it. Ours are small.

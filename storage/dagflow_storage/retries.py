@@ -1,10 +1,9 @@
 """When something transient is tried again, and when it is given up."""
 
-import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -26,10 +25,6 @@ class Clock:
     def sleep(self, seconds: float) -> None:
         """Return after `seconds`."""
         time.sleep(seconds)
-
-    async def sleep_async(self, seconds: float) -> None:
-        """Return after `seconds`, and let others work until then."""
-        await asyncio.sleep(seconds)
 
     def fraction(self) -> float:
         """A random number from 0 to 1."""
@@ -99,16 +94,6 @@ class Retries:
             except StoreUnreachable as error:
                 delay = attempts.delay_after(error)
             self.clock.sleep(delay)
-
-    async def run_async(self, operation: Callable[[], Awaitable[T]]) -> T:
-        """The same for a coroutine."""
-        attempts = _Attempts(self)
-        while True:
-            try:
-                return await operation()
-            except StoreUnreachable as error:
-                delay = attempts.delay_after(error)
-            await self.clock.sleep_async(delay)
 
 
 class _Attempts:

@@ -62,9 +62,8 @@ def write_tokens(
         store, "", dtype, CHUNK_TOKENS, CHUNK_TOKENS, {_MARK: None}, codec=_CODEC
     )
     num_tokens = 0
-    for chunk in _rechunked(pieces, np.dtype(dtype)):
-        array.resize(num_tokens + chunk.size)
-        array.write(num_tokens, chunk)
+    for number, chunk in enumerate(_rechunked(pieces, np.dtype(dtype))):
+        array.write_chunk(number, chunk)
         num_tokens += chunk.size
     array.resize(num_tokens)
     store.flush("")

@@ -24,7 +24,7 @@ from dagflow_tasks.results import JournalStats
 from dagflow_tasks.state import from_array, from_memory_order, in_memory_order, to_array
 
 # Gathered before they are written: a segment costs a handful of requests, whatever its size.
-_SEGMENT_BYTES = 4 << 20
+_SEGMENT_BYTES = 8 << 20
 # Beyond this the tasks wait for the store: it slows the run, and doesn't break it.
 _SPOOL_BYTES = 512 << 20
 # The index of what is written is a cache of the store's listing; nobody asks for older steps often.

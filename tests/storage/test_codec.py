@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagflow_storage import ArraySpec, Blosc2Codec, Store, write_arrays, write_tokens
+from dagflow_storage import ArraySpec, Blosc2Codec, NotFound, Store, write_arrays, write_tokens
 from dagflow_storage.flat import FlatArray
+
+CODECS = pytest.mark.parametrize("codec", [None, Blosc2Codec()], ids=["plain", "blosc2"])
 
 
 @given(
@@ -96,22 +99,46 @@ def test_arrays_written_by_plain_zarr_calls_are_read_past_zarr(folder: Store) ->
     )  # fmt: skip
     array[:] = data
     found = FlatArray.open(folder, "set")
-    assert found._files is not None
     for start, stop in [(0, 10), (3, 9), (8, 10), (5, 5)]:
         np.testing.assert_array_equal(found.read(start, stop), data[start:stop])
 
 
+@CODECS
 @pytest.mark.parametrize("dtype", ["uint8", "bool", "int16", "float64", "complex64"])
-def test_what_is_written_past_zarr_is_what_zarr_reads(folder: Store, dtype: str) -> None:
+def test_what_is_written_past_zarr_is_what_zarr_reads(
+    folder: Store, dtype: str, codec: Blosc2Codec | None
+) -> None:
     data = np.random.default_rng(0).integers(0, 2, 10).astype(dtype)
-    written = FlatArray.create(folder, "set", dtype, 10, 4)
-    assert written._files is not None
-    written.write(0, data)
+    FlatArray.create(folder, "set", dtype, 10, 4, codec=codec).write(0, data)
     np.testing.assert_array_equal(zarr.open(f"{folder.url}/set", mode="r")[:], data)
 
 
-def test_compressed_arrays_go_through_zarr(folder: Store) -> None:
-    assert FlatArray.create(folder, "set", "float32", 10, 4, codec=Blosc2Codec())._files is None
+@CODECS
+def test_what_zarr_writes_is_read(folder: Store, codec: Blosc2Codec | None) -> None:
+    FlatArray.create(folder, "set", "float32", 10, 4, codec=codec)
+    data = np.arange(10, dtype=np.float32)
+    zarr.open(f"{folder.url}/set", mode="r+")[:] = data
+    np.testing.assert_array_equal(FlatArray.open(folder, "set").read(0, 10), data)
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        {"compressors": None},
+        {"compressors": [zarr.codecs.ZstdCodec(), zarr.codecs.Crc32cCodec()]},
+        {"compressors": [zarr.codecs.Crc32cCodec()], "shards": (8,)},
+        {
+            "compressors": [zarr.codecs.Crc32cCodec()],
+            "serializer": zarr.codecs.BytesCodec(endian="big"),
+        },
+        {"compressors": [zarr.codecs.Crc32cCodec()], "shape": (8, 1), "chunks": (4, 1)},
+    ],
+)
+def test_arrays_of_strangers_are_not_read(folder: Store, chain: dict[str, Any]) -> None:
+    form = {"shape": (8,), "chunks": (4,), "dtype": "float32", "filters": None, **chain}
+    zarr.create_array(f"{folder.url}/set", **form)
+    with pytest.raises(NotFound, match="dagflow didn't write"):
+        FlatArray.open(folder, "set")
 
 
 @pytest.mark.parametrize(

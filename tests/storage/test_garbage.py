@@ -1,7 +1,6 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -172,21 +171,21 @@ class Died(Exception):
 def test_wherever_a_writer_dies_no_orphan_is_left(
     memory: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    note = RecordingStore._note_buffer
+    note = RecordingStore.written
     puts_left = 0
 
-    def die(self: RecordingStore, path: str, value: Any) -> None:
+    def die(self: RecordingStore, path: str, *facts: int) -> None:
         nonlocal puts_left
         if puts_left == 0:
             raise Died
         puts_left -= 1
-        note(self, path, value)
+        note(self, path, *facts)
 
     take(memory, 0, frozen=FROZEN)
     for last in range(100):
         puts_left = last
         with monkeypatch.context() as patch, contextlib.suppress(Died):
-            patch.setattr(RecordingStore, "_note_buffer", die)
+            patch.setattr(RecordingStore, "written", die)
             take(memory, last + 1, frozen=FROZEN)
         delete_old_snapshots(memory, keep=2)
         idle(memory)

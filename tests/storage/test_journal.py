@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import zarr
 
-from dagflow_storage import DamagedData, Store
+from dagflow_storage import DamagedData, FormatTooNew, Store
 from dagflow_storage.journal import (
+    JOURNAL_FORMAT,
     Entry,
     EntryKey,
     delete_segments,
@@ -15,6 +17,7 @@ from dagflow_storage.journal import (
     trim_journal,
     write_segment,
 )
+from dagflow_storage.recording import RecordingStore
 
 
 def entry(stage: int, index: int, value: float = 1.0) -> Entry:
@@ -45,16 +48,44 @@ def test_an_entry_may_be_facts_alone(store: Store) -> None:
 
 def test_a_segment_without_index_does_not_exist(store: Store) -> None:
     segment = write_segment(store, "p", 7, 2, [entry(2, 0)])
-    store.delete(f"{segment.path}/index.json")
+    store.delete(f"{segment.path}/zarr.json")
     assert read_segments(store, "p", 7) == []
     assert read_segments(store, "p", 8) == []
 
 
 def test_a_damaged_index_is_named(store: Store) -> None:
     segment = write_segment(store, "p", 7, 2, [entry(2, 0)])
-    store.write_bytes(f"{segment.path}/index.json", b'{"format_version": 1, "entries": [{}]}')
-    with pytest.raises(DamagedData, match=r"index\.json"):
+    path = f"{segment.path}/zarr.json"
+    whole = store.read_bytes(path)
+    for harmed in (whole.replace(b'"stored_as"', b'"stored"'), whole.replace(b'"entries"', b'"e"')):
+        store.write_bytes(path, harmed)
+        with pytest.raises(DamagedData, match=segment.path):
+            read_segments(store, "p", 7)
+
+
+def test_a_newer_index_is_refused(store: Store) -> None:
+    path = f"{write_segment(store, 'p', 7, 2, [entry(2, 0)]).path}/zarr.json"
+    now = f'"format_version": {JOURNAL_FORMAT}'.encode()
+    newer = f'"format_version": {JOURNAL_FORMAT + 1}'.encode()
+    store.write_bytes(path, store.read_bytes(path).replace(now, newer))
+    with pytest.raises(FormatTooNew, match="upgrade dagflow"):
         read_segments(store, "p", 7)
+
+
+def test_a_segment_costs_two_puts(store: Store) -> None:
+    recorder = RecordingStore(store)
+    segment = write_segment(recorder, "p", 7, 2, [entry(2, number) for number in range(9)])
+    written = [found.path for found in recorder.written_below(segment.path)]
+    assert written == ["c/0", "zarr.json"]
+
+
+def test_plain_zarr_reads_a_segment(folder: Store) -> None:
+    segment = write_segment(folder, "p", 7, 2, [entry(2, 0, 3.0)])
+    array = zarr.open(f"{folder.url}/{segment.path}", mode="r")
+    (described,) = array.attrs["dagflow_journal"]["entries"]
+    tensor = next(t for t in described["arrays"] if t["name"] == "h")
+    raw = array[tensor["offset"] : tensor["offset"] + 24]
+    np.testing.assert_array_equal(raw.view(tensor["stored_as"]), np.full(6, 3.0, np.float32))
 
 
 def test_trimming_keeps_what_is_not_older(store: Store) -> None:

@@ -8,8 +8,6 @@ from typing import Any
 
 import fsspec
 import pytest
-from zarr.abc.store import Store as ZarrStore
-from zarr.storage import FsspecStore, LocalStore, WrapperStore
 
 from dagflow_storage import NotFound, Store, StoreNotWritable, StoreUnreachable
 from dagflow_storage import _backends as backends
@@ -88,19 +86,9 @@ def test_only_memory_is_process_local(folder: Store, memory: Store) -> None:
     assert not Store("s3://bucket/a").is_process_local
 
 
-def test_memory_is_shared_with_fsspec_and_zarr(memory: Store) -> None:
+def test_memory_is_shared_with_fsspec(memory: Store) -> None:
     memory.write_bytes("a", b"x")
     assert fsspec.open(f"{memory.url}/a").open().read() == b"x"
-    assert isinstance(behind_retries(memory.zarr_store("z")), FsspecStore)
-
-
-def test_a_folder_gets_zarrs_own_store(folder: Store) -> None:
-    assert isinstance(behind_retries(folder.zarr_store("z")), LocalStore)
-
-
-def behind_retries(store: ZarrStore) -> ZarrStore:
-    assert isinstance(store, WrapperStore)
-    return store._store
 
 
 def test_probe_refuses_a_folder_below_a_file(tmp_path: Path) -> None:

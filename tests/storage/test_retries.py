@@ -1,6 +1,5 @@
 """Decisions about retries, without a store: time is an argument."""
 
-import asyncio
 import pickle
 
 import pytest
@@ -22,9 +21,6 @@ class Failing:
             raise self.errors.pop(0)
         return "done"
 
-    async def later(self) -> str:
-        return self()
-
 
 def away(times: int) -> list[Exception]:
     return [StoreUnreachable("no answer")] * times
@@ -34,12 +30,6 @@ def test_what_is_transient_is_tried_again() -> None:
     operation, clock = Failing(*away(3)), FakeClock()
     assert Retries(RetryPolicy(), clock).run(operation) == "done"
     assert operation.num_calls == 4
-    assert clock.pauses == [0.1, 0.2, 0.4]
-
-
-def test_coroutines_get_the_same_retries() -> None:
-    operation, clock = Failing(*away(3)), FakeClock()
-    assert asyncio.run(Retries(RetryPolicy(), clock).run_async(operation.later)) == "done"
     assert clock.pauses == [0.1, 0.2, 0.4]
 
 

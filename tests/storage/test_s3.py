@@ -241,8 +241,10 @@ def test_an_unknown_key_is_said_so(radosgw: S3Server) -> None:
     bad = Store(good.url, replace(radosgw, key="stranger").options, retry=HASTY)
     with pytest.raises(StoreNotWritable, match="doesn't know this access key"):
         bad.write_bytes("a", b"x")
+    with pytest.raises(StoreNotWritable, match="doesn't know this access key"):
+        write(bad)
     with pytest.raises(StoreNotReadable, match="doesn't know this access key"):
-        write(bad)  # zarr looks before it writes
+        bad.read_bytes("a")
 
 
 def test_a_bucket_that_is_not_there_is_said_so(radosgw: S3Server) -> None:

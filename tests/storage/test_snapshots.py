@@ -85,8 +85,7 @@ def test_failed_put_leaves_no_manifest(store: Store, monkeypatch: pytest.MonkeyP
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(flat.zarr.Array, "__setitem__", refuse)
-    monkeypatch.setattr(flat.ChunkFiles, "write", refuse)
+    monkeypatch.setattr(flat.Chunks, "write", refuse)
     with pytest.raises(StoreNotWritable, match="No space left"):
         take(store, 4)
     assert list_snapshots(store) == []
