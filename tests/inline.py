@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from zoo import Example, capture_example
 
@@ -16,7 +17,7 @@ from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
 from dagflow.run.graph import StepGraph, StepInputs
 from dagflow_storage import ShardRecord, Snapshot, Store, commit_snapshot
-from dagflow_tasks import tasks
+from dagflow_tasks import onednn, tasks, weight_gradients
 from dagflow_tasks.cache import CACHE
 from dagflow_tasks.optimizer import Optimizer
 from dagflow_tasks.references import Microbatch, StageRef, StateRef, TaskSettings
@@ -130,8 +131,7 @@ class InlineRun:
 
 def save_now(ref: StageRef, step: int) -> ShardRecord:
     """Write a stage's state as it is."""
-    tasks.copy_state(ref, StateRef(step))
-    return tasks.save_copy(ref, StateRef(step))
+    return tasks.save_state(ref, StateRef(step))
 
 
 def assert_same_bits(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
@@ -180,3 +180,17 @@ def run_inline(
     for step in range(steps):
         run.step(step, [example.batch(3) for _ in range(num_microbatches)])
     return run
+
+
+def count_onednn_layers(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Have linear layers of any size run on oneDNN's kernels, and return what counts their calls."""
+    calls: list[None] = []
+
+    def linear(*arguments: Any) -> torch.Tensor:
+        calls.append(None)
+        return onednn.linear(*arguments)
+
+    monkeypatch.setattr(onednn, "_LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(onednn, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(weight_gradients, "linear", linear)
+    return lambda: len(calls)

@@ -11,9 +11,9 @@ from dagflow_tasks import tasks
 from dagflow_tasks.references import StageRef, StateRef
 
 
-def save_behind(state: StateRef, ref: StageRef) -> ShardRecord:
-    """Write a copy of a stage's state to the store, outside the worker's queue of tasks."""
+def save_behind(state: StateRef, ref: StageRef, copied: bool) -> ShardRecord:
+    """Write a stage's state, or the copy of it, to the store, outside the worker's queue of tasks."""
     with contextlib.suppress(ValueError):  # not in a worker: in a test that runs graphs by itself
         get_worker()
         secede()
-    return tasks.save_copy(ref, state)
+    return tasks.save_copy(ref, state) if copied else tasks.save_state(ref, state)

@@ -220,12 +220,13 @@ class StepGraph:
     ) -> dict[Key, Task]:
         """Return the tasks that write every stage's state after `step` steps to the store.
 
-        A copy is taken first; the step's update waits for that only.
+        A copy is taken first; the next step's update waits for that only.
 
         Parameters
         ----------
         after_update : bool
-            Whether the last step is still in flight, so that they wait for it.
+            Whether the last step is still in flight, so that they wait for it. Otherwise nothing is,
+            and nothing may follow before they are done: no copy is needed.
         before
             Earlier snapshots' tasks: memory holds one copy at a time.
         ready
@@ -239,9 +240,11 @@ class StepGraph:
             elif ready and ref.stage in ready:
                 after.append(ready[ref.stage])
             copy, save = self.key("copy", step, ref.stage), self.key("save", step, ref.stage)
-            dsk[copy] = task(copy, tasks.copy_state, ref, StateRef(step), after=after)
+            if after_update:
+                dsk[copy] = task(copy, tasks.copy_state, ref, StateRef(step), after=after)
+                after = [copy]
             # The stage's name comes last: the task isn't part of the stage's work, see `tasks.call`.
-            dsk[save] = task(save, save_behind, StateRef(step), ref, after=[copy])
+            dsk[save] = task(save, save_behind, StateRef(step), ref, after_update, after=after)
         return dsk
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from dagflow_tasks.deferred import DeferredWeights
 from dagflow_tasks.device import current_device
 from dagflow_tasks.errors import StateLost
 from dagflow_tasks.interpreter import Executable
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import StageRef
 from dagflow_tasks.state import StageState, load_state
+from dagflow_tasks.weight_gradients import WeightGradients
 
 StageKey = tuple[str, str, int]
 
@@ -32,8 +32,8 @@ class SavedGraph:
     inputs, uses, outputs : dict
         The tensors at the ends of autograd's graph, by name. In the first half `uses` have got the
         gradients that weren't deferred.
-    deferred : DeferredWeights or None
-        If the backward comes in two halves.
+    weights : WeightGradients
+        Makes the gradients of large weights.
     halved : bool
         Whether the first is done.
     """
@@ -41,7 +41,7 @@ class SavedGraph:
     inputs: dict[str, torch.Tensor]
     uses: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
-    deferred: DeferredWeights | None = None
+    weights: WeightGradients
     halved: bool = False
 
 

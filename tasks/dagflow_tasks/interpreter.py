@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from dagflow_tasks.deferred import DeferredWeights
 from dagflow_tasks.errors import TaskFailed
 from dagflow_tasks.operators import (
     ASSERTIONS,
@@ -30,6 +29,7 @@ from dagflow_tasks.operators import (
     resolve,
 )
 from dagflow_tasks.program import StageProgram
+from dagflow_tasks.weight_gradients import WeightGradients
 
 # Seeding torch's generator and drawing from it must not be torn apart by another thread of this
 # process: whoever does either holds this.
@@ -188,7 +188,7 @@ class Executable:
         values: Mapping[str, Any],
         sizes: Mapping[str, int],
         random: RandomAddress,
-        deferred: DeferredWeights | None = None,
+        gradients: WeightGradients | None = None,
     ) -> dict[str, Any]:
         """Execute the program and return its outputs, and its loss, by name.
 
@@ -198,8 +198,8 @@ class Executable:
             Inputs, parameter uses and buffers by value name. Mutated buffers are written in place.
         sizes
             The micro-batch's value for each of the program's symbols.
-        deferred
-            If given, collects in backward what is left to do for the gradients of large weights.
+        gradients
+            If given, makes the gradients of large weights; otherwise autograd does.
 
         Raises
         ------
@@ -216,7 +216,7 @@ class Executable:
         with self._autocast(), untouched:
             for instruction in instructions:
                 try:
-                    slots[instruction.output] = self._execute(instruction, slots, random, deferred)
+                    slots[instruction.output] = self._execute(instruction, slots, random, gradients)
                 except Exception as error:
                     raise TaskFailed(self._describe(instruction, slots, error)) from error
                 for index in instruction.free:
@@ -230,12 +230,12 @@ class Executable:
         instruction: _Instruction,
         slots: list[Any],
         random: RandomAddress,
-        deferred: DeferredWeights | None,
+        gradients: WeightGradients | None,
     ) -> Any:
         arguments, keywords = instruction.filled(slots)
         if instruction.plain:
-            if deferred is not None and instruction.weights:
-                return deferred.run(instruction.function, arguments, keywords, instruction.weights)
+            if gradients is not None and instruction.weights:
+                return gradients.run(instruction.function, arguments, keywords, instruction.weights)
             return instruction.function(*arguments, **keywords)
         node = instruction.node
         grad = nullcontext() if node.grad else torch.no_grad()

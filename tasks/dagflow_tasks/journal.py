@@ -23,8 +23,9 @@ from dagflow_tasks.references import StageRef
 from dagflow_tasks.results import JournalStats
 from dagflow_tasks.state import from_array, from_memory_order, in_memory_order, to_array
 
-# Gathered before they are written: a segment costs a handful of requests, whatever its size.
-_SEGMENT_BYTES = 8 << 20
+# Gathered before they are written. On S3 a segment costs two requests, whatever its size; in a folder
+# next to nothing, while what waits takes memory.
+_SEGMENT_BYTES, _FOLDER_SEGMENT_BYTES = 8 << 20, 2 << 20
 # Beyond this the tasks wait for the store: it slows the run, and doesn't break it.
 _SPOOL_BYTES = 512 << 20
 # The index of what is written is a cache of the store's listing; nobody asks for older steps often.
@@ -98,7 +99,7 @@ class Journal:
             batch.entries[key] = sent
             batch.num_bytes += sent.num_bytes
             self._waiting_bytes += sent.num_bytes
-            if batch.num_bytes >= _SEGMENT_BYTES and ref.journal == 1:
+            if batch.num_bytes >= _segment_bytes(ref.store) and ref.journal == 1:
                 self._seal(ref, step)
 
     def end_step(self, ref: StageRef, step: int) -> None:
@@ -273,6 +274,10 @@ class Journal:
                 self._written_bytes += batch.num_bytes
                 self._index(where, [segment])
             self._changed.notify_all()
+
+
+def _segment_bytes(store: Store) -> int:
+    return _SEGMENT_BYTES if store.folder("") is None else _FOLDER_SEGMENT_BYTES
 
 
 def encode(key: EntryKey, sent: Sent) -> Entry:

@@ -16,7 +16,6 @@ import torch
 
 from dagflow_storage import ShardRecord
 from dagflow_tasks.cache import CACHE, SavedGraph, state_lost
-from dagflow_tasks.deferred import DeferredWeights
 from dagflow_tasks.errors import GarbageReceived, StateLost, WeightsNotFinite
 from dagflow_tasks.interpreter import AUTOCAST_DTYPES, Executable, RandomAddress
 from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
@@ -35,6 +34,7 @@ from dagflow_tasks.results import (
     UpdateResult,
 )
 from dagflow_tasks.state import StageState, frozen_parameters, state_tensors, write_tensors
+from dagflow_tasks.weight_gradients import WeightGradients
 
 SUMS, BUFFERS = "gradient sums", "buffers"
 
@@ -261,11 +261,9 @@ def _run(
     latest = _buffers_after(ref, before) if before is not None else state.buffers
     buffers, written = _buffers(executable, state, latest)
     random = RandomAddress(ref.settings.seed, microbatch.step, microbatch.index)
-    deferred = DeferredWeights() if halves else None
-    outputs = executable.run(
-        {**inputs, **uses, **buffers}, dict(microbatch.sizes), random, deferred
-    )
-    return SavedGraph(inputs, uses, outputs, deferred), written
+    weights = WeightGradients(later=halves)
+    outputs = executable.run({**inputs, **uses, **buffers}, dict(microbatch.sizes), random, weights)
+    return SavedGraph(inputs, uses, outputs, weights), written
 
 
 def check_received(
@@ -361,7 +359,7 @@ def _first_half(
 ) -> BackwardResult:
     place = (microbatch.step, microbatch.index)
     boundary = _input_gradients(ref, microbatch, graph, gradients, scaling)
-    CACHE.save_graph(ref, *place, SavedGraph({}, graph.uses, {}, graph.deferred, halved=True))
+    CACHE.save_graph(ref, *place, SavedGraph({}, graph.uses, {}, graph.weights, halved=True))
     return BackwardResult(boundary, place=place)
 
 
@@ -391,8 +389,7 @@ def _backward(
     boundary: Tensors = {}
     if not graph.halved:
         boundary = _input_gradients(ref, microbatch, graph, gradients, scaling)
-    if graph.deferred is not None:
-        graph.deferred.finish()
+    graph.weights.finish()
     for name, leaf in graph.uses.items():
         gradient, leaf.grad = leaf.grad, None
         if gradient is None:
@@ -760,19 +757,10 @@ def copy_state(ref: StageRef, state: StateRef) -> None:
     WeightsNotFinite
         If a gradient has made a parameter infinite or NaN: a snapshot must be one to go back to.
     """
-    current = CACHE.state(ref, state.step)
-    for name, parameter in current.parameters.items():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise WeightsNotFinite(
-                f"After step {state.step} the parameter {name!r} of stage {ref.stage} isn't finite. "
-                "The weights of the last snapshot are good. Lower the learning rate or clip gradients "
-                "(clip_grad_norm=1.0); then train again with the same store."
-            )
-    program = CACHE.executable(ref).program
-    frozen = frozen_parameters(program)
+    frozen = frozen_parameters(CACHE.executable(ref).program)
     copies = {
-        (role, name): tensor.detach() if name in frozen else tensor.detach().clone()
-        for (role, name), tensor in state_tensors(program, current).items()
+        (role, name): tensor if name in frozen else tensor.clone()
+        for (role, name), tensor in _tensors_to_save(ref, state).items()
     }
     CACHE.keep(ref, COPY, (state.step, 0), copies)
 
@@ -790,10 +778,40 @@ def save_copy(ref: StageRef, state: StateRef) -> ShardRecord:
     except StateLost:
         copy_state(ref, state)
         copies = CACHE.recall(ref, COPY, (state.step, 0))
-    frozen = frozen_parameters(CACHE.executable(ref).program)
-    record = write_tensors(ref.store, state.step, f"stage-{ref.stage}", copies, frozen)
+    record = _save(ref, state, copies)
     CACHE.drop(ref, COPY)
     return record
+
+
+def save_state(ref: StageRef, state: StateRef) -> ShardRecord:
+    """Write a stage's state as it lies, without a copy: nothing may move it on meanwhile.
+
+    Raises
+    ------
+    WeightsNotFinite
+        As `copy_state` does.
+    """
+    return _save(ref, state, _tensors_to_save(ref, state))
+
+
+def _tensors_to_save(ref: StageRef, state: StateRef) -> dict[tuple[str, str], torch.Tensor]:
+    current = CACHE.state(ref, state.step)
+    for name, parameter in current.parameters.items():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise WeightsNotFinite(
+                f"After step {state.step} the parameter {name!r} of stage {ref.stage} isn't finite. "
+                "The weights of the last snapshot are good. Lower the learning rate or clip gradients "
+                "(clip_grad_norm=1.0); then train again with the same store."
+            )
+    tensors = state_tensors(CACHE.executable(ref).program, current)
+    return {where: tensor.detach() for where, tensor in tensors.items()}
+
+
+def _save(
+    ref: StageRef, state: StateRef, tensors: Mapping[tuple[str, str], torch.Tensor]
+) -> ShardRecord:
+    frozen = frozen_parameters(CACHE.executable(ref).program)
+    return write_tensors(ref.store, state.step, f"stage-{ref.stage}", tensors, frozen)
 
 
 def report(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from inline import assert_same_bits, run_inline
+from inline import assert_same_bits, count_onednn_layers, run_inline
 from zoo import ZOO, Example, build, captured
 
 from dagflow_tasks.optimizer import Optimizer
@@ -56,6 +56,20 @@ def test_one_operator_a_stage_trains_as_one_stage(name: str) -> None:
     # An LSTM is one operator; what belongs together (a buffer and its writers) is never cut.
     assert finest.num_stages >= min(30, len(captured(name).nodes) // 3)
     assert_same_training(finest, train(name, 1, steps=2))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "two_branches"])
+def test_on_onednns_kernels_stages_train_as_one_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train(name, 1)
+    num_calls = count_onednn_layers(monkeypatch)
+    whole = train(name, 1)
+    assert num_calls() > 0
+    assert whole.losses == pytest.approx(plain.losses, rel=1e-5)
+    for num_stages in (2, 4):
+        assert_same_training(train(name, num_stages), whole)
+    assert_same_training(train(name, None, steps=2), train(name, 1, steps=2))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "two_branches"])

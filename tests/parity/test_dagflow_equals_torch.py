@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from inline import InlineRun, assert_same_bits
+from inline import InlineRun, assert_same_bits, count_onednn_layers
 from zoo import Example, build, capture_example, without_dropout
 
 from dagflow.plan.partition import partition
@@ -74,6 +74,19 @@ def test_twenty_steps_of_four_microbatches_have_torchs_losses(name: str) -> None
     data = batches(example, 20, 4)
     wanted, _ = train_with_torch(example, data)
     found, _ = train_with_dagflow(example, data, num_stages=3)
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "two_branches"])
+def test_on_onednns_kernels_twenty_steps_have_torchs_losses(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_calls = count_onednn_layers(monkeypatch)
+    example = build_without_dropout(name)
+    data = batches(example, 20, 4)
+    wanted, _ = train_with_torch(example, data)
+    found, _ = train_with_dagflow(example, data, num_stages=3)
+    assert num_calls() > 0
     assert found == pytest.approx(wanted, rel=1e-6)
 
 

@@ -20,6 +20,7 @@ from dagflow_tasks.errors import StateLost
 from dagflow_tasks.references import StateRef
 from dagflow_tasks.results import BackwardResult, ForwardResult
 from dagflow_tasks.state import StageState
+from dagflow_tasks.weight_gradients import WeightGradients
 
 STEPS, STAGES, MICROBATCHES = 2, 3, 2
 
@@ -199,6 +200,6 @@ def test_an_update_that_fails_leaves_no_half_updated_state(
 def test_a_step_forgets_graphs_that_a_cancelled_step_left() -> None:
     run = run_inline(build("two_branches"), 2, 1, 1, dag=captured("two_branches"))
     ref = run.refs[0]
-    CACHE.save_graph(ref, 0, 0, tasks.SavedGraph({}, {}, {}))
-    CACHE.save_graph(ref, 1, 0, tasks.SavedGraph({}, {}, {}))
+    CACHE.save_graph(ref, 0, 0, tasks.SavedGraph({}, {}, {}, WeightGradients()))
+    CACHE.save_graph(ref, 1, 0, tasks.SavedGraph({}, {}, {}, WeightGradients()))
     assert list(CACHE.graphs) == [(ref.key, 1, 0)]
