@@ -191,10 +191,13 @@ def test_with_room_for_fewer_answers_the_latest_are_put_off_and_come_out_the_sam
     requests = [deployment.request(p, max_new_tokens=20, ignore_end=True) for p in prompts]
     found: list[list[int]] = [[] for _ in prompts]
     with dagflow.Session(deployment) as session:
-        for count, token in enumerate(deployment.stream(requests)):
+        killed = False
+        for token in deployment.stream(requests):
             assert token.token is not None
             found[token.prompt].append(token.token)
-            if count == 0:  # the answers go on meanwhile: at once, so that they don't end before
+            # As soon as all have begun: they go on meanwhile, and mustn't end before.
+            if all(found) and not killed:
+                killed = True
                 session.prefill(SYSTEM)
                 assert deployment.caches.used_tokens > before / 2
                 swarm.kill(0)  # both stages are on one worker now, and share its budget
