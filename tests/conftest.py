@@ -1,8 +1,9 @@
-"""One thread for torch: bit-for-bit comparisons need it, and tests run side by side."""
+"""What all tests need: one thread for torch (they compare bits, and run side by side), and Ctrl-C."""
 
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 pytest_plugins = ["s3_server"]
+# A shell's background job ignores Ctrl-C, and hands that down to the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("inline")
 

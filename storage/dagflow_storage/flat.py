@@ -37,17 +37,20 @@ class FlatArray:
     store, path
         Where it is.
     metadata
-        Its metadata, in a memory of zarr's.
+        What zarr takes for a store; holds the metadata only.
+    array
+        The zarr array in it.
     """
 
-    def __init__(self, store: Store, path: str, metadata: "dict[str, Buffer]") -> None:
+    def __init__(
+        self, store: Store, path: str, metadata: "dict[str, Buffer]", array: "zarr.Array[Any]"
+    ) -> None:
         self._store = store
         self._path = path
         self._where = _place(store, path)
         self._metadata = metadata
-        # In memory: zarr would ask the store what is there before it writes.
-        self._array = zarr.open_array(MemoryStore(metadata), mode="r+", zarr_format=3)
-        self._chunks = _chunks(store, path, self._array)
+        self._array = array
+        self._chunks = _chunks(store, path, array)
 
     @classmethod
     def create(
@@ -59,32 +62,20 @@ class FlatArray:
         chunk_elements: int,
         attributes: Mapping[str, JSON] | None = None,
         codec: Blosc2Codec | None = None,
+        *,
+        visible: bool = True,
     ) -> "FlatArray":
-        """A new array in the store; `path` must be unused.
+        """A new array; `path` must be unused.
 
         All-zero chunks are written too, so that a missing one is always damage. Without a `codec`
-        chunks aren't compressed.
+        chunks aren't compressed. Unless it is to be `visible`, nobody finds it before
+        `put_metadata`.
         """
-        array = cls.new(store, path, dtype, num_elements, chunk_elements, attributes, codec)
-        array.put_metadata()
-        return array
-
-    @classmethod
-    def new(
-        cls,
-        store: Store,
-        path: str,
-        dtype: DTypeLike,
-        num_elements: int,
-        chunk_elements: int,
-        attributes: Mapping[str, JSON] | None = None,
-        codec: Blosc2Codec | None = None,
-    ) -> "FlatArray":
-        """The same, but nobody finds it before `put_metadata`."""
         compressors = [Crc32cCodec()] if codec is None else [codec, Crc32cCodec()]
         chunk = max(1, min(chunk_elements, num_elements))
         metadata: dict[str, Buffer] = {}
-        zarr.create_array(
+        # In memory: zarr would ask the store what is there before it writes.
+        array = zarr.create_array(
             MemoryStore(metadata),
             shape=(num_elements,),
             chunks=(chunk,),
@@ -94,7 +85,10 @@ class FlatArray:
             fill_value=0,
             attributes=dict(attributes or {}),
         )
-        return cls(store, path, metadata)
+        created = cls(store, path, metadata, array)
+        if visible:
+            created.put_metadata()
+        return created
 
     @classmethod
     def open(cls, store: Store, path: str) -> "FlatArray":
@@ -111,7 +105,9 @@ class FlatArray:
         data = store.read_bytes(f"{path}/{_METADATA}")
         try:
             buffer = default_buffer_prototype().buffer.from_bytes(data)
-            return cls(store, path, {_METADATA: buffer})
+            metadata = {_METADATA: buffer}
+            array = zarr.open_array(MemoryStore(metadata), mode="r+", zarr_format=3)
+            return cls(store, path, metadata, array)
         except DagflowError:
             raise
         except Exception as error:  # zarr has no error of its own for bad metadata

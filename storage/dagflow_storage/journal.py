@@ -16,7 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
@@ -85,16 +85,6 @@ class StoredTensor:
         """Bytes that it takes."""
         return prod(self.shape) * np.dtype(self.stored_as).itemsize
 
-    def to_json(self) -> dict[str, JSON]:
-        """As it goes into the index."""
-        return {
-            "name": self.name,
-            "dtype": self.dtype,
-            "stored_as": self.stored_as,
-            "shape": list(self.shape),
-            "offset": self.offset,
-        }
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -144,7 +134,9 @@ def write_segment(
     raw = _gathered(segment, entries)
     codec = codec_for(store, _commonest_itemsize(segment))
     chunk = chunk_elements(raw.size, 1)
-    array = FlatArray.new(store, path, raw.dtype, raw.size, chunk, _encode(segment), codec)
+    array = FlatArray.create(
+        store, path, raw.dtype, raw.size, chunk, _encode(segment), codec, visible=False
+    )
     array.write(0, raw)
     array.put_metadata()
     return segment
@@ -246,7 +238,7 @@ def _encode(segment: Segment) -> dict[str, JSON]:
             "stage": key.stage,
             "index": key.index,
             "facts": segment.facts[key],
-            "arrays": [stored.to_json() for stored in segment.index[key]],
+            "arrays": [asdict(stored) for stored in segment.index[key]],
         }
         for key in segment.facts
     ]

@@ -90,7 +90,5 @@ def linear_packed(
     count = rows.shape[0]
     if 0 < count < _LEAST_ROWS:
         rows = torch.cat([rows] * -(-_LEAST_ROWS // count))
-    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
-        rows, weight, bias, "none", [], ""
-    )
+    output = linear(rows, weight, bias)
     return output[:count].reshape(*x.shape[:-1], weight.shape[0])
