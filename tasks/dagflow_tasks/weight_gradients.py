@@ -131,6 +131,7 @@ class _Linear(torch.autograd.Function):
         return back, None, None, None
 
 
+@torch.no_grad()
 def _add_to(
     weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, gradient: torch.Tensor
 ) -> None:

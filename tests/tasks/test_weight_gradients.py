@@ -127,6 +127,7 @@ def test_a_large_layers_halves_make_the_gradients_of_one_backward() -> None:
         assert tensor.grad is not None
         assert gradient is not None
         assert torch.equal(tensor.grad, gradient)
+        assert not tensor.grad.requires_grad  # or it would keep the layer's input
 
 
 def test_a_large_layer_adds_to_the_sums_in_place() -> None:
