@@ -45,7 +45,8 @@ def swarmed(model_folder: Path) -> Iterator[Swarmed]:
     ):
         command: list[str | Path] = [BIN / "dagflow", "serve", "--model", model_folder]
         command += ["--scheduler", cluster.scheduler_address, "--stages", "2", "--port", "0"]
-        command += ["--max-queue", "256"]
+        # Beginnings that are kept for others would look like sessions that are left behind.
+        command += ["--max-queue", "256", "--no-prefix-reuse"]
         with process_of(command, model_folder.parent / "swarmed.log") as (url, process):
             with httpx.Client(base_url=url, timeout=60) as http:
                 yield Swarmed(http, client, process.pid)
