@@ -12,6 +12,38 @@ from families import stored
 from local import local_client
 
 import dagflow
+from dagflow.graph.dag import OperatorDag
+from dagflow.graph.decoder import capture_decoder
+from dagflow.sessions import loading
+
+
+@pytest.fixture(scope="session", autouse=True)
+def alike_models_are_captured_once() -> Iterator[None]:
+    """Capturing was most of what these tests computed; it has tests of its own."""
+    known: dict[Any, OperatorDag] = {}
+
+    def capture_once(model: torch.nn.Module) -> OperatorDag:
+        key = _what_a_dag_follows_from(model)
+        if key not in known:
+            known[key] = capture_decoder(model)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "capture_decoder", capture_once)
+        yield
+
+
+def _what_a_dag_follows_from(model: torch.nn.Module) -> Any:
+    """Classes and settings, tensors' forms and which of them are one, and constants."""
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    first = {id(tensor): name for name, tensor in reversed(parameters)}
+    return (
+        type(model),
+        str(model),
+        str(getattr(model, "config", "")),
+        tuple((name, str(t.dtype), tuple(t.shape), first[id(t)]) for name, t in parameters),
+        tuple((name, str(t.dtype), tuple(t.shape), str(t)) for name, t in model.named_buffers()),
+    )
 
 
 @pytest.fixture(scope="session")
