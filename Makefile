@@ -18,7 +18,7 @@ WORKERS ?= 2
 demo: .venv/.run
 	$(BIN)/dagflow demo
 
-# Modules in the order of their names: the longest are tests/chaos, and begin.
+# Modules in the order that tests/conftest.py gives them.
 test: .venv/.dev s3-server
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
 

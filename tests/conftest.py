@@ -19,7 +19,13 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("inline")
 
 
+# Modules that take a minute or more begin, so that nobody waits for one of them at the end.
+LONGEST = ("test_chaos", "test_s3", "test_join", "test_swarm", "test_interrupt", "test_workers")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     if torch.cuda.is_available():
         return
     for item in items:
