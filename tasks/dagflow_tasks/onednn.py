@@ -39,13 +39,13 @@ def trains_on(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Linear layer with a weight as torch has it; has no gradient.
+    """Linear layer without a gradient.
 
     Parameters
     ----------
     x : Tensor (..., K)
     weight : Tensor (N, K)
-        In any strides.
+        As torch has it, in any strides, or as `pack` returns it.
     bias : Tensor (N,), optional
     """
     rows = x.reshape(-1, x.shape[-1])
