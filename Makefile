@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test check gpu bench s3-server clean
+.PHONY: demo test check gpu bench allocator s3-server clean
 
 .venv/.run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -15,12 +15,18 @@ WORKERS ?= 2
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: .venv/.run
+demo: .venv/.run allocator
 	$(BIN)/dagflow demo
 
 # Modules in the order that tests/conftest.py gives them.
-test: .venv/.dev s3-server
+test: .venv/.dev allocator s3-server
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
+
+# jemalloc: with it workers take less memory than with the allocator that dagflow brings. Never fails.
+allocator:
+	@PATH="$$PATH:/sbin:/usr/sbin"; ldconfig -p 2>/dev/null | grep -q libjemalloc || test "$$(id -u)" != 0 || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends libjemalloc2; } \
+		</dev/null >/dev/null 2>&1 || true
 
 # The S3 server that the tests start. Never fails: without it those tests say that they are skipped.
 s3-server:
@@ -37,7 +43,7 @@ check: .venv/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q --doctest-modules dagflow tasks storage
 
-bench: .venv/.dev
+bench: .venv/.dev allocator
 	$(BIN)/python benchmarks/train_throughput.py
 
 clean:

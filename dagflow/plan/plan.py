@@ -13,6 +13,7 @@ from dagflow.plan.schedule import (
     first_halved,
     in_flight_limits,
     one_forward_one_backward,
+    useful_slack,
 )
 
 
@@ -43,16 +44,28 @@ class Plan:
 
     @classmethod
     def in_turn(
-        cls, partition: Partition, workers: Sequence[str], num_microbatches: int, slack: int = 0
+        cls,
+        partition: Partition,
+        workers: Sequence[str],
+        num_microbatches: int,
+        slack: int | None = None,
+        memory_limit_bytes: int | None = None,
     ) -> Plan:
         """Deal the stages out to the workers one after the other.
 
         Parameters
         ----------
-        slack : int
-            Micro-batches in flight beyond 1F1B's, see `in_flight_limits`.
+        slack : int, optional
+            Micro-batches in flight beyond 1F1B's; `useful_slack` by default, or as many of it as
+            the memory limit allows.
+        memory_limit_bytes : int, optional
+            Of every stage.
         """
         placement = place_in_turn(len(partition), len(workers))
+        if slack is None:
+            slack = useful_slack(placement, num_microbatches, _costs(partition))
+            while slack and not _fits(partition, slack, memory_limit_bytes):
+                slack -= 1
         limits = in_flight_limits(len(partition), slack)
         halved_from = tuple(
             first if program.multiplies_weights else num_microbatches
@@ -68,11 +81,12 @@ class Plan:
 
     def schedule(self) -> Schedule:
         """Return the 1F1B timetable, with the stages' estimated costs."""
-        seconds = [estimate.seconds for estimate in self.partition.estimates]
-        mean = sum(seconds) / len(seconds) or 1.0
-        costs = [(max(s / mean, 1e-3), max(2 * s / mean, 1e-3)) for s in seconds]
         return one_forward_one_backward(
-            self.placement, self.num_microbatches, self.limits, self.halved_from, costs
+            self.placement,
+            self.num_microbatches,
+            self.limits,
+            self.halved_from,
+            _costs(self.partition),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -95,6 +109,20 @@ class Plan:
         total = sum(e.parameter_bytes for e in self.partition.estimates)
         lines.append(f"{self.num_stages} stages, {amount(total, 'B')} of weights")
         return "\n".join(lines)
+
+
+def _costs(partition: Partition) -> list[tuple[float, float]]:
+    """Return each stage's forward and backward in units of a mean forward."""
+    seconds = [estimate.seconds for estimate in partition.estimates]
+    mean = sum(seconds) / len(seconds) or 1.0
+    return [(max(s / mean, 1e-3), max(2 * s / mean, 1e-3)) for s in seconds]
+
+
+def _fits(partition: Partition, slack: int, memory_limit_bytes: int | None) -> bool:
+    return memory_limit_bytes is None or all(
+        estimate.memory_bytes + slack * estimate.activation_bytes <= memory_limit_bytes
+        for estimate in partition.estimates
+    )
 
 
 def place_in_turn(num_stages: int, num_workers: int) -> tuple[int, ...]:

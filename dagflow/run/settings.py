@@ -35,8 +35,9 @@ class Config:
         Rows a batch, for Hugging Face datasets, which yield rows.
     lookahead_steps : int
         Steps handed to the scheduler before the oldest is done.
-    in_flight_slack : int
-        Micro-batches in flight beyond 1F1B's, against slow messages; costs their activations.
+    in_flight_slack : int, optional
+        Micro-batches in flight beyond 1F1B's, against slow messages; costs their activations. By
+        default as many as keep workers busy that have several stages.
     retention : Retention
         Which snapshots are kept.
     origin : mapping, optional
@@ -52,7 +53,7 @@ class Config:
     dynamic: Mapping[str, Sequence[int]] | None = None
     batch_size: int | None = None
     lookahead_steps: int = 2
-    in_flight_slack: int = 0
+    in_flight_slack: int | None = None
     retention: Retention = field(default_factory=Retention)
     origin: Mapping[str, Any] | None = None
     force: bool = False
@@ -60,9 +61,10 @@ class Config:
     def __post_init__(self) -> None:
         at_least = {"lookahead_steps": 1, "in_flight_slack": 0}
         for name, minimum in at_least.items():
-            if getattr(self, name) < minimum:
+            value = getattr(self, name)
+            if value is not None and value < minimum:
                 raise SettingsInvalid(
-                    f"Config({name}=...) must be at least {minimum}; found {getattr(self, name)}."
+                    f"Config({name}=...) must be at least {minimum}; found {value}."
                 )
         if self.granularity not in ("stage", "operator"):
             raise SettingsInvalid(

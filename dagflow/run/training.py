@@ -540,23 +540,24 @@ def make_plan(
     ------
     PlanInvalid, StageTooLarge
     """
-    cut = _partition(dag, workers, num_stages, config)
+    limit = config.memory_limit_bytes or min(worker.memory_bytes for worker in workers)
+    cut = _partition(dag, len(workers), limit, num_stages, config)
     names = [worker.name for worker in workers]
-    return Plan.in_turn(cut, names, mathematics.num_microbatches, config.in_flight_slack)
+    slack = 0 if config.granularity == "operator" else config.in_flight_slack
+    return Plan.in_turn(cut, names, mathematics.num_microbatches, slack, memory_limit_bytes=limit)
 
 
 def _partition(
-    dag: OperatorDag, workers: Sequence[WorkerFacts], num_stages: int | str, config: Config
+    dag: OperatorDag, num_workers: int, limit: int, num_stages: int | str, config: Config
 ) -> Partition:
     if config.granularity == "operator":
         return partition_by_operator(dag)
-    limit = config.memory_limit_bytes or min(worker.memory_bytes for worker in workers)
     if config.split_points is not None:
         return partition(dag, split_points=config.split_points, memory_limit_bytes=limit)
     if isinstance(num_stages, str):
         if num_stages != "auto":
             raise SettingsInvalid(f"num_stages is a number or 'auto'; found {num_stages!r}.")
-        num_stages = len(workers)
+        num_stages = num_workers
     return partition(dag, num_stages, memory_limit_bytes=limit)
 
 

@@ -20,6 +20,7 @@ from dagflow.graph.dag import OperatorDag
 from dagflow.plan.analysis import DagAnalysis
 from dagflow.plan.assemble import assemble
 from dagflow.plan.partition import partition, partition_by_operator
+from dagflow.plan.plan import Plan
 from dagflow_tasks.operators import aliased_arguments, mutated_arguments
 from dagflow_tasks.program import StageProgram, check_nodes
 
@@ -190,6 +191,20 @@ def test_estimates_count_weights_and_activations_in_flight() -> None:
         assert estimate.memory_bytes == wanted
     assert cut.estimates[0].output_bytes == 16 * 64 * 4
     assert cut.estimates[0].flops >= 2 * (2 * 16 * 64 * 64)
+
+
+def test_micro_batches_beyond_1f1b_stay_within_the_memory() -> None:
+    cut = partition(uniform(4, width=64), 4)
+
+    def limits(memory_limit_bytes: int | None, workers: Sequence[str] = "ab") -> Sequence[int]:
+        plan = Plan.in_turn(cut, workers, 16, memory_limit_bytes=memory_limit_bytes)
+        return plan.limits
+
+    assert limits(None) == (5, 4, 3, 1)
+    one_more = max(e.memory_bytes + e.activation_bytes for e in cut.estimates)
+    assert limits(one_more) == (5, 4, 3, 1)
+    assert limits(one_more - 1) == (4, 3, 2, 1)
+    assert limits(None, workers="abcd") == (4, 3, 2, 1)
 
 
 @pytest.mark.parametrize(

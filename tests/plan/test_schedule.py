@@ -17,6 +17,7 @@ from dagflow.plan.schedule import (
     first_halved,
     in_flight_limits,
     one_forward_one_backward,
+    useful_slack,
 )
 
 Costs = list[tuple[float, float]]
@@ -160,6 +161,33 @@ def test_two_stages_a_worker_interleave() -> None:
     assert {action[0] for action in first.split()[2:]} == {"0", "2"}
     assert {action[0] for action in second.split()[2:]} == {"1", "3"}
     assert schedule.length >= 2 * 4 * 3
+
+
+@pytest.mark.parametrize(("num_workers", "num_stages"), [(2, 4), (3, 6), (4, 8)])
+@pytest.mark.parametrize("num_microbatches", [8, 32])
+def test_useful_slack_leaves_workers_of_several_stages_little_to_wait_for(
+    num_workers: int, num_stages: int, num_microbatches: int
+) -> None:
+    placement = [stage % num_workers for stage in range(num_stages)]
+    costs = [(1.0, 2.0)] * num_stages
+    slack = useful_slack(placement, num_microbatches, costs)
+
+    def length(slack: int) -> float:
+        limits = in_flight_limits(num_stages, slack)
+        halved_from = first_halved(placement, num_microbatches, limits)
+        schedule = one_forward_one_backward(placement, num_microbatches, limits, halved_from, costs)
+        return schedule.length
+
+    assert 0 < slack < num_stages
+    assert length(slack) < length(0)
+    # No more than interleaved 1F1B loses (arXiv 2104.04473, section 2.2).
+    work = 3 * num_microbatches * num_stages / num_workers
+    assert length(slack) <= work + 3 * (num_workers - 1)
+
+
+@pytest.mark.parametrize("placement", [[0], [0, 0, 0], [0, 1], [0, 1, 2, 3]])
+def test_no_slack_is_useful_with_a_stage_a_worker_or_one_worker(placement: list[int]) -> None:
+    assert useful_slack(placement, 8, [(1.0, 2.0)] * len(placement)) == 0
 
 
 def test_one_worker_for_everything_has_no_bubble() -> None:

@@ -1,0 +1,65 @@
+"""Worker processes get a memory allocator that works, or none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from dagflow.run import allocator
+from dagflow.run.allocator import allocator_path, with_allocator
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the dynamic linker is Linux's")
+
+
+@pytest.fixture(autouse=True)
+def looked_for_anew() -> Iterator[None]:
+    allocator_path.cache_clear()
+    yield
+    allocator_path.cache_clear()
+
+
+def mapped(environment: dict[str, str]) -> str:
+    """Return the files that a process with these variables has in memory."""
+    code = "print(open('/proc/self/maps').read())"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_a_process_has_the_allocator_that_was_found() -> None:
+    found = allocator_path()
+    assert found is not None  # mimalloc comes with dagflow
+    assert os.path.basename(found) in mapped(with_allocator(os.environ))
+    assert os.path.basename(found) not in mapped(dict(os.environ))
+
+
+def test_without_jemalloc_it_is_what_dagflow_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "find_library", lambda name: None)
+    assert "libmimalloc" in mapped(with_allocator(os.environ))
+
+
+@pytest.mark.parametrize("library", ["libno-such-library.so.2", os.path.abspath(__file__)])
+def test_a_library_that_does_not_load_is_passed_over(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocator, "find_library", lambda name: library)
+    assert "libmimalloc" in str(allocator_path())
+
+
+def test_without_any_the_environment_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "find_library", lambda name: None)
+    monkeypatch.setattr(allocator, "_packaged", lambda package, library: None)
+    assert with_allocator({"A": "1"}) == {"A": "1"}
+
+
+def test_who_sets_a_variable_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_CONF", "dirty_decay_ms:77")
+    environment = with_allocator({"LD_PRELOAD": "libother.so", "MIMALLOC_PURGE_DELAY": "9"})
+    assert environment["MALLOC_CONF"] == "dirty_decay_ms:77"
+    assert environment["MIMALLOC_PURGE_DELAY"] == "9"
+    assert environment["LD_PRELOAD"] == f"{allocator_path()} libother.so"
