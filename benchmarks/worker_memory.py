@@ -24,6 +24,7 @@ from workload import Workload
 
 import dagflow
 from dagflow.plan.schedule import in_flight_limits
+from dagflow.run.allocator import allocator_path
 from dagflow.run.clusters import ClusterSettings, open_cluster
 from dagflow_storage import Store
 from dagflow_tasks.interpreter import Executable, RandomAddress
@@ -146,7 +147,9 @@ def main() -> None:
         rows += measure(workload, options.steps)
         for row in rows[-2:]:
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    write_results("worker_memory", {"rows": rows})
+    write_results(
+        "worker_memory", {"allocator": Path(allocator_path() or "libc").name, "rows": rows}
+    )
 
 
 if __name__ == "__main__":

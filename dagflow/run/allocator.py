@@ -20,15 +20,13 @@ from importlib.metadata import PackageNotFoundError, files
 from typing import Any
 
 _PRELOAD = "LD_PRELOAD"
-# Who sets a variable themselves is obeyed.
+# By library. Who sets a variable themselves is obeyed.
 _OPTIONS = {
-    # Freed pages are given back over a second, and over five: the next micro-batch needs them again.
-    # mimalloc gives them back in one go, which costs 8 % of the time after 0.1 s.
-    "MALLOC_CONF": "background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0",
-    "MIMALLOC_PURGE_DELAY": "5000",
-    # torch asks for huge pages for tensors of 2 MiB and more, and for whole pages: mimalloc rounds what
-    # is aligned to less up by a sixteenth to an eighth.
-    "THP_MEM_ALLOC_ENABLE": "1",
+    # Freed pages are given back within a second: the next micro-batch needs most of them again.
+    "jemalloc": {"MALLOC_CONF": "background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0"},
+    # After five seconds, all at once: sooner costs 8 % of the time. torch asks for tensors of whole
+    # pages then: mimalloc rounds what is aligned to less up by a sixteenth to an eighth.
+    "mimalloc": {"MIMALLOC_PURGE_DELAY": "5000", "THP_MEM_ALLOC_ENABLE": "1"},
 }
 
 
@@ -47,7 +45,8 @@ def with_allocator(environment: Mapping[str, Any]) -> dict[str, Any]:
     if path is None:
         return dict(environment)
     present = environment.get(_PRELOAD, os.environ.get(_PRELOAD, ""))
-    options = {name: os.environ.get(name, value) for name, value in _OPTIONS.items()}
+    (wanted,) = (options for library, options in _OPTIONS.items() if library in path.split("/")[-1])
+    options = {name: os.environ.get(name, value) for name, value in wanted.items()}
     return {**options, **environment, _PRELOAD: f"{path} {present}".strip()}
 
 

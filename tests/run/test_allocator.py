@@ -43,7 +43,7 @@ def test_without_jemalloc_it_is_what_dagflow_brings(monkeypatch: pytest.MonkeyPa
     assert "libmimalloc" in mapped(with_allocator(os.environ))
 
 
-@pytest.mark.parametrize("library", ["libno-such-library.so.2", os.path.abspath(__file__)])
+@pytest.mark.parametrize("library", ["libjemalloc.so.nowhere", os.path.abspath(__file__)])
 def test_a_library_that_does_not_load_is_passed_over(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,8 +58,11 @@ def test_without_any_the_environment_stays_as_it_is(monkeypatch: pytest.MonkeyPa
 
 
 def test_who_sets_a_variable_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_CONF", "dirty_decay_ms:77")
-    environment = with_allocator({"LD_PRELOAD": "libother.so", "MIMALLOC_PURGE_DELAY": "9"})
-    assert environment["MALLOC_CONF"] == "dirty_decay_ms:77"
-    assert environment["MIMALLOC_PURGE_DELAY"] == "9"
-    assert environment["LD_PRELOAD"] == f"{allocator_path()} libother.so"
+    monkeypatch.setattr(allocator, "find_library", lambda name: None)
+    monkeypatch.setenv("MIMALLOC_PURGE_DELAY", "77")
+    environment = with_allocator({"LD_PRELOAD": "libother.so", "THP_MEM_ALLOC_ENABLE": "0"})
+    assert environment == {
+        "MIMALLOC_PURGE_DELAY": "77",
+        "THP_MEM_ALLOC_ENABLE": "0",
+        "LD_PRELOAD": f"{allocator_path()} libother.so",
+    }
