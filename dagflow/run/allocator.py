@@ -20,14 +20,12 @@ from importlib.metadata import PackageNotFoundError, files
 from typing import Any
 
 _PRELOAD = "LD_PRELOAD"
-# By library. Who sets a variable themselves is obeyed.
-_OPTIONS = {
-    # Freed pages are given back within a second: the next micro-batch needs most of them again.
-    "jemalloc": {"MALLOC_CONF": "background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0"},
-    # After five seconds, all at once: sooner costs 8 % of the time. torch asks for tensors of whole
-    # pages then: mimalloc rounds what is aligned to less up by a sixteenth to an eighth.
-    "mimalloc": {"MIMALLOC_PURGE_DELAY": "5000", "THP_MEM_ALLOC_ENABLE": "1"},
-}
+# Variables for each; who sets one themselves is obeyed.
+# Freed pages are given back within a second: the next micro-batch needs most of them again.
+_JEMALLOC = {"MALLOC_CONF": "background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0"}
+# After five seconds, all at once: sooner costs 8 % of the time. torch asks for large tensors in whole
+# pages then: mimalloc rounds what is aligned to less up by a sixteenth to an eighth.
+_MIMALLOC = {"MIMALLOC_PURGE_DELAY": "5000", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @cache
@@ -45,7 +43,7 @@ def with_allocator(environment: Mapping[str, Any]) -> dict[str, Any]:
     if path is None:
         return dict(environment)
     present = environment.get(_PRELOAD, os.environ.get(_PRELOAD, ""))
-    (wanted,) = (options for library, options in _OPTIONS.items() if library in path.split("/")[-1])
+    wanted = _JEMALLOC if "jemalloc" in os.path.basename(path) else _MIMALLOC
     options = {name: os.environ.get(name, value) for name, value in wanted.items()}
     return {**options, **environment, _PRELOAD: f"{path} {present}".strip()}
 

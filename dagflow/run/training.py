@@ -543,7 +543,9 @@ def make_plan(
     limit = config.memory_limit_bytes or min(worker.memory_bytes for worker in workers)
     cut = _partition(dag, len(workers), limit, num_stages, config)
     names = [worker.name for worker in workers]
-    slack = 0 if config.granularity == "operator" else config.in_flight_slack
+    slack = config.in_flight_slack
+    if slack is None and config.granularity == "operator":
+        slack = 0  # looking for what is useful takes long with a stage for every operator
     return Plan.in_turn(cut, names, mathematics.num_microbatches, slack, memory_limit_bytes=limit)
 
 
