@@ -10,6 +10,7 @@ dagflow. They must be there before a process starts, so they are for processes w
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -21,8 +22,13 @@ from typing import Any
 
 _PRELOAD = "LD_PRELOAD"
 # Variables for each; who sets one themselves is obeyed.
-# Freed pages are given back within a second: the next micro-batch needs most of them again.
-_JEMALLOC = {"MALLOC_CONF": "background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0"}
+# Freed pages are given back over five seconds: the next micro-batches need most of them again. Without
+# the threshold those of 8 MiB and more would be given back at once (`keep_large_tensors`).
+_JEMALLOC = {
+    "MALLOC_CONF": (
+        "background_thread:true,dirty_decay_ms:5000,muzzy_decay_ms:0,oversize_threshold:0"
+    )
+}
 # After five seconds, all at once: sooner costs 8 % of the time. torch asks for large tensors in whole
 # pages then: mimalloc rounds what is aligned to less up by a sixteenth to an eighth.
 _MIMALLOC = {"MIMALLOC_PURGE_DELAY": "5000", "THP_MEM_ALLOC_ENABLE": "1"}
@@ -46,6 +52,22 @@ def with_allocator(environment: Mapping[str, Any]) -> dict[str, Any]:
     wanted = _JEMALLOC if "jemalloc" in os.path.basename(path) else _MIMALLOC
     options = {name: os.environ.get(name, value) for name, value in wanted.items()}
     return {**options, **environment, _PRELOAD: f"{path} {present}".strip()}
+
+
+def keep_large_tensors() -> None:
+    """Have jemalloc, where this process runs on it, treat the main thread's tensors like the others'.
+
+    That thread's arena is made before the options are read (jemalloc 5.3): it keeps the default
+    threshold, from which on freed memory goes back at once. Messages are received there.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallctl = getattr(ctypes.CDLL(None), "mallctl", None)
+    if mallctl is None:
+        return
+    never = ctypes.c_size_t(1 << (8 * ctypes.sizeof(ctypes.c_size_t) - 2))
+    # A jemalloc without that setting says so, and is as it was.
+    mallctl(b"arena.0.oversize_threshold", None, None, ctypes.byref(never), ctypes.sizeof(never))
 
 
 def _packaged(package: str, library: str) -> str | None:

@@ -22,6 +22,7 @@ from distributed import SchedulerPlugin, Worker, WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from dagflow.run import wire
+from dagflow.run.allocator import keep_large_tensors
 from dagflow.run.dask_internals import (
     executing_seconds,
     set_scheduler_send_interval,
@@ -90,6 +91,7 @@ def keep_freed_memory() -> bool:
 def prepare_process(num_torch_threads: int | None = None, device: str = "auto") -> None:
     """Set this process up for stages: memory, threads, device, serializers. Safe to call again."""
     keep_freed_memory()
+    keep_large_tensors()
     if num_torch_threads is not None:
         torch.set_num_threads(num_torch_threads)
     choose_device(device)

@@ -66,3 +66,34 @@ def test_who_sets_a_variable_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
         "THP_MEM_ALLOC_ENABLE": "0",
         "LD_PRELOAD": f"{allocator_path()} libother.so",
     }
+
+
+FAULTS_BY_THREAD = """
+import resource, sys, threading
+from dagflow.run.allocator import keep_large_tensors
+
+def faults():
+    for number in range(21):
+        if number == 1:
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        bytearray(16 << 20)
+    print(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+
+keep_large_tensors()
+faults()
+threading.Thread(target=faults).start()
+"""
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_large_tensors_keep_their_pages_in_every_thread(
+    is_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_there:
+        monkeypatch.setattr(allocator, "find_library", lambda name: None)
+    command = [sys.executable, "-c", FAULTS_BY_THREAD]
+    done = subprocess.run(
+        command, env=with_allocator(os.environ), capture_output=True, text=True, check=True
+    )
+    # 20 of 4096 pages each, were they given back.
+    assert max(map(int, done.stdout.split())) < 20 * 4096 / 10, (allocator_path(), done.stdout)
