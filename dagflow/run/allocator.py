@@ -4,8 +4,8 @@ A training step allocates and frees tensors of a few sizes over and over. glibc'
 gives their pages back each time (dask sets it so: a fifth of the throughput goes into page faults)
 or keeps holes between them that nothing fits: a third more memory at the peak. These do neither.
 jemalloc comes with the system (Debian's ``libjemalloc2``) and takes the least; mimalloc comes with
-dagflow. They must be there before a process starts, so they are for processes we start; others get
-`dagflow.run.workers.keep_freed_memory`.
+dagflow. They must be there before a process starts, so they are for processes we start; others have
+glibc's, of which `keep_freed_memory` makes the best.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from importlib.metadata import PackageNotFoundError, files
 from typing import Any
 
 _PRELOAD = "LD_PRELOAD"
+# glibc's own limits for its adaptive thresholds (malloc.c, DEFAULT_MMAP_THRESHOLD_MAX).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MMAP_THRESHOLD_BYTES = 32 << 20
+_TRIM_THRESHOLD_BYTES = 2 * _MMAP_THRESHOLD_BYTES
 # Variables for each; who sets one themselves is obeyed.
-# Freed pages are given back over five seconds: the next micro-batches need most of them again. Without
-# the threshold those of 8 MiB and more would be given back at once (`keep_large_tensors`).
+# Freed pages are given back over five seconds: the next micro-batches need most of them again. By the
+# default threshold those that have grown together to 8 MiB go back at once (`keep_freed_memory`).
 _JEMALLOC = {
     "MALLOC_CONF": (
         "background_thread:true,dirty_decay_ms:5000,muzzy_decay_ms:0,oversize_threshold:0"
@@ -54,20 +58,29 @@ def with_allocator(environment: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, **environment, _PRELOAD: f"{path} {present}".strip()}
 
 
-def keep_large_tensors() -> None:
-    """Have jemalloc, where this process runs on it, treat the main thread's tensors like the others'.
+def keep_freed_memory() -> None:
+    """Have this process keep freed memory for what comes next, whatever allocator it runs on.
 
-    That thread's arena is made before the options are read (jemalloc 5.3): it keeps the default
-    threshold, from which on freed memory goes back at once. Messages are received there.
+    In glibc's this undoes dask's ``MALLOC_TRIM_THRESHOLD_``, with which every freed tensor goes back
+    to the system and every new one is faulted in again, page by page: a fifth of the throughput.
+    The values are those that glibc would reach by itself.
+
+    In jemalloc it treats the main thread's tensors, messages received among them, like the other
+    threads': that thread's arena is made before the options are read (5.3) and keeps the default
+    threshold, from which on freed memory goes back at once.
     """
     if not sys.platform.startswith("linux"):
         return
-    mallctl = getattr(ctypes.CDLL(None), "mallctl", None)
-    if mallctl is None:
-        return
-    never = ctypes.c_size_t(1 << (8 * ctypes.sizeof(ctypes.c_size_t) - 2))
-    # A jemalloc without that setting says so, and is as it was.
-    mallctl(b"arena.0.oversize_threshold", None, None, ctypes.byref(never), ctypes.sizeof(never))
+    process = ctypes.CDLL(None)
+    if (mallopt := getattr(process, "mallopt", None)) is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)
+    if (mallctl := getattr(process, "mallctl", None)) is not None:
+        never = ctypes.c_size_t(1 << (8 * ctypes.sizeof(ctypes.c_size_t) - 2))
+        # A jemalloc without that setting says so, and is as it was.
+        mallctl(
+            b"arena.0.oversize_threshold", None, None, ctypes.byref(never), ctypes.sizeof(never)
+        )
 
 
 def _packaged(package: str, library: str) -> str | None:

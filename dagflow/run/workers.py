@@ -7,7 +7,6 @@ Runs on workers: through the preload ``dagflow.worker``, and again through a plu
 from __future__ import annotations
 
 import atexit
-import ctypes
 import gc
 import os
 import platform
@@ -22,7 +21,7 @@ from distributed import SchedulerPlugin, Worker, WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from dagflow.run import wire
-from dagflow.run.allocator import keep_large_tensors
+from dagflow.run.allocator import keep_freed_memory
 from dagflow.run.dask_internals import (
     executing_seconds,
     set_scheduler_send_interval,
@@ -34,11 +33,6 @@ from dagflow_tasks.references import DAGFLOW_VERSION
 
 SEND_INTERVAL_SECONDS = 0.0002
 _LOOK_EVERY_SECONDS = 0.25
-
-# glibc's own limits for its adaptive thresholds (malloc.c, DEFAULT_MMAP_THRESHOLD_MAX).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_MMAP_THRESHOLD_BYTES = 32 << 20
-_TRIM_THRESHOLD_BYTES = 2 * _MMAP_THRESHOLD_BYTES
 
 
 @dataclass(frozen=True)
@@ -72,26 +66,9 @@ class WorkerFacts:
     host: str
 
 
-def keep_freed_memory() -> bool:
-    """Undo dask's ``MALLOC_TRIM_THRESHOLD_`` in this process; tell whether libc took it.
-
-    With dask's setting every freed tensor goes back to the system and every new one is faulted in
-    again, page by page: a fifth of the throughput. The values are those that glibc would reach
-    by itself.
-    """
-    if platform.system() != "Linux":
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    done = mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-    return bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES) and done)
-
-
 def prepare_process(num_torch_threads: int | None = None, device: str = "auto") -> None:
     """Set this process up for stages: memory, threads, device, serializers. Safe to call again."""
     keep_freed_memory()
-    keep_large_tensors()
     if num_torch_threads is not None:
         torch.set_num_threads(num_torch_threads)
     choose_device(device)

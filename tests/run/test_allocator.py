@@ -70,7 +70,7 @@ def test_who_sets_a_variable_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FAULTS_BY_THREAD = """
 import resource, sys, threading
-from dagflow.run.allocator import keep_large_tensors
+from dagflow.run.allocator import keep_freed_memory
 
 def faults():
     for number in range(21):
@@ -79,7 +79,7 @@ def faults():
         bytearray(16 << 20)
     print(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
 
-keep_large_tensors()
+keep_freed_memory()
 faults()
 threading.Thread(target=faults).start()
 """
