@@ -13,9 +13,15 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
 
-from dagflow_tasks.onednn import linear, trains_on
+from dagflow_tasks.onednn import linear, trains_here
 from dagflow_tasks.operators import LINEAR, resolve
+
+# A layer of our own costs some 10 us more than torch's, and on oneDNN's kernels those for fewer rows
+# are slower than those for four.
+_LEAST_ELEMENTS = 1 << 16
+_LEAST_ROWS = 4
 
 
 class WeightGradients:
@@ -101,14 +107,23 @@ class WeightGradients:
 
 
 def _is_layer(arguments: Sequence[Any], weights: frozenset[int]) -> bool:
-    """Tell whether `_Linear` serves: a weight, and a bias if any, that are leaves."""
+    """Tell whether `_Linear` serves: a large weight, and a bias if any, that are leaves on a CPU."""
     x, weight, bias = (*arguments, None)[:3]
-    own = {1} if bias is None else {1, 2}
-    return weights == own and x.is_floating_point() and trains_on(x, weight)
+    return (
+        weights == ({1} if bias is None else {1, 2})
+        and weight.device.type == "cpu"
+        and weight.dtype == x.dtype == torch.float32
+        and weight.numel() >= _LEAST_ELEMENTS
+        and x.numel() >= _LEAST_ROWS * x.shape[-1]
+    )
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return linear(x, weight, bias) if trains_here() else functional.linear(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer on oneDNN's kernels.
+    """A linear layer on the kernels that are fastest here.
 
     Its weights' gradients don't go through autograd: they are added to those of the micro-batches
     before within the product, and never exist apart.
@@ -120,14 +135,14 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.weight, ctx.bias, ctx.take = weight, bias, take
-        return linear(x, weight, bias)
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         ctx.take(partial(_add_to, ctx.weight, ctx.bias, x, gradient))
-        back = linear(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        back = _product(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
         return back, None, None, None
 
 

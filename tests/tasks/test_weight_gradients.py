@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from dagflow_tasks import onednn, weight_gradients
 from dagflow_tasks.operators import LINEAR, resolve
 from dagflow_tasks.weight_gradients import WeightGradients
 
@@ -76,10 +77,16 @@ def test_what_was_finished_is_finished_once() -> None:
     assert torch.equal(weight.grad, before)
 
 
-# Large linear layers, on oneDNN's kernels
+# Large linear layers
 
 LINEAR_LAYER = resolve(LINEAR)
 ROWS, INNER, OUTER = 32, 256, 320
+
+
+@pytest.fixture(params=["onednn", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the processor: both kinds."""
+    monkeypatch.setattr(weight_gradients, "trains_here", lambda: request.param == "onednn")
 
 
 def layer(with_bias: bool = True) -> list[torch.Tensor]:
@@ -96,6 +103,7 @@ def backward(
     return output.detach()
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_a_large_layer_has_torchs_gradients_to_rounding(with_bias: bool) -> None:
     x, leaves = leaf(4, ROWS // 4, INNER), layer(with_bias)
@@ -110,6 +118,7 @@ def test_a_large_layer_has_torchs_gradients_to_rounding(with_bias: bool) -> None
         torch.testing.assert_close(tensor.grad, gradient, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_large_layers_halves_make_the_gradients_of_one_backward() -> None:
     x, seed, leaves = torch.randn(ROWS, INNER), torch.randn(ROWS, OUTER), layer()
     whole = x.clone().requires_grad_()
@@ -130,6 +139,7 @@ def test_a_large_layers_halves_make_the_gradients_of_one_backward() -> None:
         assert not tensor.grad.requires_grad  # or it would keep the layer's input
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_large_layer_adds_to_the_sums_in_place() -> None:
     leaves = layer()
     pairs = [(leaf(ROWS, INNER), torch.randn(ROWS, OUTER)) for _ in range(3)]
@@ -142,6 +152,7 @@ def test_a_large_layer_adds_to_the_sums_in_place() -> None:
     torch.testing.assert_close(leaves[0].grad, wanted, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_large_layer_without_gradient_below_still_has_its_own() -> None:
     leaves = layer()
     later = WeightGradients(later=True)
@@ -173,3 +184,21 @@ def test_a_layer_whose_bias_is_frozen_is_torchs_own() -> None:
     output.sum().backward()
     assert bias.grad is None
     assert weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("processor", "has_onednn", "wanted"),
+    [
+        ("vendor_id\t: AuthenticAMD\n", True, True),
+        ("vendor_id\t: AuthenticAMD\n", False, False),
+        ("vendor_id\t: GenuineIntel\n", True, False),
+        ("arm", True, True),
+    ],
+)
+def test_the_kernels_follow_from_the_processor(
+    processor: str, has_onednn: bool, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "_processor", lambda: processor)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert onednn.trains_here.__wrapped__() is wanted
