@@ -190,8 +190,8 @@ def count_onednn_layers(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
         calls.append(None)
         return onednn.linear(*arguments)
 
-    monkeypatch.setattr(weight_gradients, "_LEAST_ELEMENTS", 0)
-    monkeypatch.setattr(weight_gradients, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(weight_gradients, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(weight_gradients, "LEAST_ROWS", 1)
     monkeypatch.setattr(weight_gradients, "trains_here", lambda: True)
     monkeypatch.setattr(weight_gradients, "linear", linear)
     return lambda: len(calls)

@@ -25,11 +25,11 @@ LINEAR_PACKED = "dagflow.linear_packed.default"
 
 # With fewer rows oneDNN takes kernels that are slower than those for four (1024 x 1024, float32, one
 # thread with AVX-512: 301, 367 and 234 us for one, two and four rows).
-_LEAST_ROWS = 4
+LEAST_ROWS = 4
 # Packed for one row the order is another, and slow for more; from four rows up it is the same.
 _PACKED_FOR_ROWS = 16
 # A call costs some 10 us more than torch's own: smaller weights are read within that time.
-_LEAST_ELEMENTS = 1 << 16
+LEAST_ELEMENTS = 1 << 16
 
 
 @cache
@@ -69,7 +69,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def packs(weight: torch.Tensor) -> bool:
     """Tell whether a linear layer is faster with its weight packed, on this machine."""
-    if weight.device.type != "cpu" or weight.dim() != 2 or weight.numel() < _LEAST_ELEMENTS:
+    if weight.device.type != "cpu" or weight.dim() != 2 or weight.numel() < LEAST_ELEMENTS:
         return False
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
@@ -100,7 +100,7 @@ def linear_packed(
     """
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
-    if 0 < count < _LEAST_ROWS:
-        rows = torch.cat([rows] * -(-_LEAST_ROWS // count))
+    if 0 < count < LEAST_ROWS:
+        rows = torch.cat([rows] * -(-LEAST_ROWS // count))
     output = linear(rows, weight, bias)
     return output[:count].reshape(*x.shape[:-1], weight.shape[0])

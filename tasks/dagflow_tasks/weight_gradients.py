@@ -15,13 +15,8 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
-from dagflow_tasks.onednn import linear, trains_here
+from dagflow_tasks.onednn import LEAST_ELEMENTS, LEAST_ROWS, linear, trains_here
 from dagflow_tasks.operators import LINEAR, resolve
-
-# A layer of our own costs some 10 us more than torch's, and on oneDNN's kernels those for fewer rows
-# are slower than those for four.
-_LEAST_ELEMENTS = 1 << 16
-_LEAST_ROWS = 4
 
 
 class WeightGradients:
@@ -113,8 +108,8 @@ def _is_layer(arguments: Sequence[Any], weights: frozenset[int]) -> bool:
         weights == ({1} if bias is None else {1, 2})
         and weight.device.type == "cpu"
         and weight.dtype == x.dtype == torch.float32
-        and weight.numel() >= _LEAST_ELEMENTS
-        and x.numel() >= _LEAST_ROWS * x.shape[-1]
+        and weight.numel() >= LEAST_ELEMENTS
+        and x.numel() >= LEAST_ROWS * x.shape[-1]
     )
 
 
