@@ -43,7 +43,7 @@ def step_graph(num_stages: int, num_microbatches: int) -> tuple[StepGraph, Plan]
     settings = TaskSettings(0, "fp32", Optimizer("AdamW", lr=1e-3))
     refs = [StageRef(Store("runs/none"), "run", "plan", s, settings) for s in range(num_stages)]
     plan = Plan.in_turn(cut, [f"worker-{s}" for s in range(num_stages)], num_microbatches)
-    graph = StepGraph("0123abcd", cut.programs, refs, plan.limits, plan.halved_from)
+    graph = StepGraph("0123abcd", cut.programs, refs, plan.limits, plan.halved)
     return graph, plan
 
 

@@ -3,6 +3,8 @@
 Trains the throughput benchmark's GPT on two embedded workers, reads dask's task stream, and prints
 for each worker the seconds a step that it spends on every kind of task, in the pipeline's bubble,
 and idle beyond it. The bubble is that of the timetable simulated with the measured durations.
+Weights' gradients that are made ahead, between two tasks, aren't in dask's stream: the workers time
+them, and they aren't counted as tasks.
 
     python benchmarks/step_timeline.py [--stages 4 --microbatches 32] [--precision bf16]
 """
@@ -29,7 +31,7 @@ from dagflow.run.clusters import ClusterSettings, open_cluster
 from dagflow_storage import Store
 
 NUM_WORKERS = 2
-PIPELINE = ("forward", "backward", "weights")
+PIPELINE = ("forward", "backward", "weights", "ahead")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ class Span:
 def train(workload: Workload) -> tuple[list[Span], list[float], Plan]:
     """Return what ran, the clock at the end of each step, and the plan."""
     ends: list[float] = []
+
+    def at_step_end(event: dagflow.StepEvent) -> None:
+        ends.append(time.time())
+        if len(ends) == 1:
+            client.run(_time_what_is_ahead)
+
     with (
         tempfile.TemporaryDirectory() as folder,
         open_cluster(None, ClusterSettings(NUM_WORKERS), Store(folder)) as client,
@@ -68,10 +76,38 @@ def train(workload: Workload) -> tuple[list[Span], list[float], Plan]:
             store=f"{folder}/run",
             client=client,
             progress=False,
-            callbacks=[lambda event: ends.append(time.time())],
+            callbacks=[at_step_end],
         )
-        stream = client.get_task_stream(start=begin)
-    return [span for entry in stream for span in _spans(entry)], ends, result.plan
+        spans = [s for entry in client.get_task_stream(start=begin) for s in _spans(entry)]
+        for worker, times in client.run(_times_ahead).items():
+            spans += [Span(worker, "ahead", *span) for span in times]
+    return spans, ends, result.plan
+
+
+def _time_what_is_ahead() -> None:
+    """Have a worker keep the step, stage, begin and end of what it does between two tasks."""
+    from dagflow_tasks.cache import CACHE  # the worker's: this function travels by value
+
+    run_next = CACHE.run_next
+    times: list[tuple[int, int, float, float]] = []
+
+    def timed(work: Any) -> None:
+        def run() -> None:
+            begin = time.time()
+            work()
+            ref, (step, _) = work.args
+            times.append((step, ref.stage, begin, time.time()))
+
+        run_next(run)
+
+    timed.times = times
+    CACHE.run_next = timed
+
+
+def _times_ahead() -> Any:
+    from dagflow_tasks.cache import CACHE
+
+    return CACHE.run_next.times
 
 
 def _spans(entry: dict[str, Any]) -> list[Span]:
@@ -91,13 +127,13 @@ def ideal_seconds(spans: list[Span], plan: Plan) -> float:
         by_kind[span.kind, span.stage].append(span.seconds)
     costs = []
     for stage in range(plan.num_stages):
-        first_halves_too = by_kind["backward", stage]
-        backward = (sum(first_halves_too) + sum(by_kind["weights", stage])) / len(first_halves_too)
+        kinds = [by_kind[kind, stage] for kind in ("backward", "weights", "ahead")]
+        backward = sum(map(sum, kinds)) / len(kinds[0])
         forward = mean(by_kind.get(("forward", stage), [backward / 3]))
         last = stage == plan.num_stages - 1
         costs.append((forward, backward - forward if last else backward))
     return one_forward_one_backward(
-        plan.placement, plan.num_microbatches, plan.limits, plan.halved_from, costs
+        plan.placement, plan.num_microbatches, plan.limits, plan.halved, costs
     ).length
 
 
@@ -115,7 +151,7 @@ def account(workload: Workload, spans: list[Span], ends: list[float], plan: Plan
         for span in own:
             busy[span.kind if span.kind in PIPELINE else "other"] += span.seconds / num_steps
         waits = [max(0.0, after.begin - before.end) for before, after in itertools.pairwise(own)]
-        tasks = len(own) / num_steps
+        tasks = sum(span.kind != "ahead" for span in own) / num_steps
         rows.append(
             {
                 "stages": sorted({s.stage for s in own if s.kind in PIPELINE}),

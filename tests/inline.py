@@ -15,14 +15,14 @@ from dagflow.graph.batch import flatten_batch
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
-from dagflow.run.graph import StepGraph, StepInputs
+from dagflow.run.graph import Priorities, StepGraph, StepInputs
 from dagflow_storage import ShardRecord, Snapshot, Store, commit_snapshot
-from dagflow_tasks import onednn, tasks, weight_gradients
+from dagflow_tasks import onednn, snapshots, tasks, weight_gradients
 from dagflow_tasks.cache import CACHE
 from dagflow_tasks.optimizer import Optimizer
 from dagflow_tasks.references import Microbatch, StageRef, StateRef, TaskSettings
 from dagflow_tasks.replay import StepRecord
-from dagflow_tasks.results import ForwardResult
+from dagflow_tasks.results import ForwardResult, forward_part
 from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors, write_tensors
 
 
@@ -51,6 +51,7 @@ class InlineRun:
             self.store.write_bytes(f"programs/p/stage-{program.stage:03d}.json", text)
         run_id = uuid.uuid4().hex
         plan = Plan.in_turn(cut, [f"worker-{s}" for s in range(len(cut))], num_microbatches)
+        self.priorities = Priorities(plan.schedule())
         self.refs = [
             StageRef(self.store, run_id, "p", s, self.settings, journal) for s in range(len(cut))
         ]
@@ -61,7 +62,7 @@ class InlineRun:
             cut.programs,
             self.refs,
             plan.limits,
-            plan.halved_from,
+            plan.halved,
             clip_norm=clip_norm,
             parameter_order=tuple(p.name for p in dag.parameters if p.trainable),
         )
@@ -73,6 +74,14 @@ class InlineRun:
         self.losses: list[float] = []
 
     def step(self, step: int, batches: list[Any]) -> None:
+        inputs = self.inputs(step, batches)
+        for key, task in in_order(self.graph.step(inputs)):
+            self.before_task(self)
+            self.results[key] = task(self.results)
+        self.finished(inputs)
+
+    def inputs(self, step: int, batches: list[Any]) -> StepInputs:
+        """Return what a step is computed from."""
         flat = [flatten_batch(batch)[0] for batch in batches]
         sizes = [
             tuple((s.name, tensors[s.input[3:]].shape[s.dim]) for s in self.dag.symbols)
@@ -87,13 +96,14 @@ class InlineRun:
             return {name: named[name] for name in self.cut[stage].batch_inputs}
 
         self.batches.append(flat)
-        inputs = StepInputs(step, microbatches, batch, 1.0, first=step == 0)
-        for key, task in in_order(self.graph.step(inputs)):
-            self.before_task(self)
-            self.results[key] = task(self.results)
-        report = self.results[self.graph.report_key(step)]
+        return StepInputs(step, microbatches, batch, 1.0, first=step == 0)
+
+    def finished(self, inputs: StepInputs) -> None:
+        """Take note of a step that is done."""
+        report = self.results[self.graph.report_key(inputs.step)]
         self.losses.append(report.loss)
-        self.records.append(StepRecord(step, microbatches, 1.0, report.decision, {}))
+        record = StepRecord(inputs.step, inputs.microbatches, 1.0, report.decision, {})
+        self.records.append(record)
 
     def save(self, step: int) -> None:
         records = [save_now(ref, step) for ref in self.refs]
@@ -126,12 +136,12 @@ class InlineRun:
         """Return a forward's result, wherever it is."""
         forward = self.graph.key("forward", step, stage, microbatch)
         backward = self.graph.key("backward", step, stage, microbatch)
-        return tasks.forward_part(self.results.get(forward) or self.results[backward])
+        return forward_part(self.results.get(forward) or self.results[backward])
 
 
 def save_now(ref: StageRef, step: int) -> ShardRecord:
     """Write a stage's state as it is."""
-    return tasks.save_state(ref, StateRef(step))
+    return snapshots.save_state(ref, StateRef(step))
 
 
 def assert_same_bits(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ from dagflow.graph.show import amount
 from dagflow.plan.partition import Partition
 from dagflow.plan.schedule import (
     Schedule,
-    first_halved,
+    halved_stages,
     in_flight_limits,
     one_forward_one_backward,
     useful_slack,
@@ -31,8 +31,8 @@ class Plan:
     limits : tuple of int
         Micro-batches in flight by stage.
     num_microbatches : int
-    halved_from : tuple of int
-        Micro-batch from which on backwards come in two halves, by stage.
+    halved : tuple of bool
+        Whether backwards come in two halves, by stage.
     """
 
     partition: Partition
@@ -40,7 +40,7 @@ class Plan:
     workers: tuple[str, ...]
     limits: tuple[int, ...]
     num_microbatches: int
-    halved_from: tuple[int, ...]
+    halved: tuple[bool, ...]
 
     @classmethod
     def in_turn(
@@ -67,13 +67,11 @@ class Plan:
             while slack and not _fits(partition, slack, memory_limit_bytes):
                 slack -= 1
         limits = in_flight_limits(len(partition), slack)
-        halved_from = tuple(
-            first if program.multiplies_weights else num_microbatches
-            for program, first in zip(
-                partition.programs, first_halved(placement, num_microbatches, limits), strict=True
-            )
+        halved = tuple(
+            is_halved and program.multiplies_weights
+            for program, is_halved in zip(partition.programs, halved_stages(placement), strict=True)
         )
-        return cls(partition, placement, tuple(workers), limits, num_microbatches, halved_from)
+        return cls(partition, placement, tuple(workers), limits, num_microbatches, halved)
 
     @property
     def num_stages(self) -> int:
@@ -85,7 +83,7 @@ class Plan:
             self.placement,
             self.num_microbatches,
             self.limits,
-            self.halved_from,
+            self.halved,
             _costs(self.partition),
         )
 
@@ -97,7 +95,7 @@ class Plan:
             "workers": list(self.workers),
             "limits": list(self.limits),
             "num_microbatches": self.num_microbatches,
-            "halved_from": list(self.halved_from),
+            "halved": list(self.halved),
             "estimates": [asdict(estimate) for estimate in self.partition.estimates],
         }
 

@@ -5,10 +5,11 @@ forward that is ready, as long as its stage hasn't too many micro-batches in fli
 a worker this is the schedule of PipeDream-Flush (arXiv 2006.09503, section 3.2); with several it
 interleaves them.
 
-The last stage runs a micro-batch's forward and backward as one action. At the end of a step, when
-there is no forward left, the stages behind the first run backwards in two halves: the inputs'
-gradients, which the stage before waits for, at once, and the weights' gradients when there is
-nothing better to do (zero bubble pipeline parallelism, arXiv 2401.10241).
+The last stage runs a micro-batch's forward and backward as one action. The stages behind the first
+run backwards in two halves (zero bubble pipeline parallelism, arXiv 2401.10241): the inputs'
+gradients, which the stage before waits for, and then the weights', which make room for the next
+forward. At the end of a step, when there is no forward left, these come when there is nothing
+better to do.
 """
 
 from __future__ import annotations
@@ -70,18 +71,12 @@ def in_flight_limits(num_stages: int, slack: int = 0) -> tuple[int, ...]:
     )
 
 
-def first_halved(
-    placement: Sequence[int], num_microbatches: int, limits: Sequence[int]
-) -> tuple[int, ...]:
-    """Return the micro-batch from which on backwards come in two halves, by stage.
+def halved_stages(placement: Sequence[int]) -> tuple[bool, ...]:
+    """Tell for each stage whether its backwards come in two halves.
 
-    These are as many as the stage has in flight when its last forward is done: they must be kept
-    anyway, so it costs no memory. None in the first stage, which nobody waits for, nor where one
-    worker has all stages.
+    All but the first stage's, which nobody waits for. None where one worker has all stages.
     """
-    if len(set(placement)) == 1:
-        return (num_microbatches,) * len(placement)
-    return (num_microbatches, *(max(num_microbatches - limit, 0) for limit in limits[1:]))
+    return tuple(stage > 0 and len(set(placement)) > 1 for stage in range(len(placement)))
 
 
 def useful_slack(
@@ -101,12 +96,12 @@ def useful_slack(
     work = dict.fromkeys(placement, 0.0)
     for worker, cost in zip(placement, costs, strict=True):
         work[worker] += num_simulated * sum(cost)
+    halved = halved_stages(placement)
     lengths: dict[int, float] = {}
     slack = 0
     while slack <= num_workers + 1:
         limits = in_flight_limits(num_stages, slack)
-        halved_from = first_halved(placement, num_simulated, limits)
-        simulated = one_forward_one_backward(placement, num_simulated, limits, halved_from, costs)
+        simulated = one_forward_one_backward(placement, num_simulated, limits, halved, costs)
         lengths[slack] = simulated.length
         if simulated.length <= 1.01 * max(work.values()):
             break
@@ -118,7 +113,7 @@ def one_forward_one_backward(
     placement: Sequence[int],
     num_microbatches: int,
     limits: Sequence[int],
-    halved_from: Sequence[int] | None = None,
+    halved: Sequence[bool] | None = None,
     costs: Sequence[tuple[float, float]] | None = None,
 ) -> Schedule:
     """Simulate a step and return when everything starts.
@@ -130,13 +125,13 @@ def one_forward_one_backward(
     num_microbatches : int
     limits : sequence of int
         Largest number of micro-batches in flight for each stage.
-    halved_from : sequence of int, optional
-        Micro-batch from which on each stage's backwards come in two halves; none by default.
+    halved : sequence of bool, optional
+        Whether backwards come in two halves, by stage; none by default.
     costs : sequence of (forward, backward), optional
         Durations by stage; 1 and 2 by default.
     """
     costs = costs or [(1.0, 2.0)] * len(placement)
-    return _Simulation(placement, num_microbatches, limits, halved_from, costs).run()
+    return _Simulation(placement, num_microbatches, limits, halved, costs).run()
 
 
 class _Simulation:
@@ -145,16 +140,15 @@ class _Simulation:
         placement: Sequence[int],
         num_microbatches: int,
         limits: Sequence[int],
-        halved_from: Sequence[int] | None,
+        halved: Sequence[bool] | None,
         costs: Sequence[tuple[float, float]],
     ) -> None:
         self.placement, self.limits, self.costs = placement, limits, costs
         self.num_stages, self.num_microbatches = len(placement), num_microbatches
-        self.halved_from = list(halved_from or [num_microbatches] * self.num_stages)
+        self.halved = halved or [False] * self.num_stages
         self.done: set[Action] = set()
         # The next micro-batch of each kind of action, by stage.
         self.next = {kind: [0] * self.num_stages for kind in _URGENCY}
-        self.next[WEIGHTS] = list(self.halved_from)
 
     def run(self) -> Schedule:
         stages: dict[int, list[int]] = {}
@@ -169,8 +163,7 @@ class _Simulation:
                 candidates = [a for stage in stages[worker] if (a := self._ready(stage))]
                 if not candidates:
                     continue
-                # Among equals the later stage, whose results more others wait for.
-                chosen = min(candidates, key=lambda a: (_URGENCY[a.kind], a.microbatch, -a.stage))
+                chosen = min(candidates, key=self._rank)
                 starts[chosen] = now
                 self.next[chosen.kind][chosen.stage] += 1
                 heapq.heappush(running, (now + self._duration(chosen), chosen))
@@ -184,8 +177,23 @@ class _Simulation:
             self.done.update(finished)
             idle.update(self.placement[action.stage] for action in finished)
 
+    def _rank(self, action: Action) -> tuple[int, int, int]:
+        urgency = -1 if self._makes_room(action) else _URGENCY[action.kind]
+        # Among equals the later stage, whose results more others wait for.
+        return urgency, action.microbatch, -action.stage
+
+    def _makes_room(self, action: Action) -> bool:
+        """Tell whether a forward is to come that takes a micro-batch's place in memory."""
+        later = action.microbatch + self.limits[action.stage]
+        return action.kind == WEIGHTS and later < self.num_microbatches
+
     def _ready(self, stage: int) -> Action | None:
         """Return the most urgent of a stage's actions that could start."""
+        half = self.next[WEIGHTS][stage]
+        weights = Action(stage, WEIGHTS, half)
+        half_done = self.halved[stage] and Action(stage, BACKWARD, half) in self.done
+        if half_done and self._makes_room(weights):
+            return weights
         backward = self.next[BACKWARD][stage]
         last = stage == self.num_stages - 1
         if backward < self.num_microbatches:
@@ -198,16 +206,13 @@ class _Simulation:
         may_start = forward < self.num_microbatches and forward - backward < self.limits[stage]
         if not last and there and may_start:
             return Action(stage, FORWARD, forward)
-        weights = self.next[WEIGHTS][stage]
-        if Action(stage, BACKWARD, weights) in self.done:
-            return Action(stage, WEIGHTS, weights)
-        return None
+        return weights if half_done else None
 
     def _duration(self, action: Action) -> float:
         forward, backward = self.costs[action.stage]
         if action.kind == FORWARD:
             return forward
-        if action.microbatch >= self.halved_from[action.stage]:
+        if self.halved[action.stage]:
             backward = backward / 2
         if action.kind == BACKWARD and action.stage == self.num_stages - 1:
             return forward + backward

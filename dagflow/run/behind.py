@@ -7,7 +7,7 @@ import contextlib
 from distributed import get_worker, secede
 
 from dagflow_storage import ShardRecord
-from dagflow_tasks import tasks
+from dagflow_tasks import snapshots
 from dagflow_tasks.references import StageRef, StateRef
 
 
@@ -16,4 +16,4 @@ def save_behind(state: StateRef, ref: StageRef, copied: bool) -> ShardRecord:
     with contextlib.suppress(ValueError):  # not in a worker: in a test that runs graphs by itself
         get_worker()
         secede()
-    return tasks.save_copy(ref, state) if copied else tasks.save_state(ref, state)
+    return snapshots.save_copy(ref, state) if copied else snapshots.save_state(ref, state)

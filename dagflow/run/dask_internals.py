@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from dask._task_spec import Task, TaskRef
-from distributed import Nanny, Worker
+from distributed import Nanny, Worker, get_worker
 from distributed.core import Status
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "notice_retirement",
     "registered_worker",
     "retire",
+    "run_next",
     "set_scheduler_send_interval",
     "set_worker_send_interval",
 ]
@@ -86,6 +88,15 @@ def notice_retirement(worker: Worker, changed: Callable[[bool], object]) -> None
         return heard(status=status, **details)
 
     worker.stream_handlers["worker-status-change"] = hear
+
+
+def run_next(work: Callable[[], None]) -> None:
+    """Have the thread of the task that calls this run something after it, before other tasks.
+
+    Outside tasks it does nothing.
+    """
+    with contextlib.suppress(ValueError):
+        get_worker().executors["default"].submit(work)
 
 
 def add_handler(worker: Worker, operation: str, handler: Callable[..., Any]) -> None:

@@ -2,9 +2,10 @@
 
 For step k, stage s, micro-batch m: ``forward(s,k,m)``, ``backward(s,k,m)``, ``update(s,k)``, and a
 ``report(k)`` that ends the step. The last stage has ``backward(s,k,m)`` only, which includes the
-forward; a backward that comes in two halves is followed by ``weights(s,k,m)``. The only links
-between steps are a stage's own updates, so there is no barrier: a stage goes on with the next step
-as soon as its weights are updated.
+forward. The second half of a backward in two is the beginning of the forward that takes the
+micro-batch's place in memory or, at the end of a step, ``weights(s,k,m)``. The only links between
+steps are a stage's own updates, so there is no barrier: a stage goes on with the next step as soon
+as its weights are updated.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from dagflow.plan.schedule import BACKWARD, FORWARD, WEIGHTS, Schedule
 from dagflow.run.behind import save_behind
 from dagflow.run.dask_internals import StepTask, Task, TaskRef
-from dagflow_tasks import tasks
+from dagflow_tasks import snapshots, tasks
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import Microbatch, StageRef, StateRef
 from dagflow_tasks.replay import (
@@ -113,8 +114,10 @@ class StepGraph:
         Eight hexadecimal digits that tell this attempt at the run from any other.
     programs, refs
         The stages.
-    limits, halved_from : tuple of int
-        Micro-batches in flight, and the first whose backward comes in two halves, by stage.
+    limits : tuple of int
+        Micro-batches in flight, by stage.
+    halved : tuple of bool
+        Whether backwards come in two halves, by stage.
     clip_norm : float | None
     scaled : bool
         Whether the loss is scaled (fp16).
@@ -128,7 +131,7 @@ class StepGraph:
     programs: Sequence[StageProgram]
     refs: Sequence[StageRef]
     limits: Sequence[int]
-    halved_from: Sequence[int]
+    halved: Sequence[bool]
     clip_norm: float | None = None
     scaled: bool = False
     parameter_order: tuple[str, ...] = field(default=())
@@ -241,7 +244,7 @@ class StepGraph:
                 after.append(ready[ref.stage])
             copy, save = self.key("copy", step, ref.stage), self.key("save", step, ref.stage)
             if after_update:
-                dsk[copy] = task(copy, tasks.copy_state, ref, StateRef(step), after=after)
+                dsk[copy] = task(copy, snapshots.copy_state, ref, StateRef(step), after=after)
                 after = [copy]
             # The stage's name comes last: the task isn't part of the stage's work, see `tasks.call`.
             dsk[save] = task(save, save_behind, StateRef(step), ref, after_update, after=after)
@@ -356,8 +359,34 @@ class _StepBuilder:
         last = stage == len(self.graph.programs) - 1
         return self._at("backward" if last else "forward", stage, index)
 
-    def _is_halved(self, stage: int, index: int) -> bool:
-        return index >= self.graph.halved_from[stage]
+    def _begun_with(self, stage: int, index: int) -> Key | None:
+        """Return the forward that begins with the second half of a micro-batch's backward, if any."""
+        later = index + self.graph.limits[stage]
+        kind = "backward" if stage == len(self.graph.programs) - 1 else "forward"
+        if later >= len(self.inputs.microbatches) or self._is_done(kind, stage, later):
+            return None
+        return self.graph.key(kind, self.k, stage, later)
+
+    def _to_begin_with(self, program: StageProgram, index: int) -> list[Any] | None:
+        """Return the arguments of the second half that a forward begins with."""
+        stage, earlier = program.stage, index - self.graph.limits[program.stage]
+        if earlier < 0 or not self.graph.halved[stage] or self._is_done("weights", stage, earlier):
+            return None
+        return self._second_half(program, self.inputs.microbatches[earlier])[2:]
+
+    def _second_half(self, program: StageProgram, microbatch: Microbatch) -> list[Any]:
+        stage, index = program.stage, microbatch.index
+        return [
+            *self._inputs_of_backward(program, microbatch),
+            self._there(stage, index),
+            self._sums(stage, index - 1) if index else None,
+            *self._for_recomputing(program, index),
+        ]
+
+    def _in_flight_before(self, stage: int, index: int) -> list[Key]:
+        """Return what a forward waits for so that memory is bounded."""
+        earlier = index - self.graph.limits[stage]
+        return self._waiting_for("backward", stage, earlier) if earlier >= 0 else []
 
     def _tied(self, program: StageProgram) -> list[Any]:
         return [self._lent(owner, program.stage) for owner in program.lenders]
@@ -376,9 +405,6 @@ class _StepBuilder:
         stage, index = program.stage, microbatch.index
         if self._is_done("forward", stage, index):
             return
-        after = self._weights_ready(stage)
-        if index >= self.graph.limits[stage]:
-            after += self._waiting_for("backward", stage, index - self.graph.limits[stage])
         call = (
             tasks.forward,
             self._ref(stage),
@@ -387,42 +413,42 @@ class _StepBuilder:
             self._values(program, index),
             self._before(program, index),
             self._tied(program),
-            self._is_halved(stage, index),
+            self.graph.halved[stage],
+            self._to_begin_with(program, index),
         )
+        after = self._weights_ready(stage) + self._in_flight_before(stage, index)
         self._add("forward", stage, index, call=call, after=after)
 
     def _backward(self, program: StageProgram, microbatch: Microbatch) -> None:
         stage, index = program.stage, microbatch.index
-        halved = self._is_halved(stage, index)
         if not self._is_done("backward", stage, index):
-            self._whole_or_first_half(program, microbatch, halved)
-        if halved and not self._is_done("weights", stage, index):
-            call = (
-                tasks.backward_weights,
-                *self._inputs_of_backward(program, microbatch),
-                self._there(stage, index),
-                self._sums(stage, index - 1) if index else None,
-                *self._for_recomputing(program, index),
-            )
+            self._whole_or_first_half(program, microbatch)
+        if not self.graph.halved[stage] or self._is_done("weights", stage, index):
+            return
+        if self._begun_with(stage, index) is None:
+            call = (tasks.backward_weights, *self._second_half(program, microbatch))
             after = self._waiting_for("backward", stage, index)
             self._add("weights", stage, index, call=call, after=after)
 
-    def _whole_or_first_half(
-        self, program: StageProgram, microbatch: Microbatch, halved: bool
-    ) -> None:
+    def _whole_or_first_half(self, program: StageProgram, microbatch: Microbatch) -> None:
         stage, index = program.stage, microbatch.index
+        halved = self.graph.halved[stage]
+        ahead = halved and self._begun_with(stage, index) is not None
         previous = self._sums(stage, index - 1) if index and not halved else None
         recompute = self._for_recomputing(program, index)
         after: list[Key] = []
         call: tuple[Any, ...]
         if stage == len(self.graph.programs) - 1:
             where = (self._ref(stage), self._state, microbatch, self._values(program, index))
-            call = (tasks.forward_backward, *where, previous, *recompute, halved)
+            weights = self._to_begin_with(program, index)
+            call = (tasks.forward_backward, *where, previous, *recompute, halved, ahead, weights)
             after = self._weights_ready(stage)
+            if weights is not None:
+                after += self._in_flight_before(stage, index)
         else:
             where = self._inputs_of_backward(program, microbatch)
             this = None if halved else self._there(stage, index)
-            call = (tasks.backward, *where, this, previous, *recompute, halved)
+            call = (tasks.backward, *where, this, previous, *recompute, halved, ahead)
             if self._is_done("forward", stage, index):
                 after = self._weights_ready(stage)
             elif halved and self.inputs.standing is not None:
@@ -454,7 +480,13 @@ class _StepBuilder:
     def _sums(self, stage: int, index: int = -1) -> TaskRef:
         """Refer to the gradient sums up to a micro-batch, the step's last by default."""
         index %= len(self.inputs.microbatches)
-        return self._at("weights" if self._is_halved(stage, index) else "backward", stage, index)
+        if not self.graph.halved[stage]:
+            return self._at("backward", stage, index)
+        if not self._is_done("weights", stage, index):
+            key = self._begun_with(stage, index)
+            if key is not None:
+                return TaskRef(key)
+        return self._at("weights", stage, index)
 
     def _borrowed(self, stage: int) -> list[Any]:
         found = []
@@ -523,8 +555,11 @@ class _StepBuilder:
             self._there(stage, last) if program.mutated_buffers else None,
             self._decision(),
         )
-        saved = [self.graph.key("copy", self.k, stage)] if self.inputs.saved else []
-        self._add("update", stage, call=call, after=saved)
+        after = [self.graph.key("copy", self.k, stage)] if self.inputs.saved else []
+        # Once it has updated, a stage can't be asked for this step's gradients again.
+        owners = [owner for owner in program.lenders if not self._is_done("update", owner)]
+        after += [self.graph.key("return", self.k, stage, owner) for owner in owners]
+        self._add("update", stage, call=call, after=after)
 
     def _report(self) -> None:
         stage = self.graph.loss_stage

@@ -413,7 +413,7 @@ class _Session:
             programs=plan.partition.programs,
             refs=refs,
             limits=plan.limits,
-            halved_from=plan.halved_from,
+            halved=plan.halved,
             clip_norm=m.clip_grad_norm,
             scaled=m.precision == "fp16",
             parameter_order=tuple(p.name for p in self.dag.parameters if p.trainable),

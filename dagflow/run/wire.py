@@ -178,23 +178,33 @@ def _dump_tensors(value: TensorDict, context: Any = None) -> tuple[Header, list[
 def _dump_forward(result: ForwardResult, context: Any = None) -> tuple[Header, list[Any]]:
     # Mutated buffers stay: only the stage's own tasks, on this worker, read them.
     headers, frames = pack_tensors(result.values, context)
-    return {"tensors": headers, "finite": result.finite, "place": list(result.place)}, frames
+    header = {"tensors": headers, "finite": result.finite, "place": list(result.place)}
+    header["weights"] = _chained(result.weights) if result.weights is not None else None
+    return header, frames
 
 
 def _load_forward(header: Header, frames: list[Any]) -> ForwardResult:
     values = unpack_tensors(header["tensors"], frames)
-    return ForwardResult(values, None, header["finite"], tuple(header["place"]))
+    weights = BackwardResult({}, **_unchained(header["weights"])) if header["weights"] else None
+    return ForwardResult(values, None, header["finite"], tuple(header["place"]), weights)
 
 
 # What a backward's result says of the micro-batches so far.
 _CHAINED = ("non_finite", "losses", "place")
 
 
+def _chained(result: BackwardResult) -> Header:
+    return {name: list(getattr(result, name)) for name in _CHAINED}
+
+
+def _unchained(header: Header) -> dict[str, Any]:
+    return {name: tuple(header[name]) for name in _CHAINED}
+
+
 def _dump_backward(result: BackwardResult, context: Any = None) -> tuple[Header, list[Any]]:
     # Gradient sums stay, too: they are as large as the weights.
     headers, frames = pack_tensors(result.gradients, context)
-    header: Header = {name: list(getattr(result, name)) for name in _CHAINED}
-    header |= {"tensors": headers, "forward": None}
+    header = _chained(result) | {"tensors": headers, "forward": None}
     if result.forward is not None:
         header["forward"], more = _dump_forward(result.forward, context)
         frames = [*frames, *more]
@@ -205,18 +215,19 @@ def _load_backward(header: Header, frames: list[Any]) -> BackwardResult:
     count = len(header["tensors"])
     gradients = unpack_tensors(header["tensors"], frames[:count])
     there = _load_forward(header["forward"], frames[count:]) if header["forward"] else None
-    chained = {name: tuple(header[name]) for name in _CHAINED}
-    return BackwardResult(gradients, None, **chained, forward=there)
+    return BackwardResult(gradients, None, **_unchained(header), forward=there)
 
 
 def _size_of(value: Any) -> int:
     """Bytes of a result's tensors, for dask's accounts."""
-    parts: list[Any] = [value]
-    if isinstance(value, ForwardResult):
-        parts = [value.values, value.buffers]
-    elif isinstance(value, BackwardResult):
-        parts = [value.gradients, value.sums.tensors if value.sums else None]
-        there = value.forward
-        parts += [there.values, there.buffers] if there else []
-    tensors = [tensor for part in parts if part for tensor in part.values()]
+    tensors = [tensor for part in _parts(value) if part for tensor in part.values()]
     return 200 + sum(int(tensor.numel() * tensor.element_size()) for tensor in tensors)
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, ForwardResult):
+        return [value.values, value.buffers, *_parts(value.weights)]
+    if isinstance(value, BackwardResult):
+        sums = value.sums.tensors if value.sums else None
+        return [value.gradients, sums, *_parts(value.forward)]
+    return [value]

@@ -24,10 +24,12 @@ from dagflow.run import wire
 from dagflow.run.allocator import keep_freed_memory
 from dagflow.run.dask_internals import (
     executing_seconds,
+    run_next,
     set_scheduler_send_interval,
     set_worker_send_interval,
 )
 from dagflow.run.watch import TOPIC, StallWatch, is_ours
+from dagflow_tasks.cache import CACHE
 from dagflow_tasks.device import choose_device, current_device
 from dagflow_tasks.references import DAGFLOW_VERSION
 
@@ -83,6 +85,7 @@ def prepare_worker(worker: Worker) -> None:
         # takes more than a second, and a nanny kills what hasn't ended after four.
         atexit.unregister(gc.freeze)
         atexit.register(gc.freeze)
+    CACHE.run_next = run_next
     wire.POLICY.bandwidth = wire.bandwidth_from_log(worker.transfer_outgoing_log)
 
 

@@ -114,13 +114,18 @@ class Placement:
         Raises
         ------
         WorkersLost
-            If there is no worker.
+            If no worker has come in time.
         StageTooLarge
             If the workers can't hold the model.
         """
-        await asyncio.gather(*(self._connect(a) for a in self._membership.usable()))
-        if not self._links:
-            raise WorkersLost("No worker is there to run the model on.")
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._wait_seconds
+        while not self._links:
+            await asyncio.gather(*(self._connect(a) for a in self._membership.usable()))
+            if not self._links:  # they may have come this moment, or come back
+                if loop.time() > deadline:
+                    raise WorkersLost(self._nobody_has_joined())
+                await asyncio.sleep(_LOOK_SECONDS)
         here = {address: self._memory[address] for address in self._links}
         self.addresses = place_stages(self.needs, here, self._cache_bytes)
         opening = (self._open(stage, address) for stage, address in enumerate(self.addresses))
@@ -408,12 +413,16 @@ class Placement:
             default=None,
         )
 
-    def _nobody_for(self, stage: int) -> str:
+    def _nobody_has_joined(self) -> str:
         waited = f"within {self._wait_seconds:g} s"
+        return f"0 of 1 workers joined {self._client.scheduler.address} {waited}."
+
+    def _nobody_for(self, stage: int) -> str:
         if not self._links:
-            return f"0 of 1 workers joined {self._client.scheduler.address} {waited}."
+            return self._nobody_has_joined()
         weights = amount(self.needs[stage].weight_bytes, "B")
         return (
             f"None of the {len(self._links)} workers left has memory for stage {stage} ({weights} of "
-            f"weights), and none that has joined {self._client.scheduler.address} {waited}."
+            f"weights), and none that has joined {self._client.scheduler.address} within "
+            f"{self._wait_seconds:g} s."
         )

@@ -7,6 +7,7 @@ run, so two stages on one worker don't meet.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +48,15 @@ class SavedGraph:
 
 @dataclass
 class WorkerCache:
-    """Programs, weights and saved autograd graphs by stage."""
+    """Programs, weights and saved autograd graphs by stage.
+
+    Attributes
+    ----------
+    recomputed : int
+        Forwards that ran again because a graph was gone.
+    run_next : callable or None
+        Runs a function on the worker's thread after the task at hand; None where there is no worker.
+    """
 
     programs: dict[StageKey, Executable] = field(default_factory=dict)
     states: dict[StageKey, StageState] = field(default_factory=dict)
@@ -56,6 +65,7 @@ class WorkerCache:
     recomputed: int = 0
     lock: Any = field(default_factory=threading.RLock)
     working: dict[StageKey, Any] = field(default_factory=dict)
+    run_next: Callable[[Callable[[], None]], object] | None = None
     turns: dict[StageKey, tuple[int, int]] = field(default_factory=dict)
 
     def stage_lock(self, ref: StageRef) -> Any:
@@ -160,11 +170,15 @@ class WorkerCache:
         StateLost
             If it isn't here.
         """
-        with self.lock:
-            known, kept = self.kept.get((ref.key, what), ((-1, -1), None))
+        known, kept = self.newest(ref, what)
         if known != place:
             raise state_lost(ref, what, place)
         return kept
+
+    def newest(self, ref: StageRef, what: str) -> tuple[tuple[int, int], Any]:
+        """Return what was kept last and its place; (-1, -1) and None if nothing was."""
+        with self.lock:
+            return self.kept.get((ref.key, what), ((-1, -1), None))
 
     def drop(self, ref: StageRef, what: str) -> None:
         """Forget what was kept: the step is done."""

@@ -17,6 +17,7 @@ from dagflow_storage import DamagedData, NotFound, list_snapshots
 from dagflow_storage.journal import read_segments
 from dagflow_tasks.cache import CACHE, state_lost
 from dagflow_tasks.errors import StateLost
+from dagflow_tasks.gradient_sums import SUMS
 from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import Microbatch, StageRef, StateRef
@@ -28,9 +29,10 @@ from dagflow_tasks.results import (
     TensorDict,
     Tensors,
     UpdateResult,
+    forward_part,
 )
 from dagflow_tasks.state import load_state
-from dagflow_tasks.tasks import SUMS, backward, forward, forward_backward, forward_part, update
+from dagflow_tasks.tasks import backward, forward, forward_backward, update
 
 _FLUSH_SECONDS = 120.0
 
@@ -181,17 +183,16 @@ def progress(ref: StageRef) -> StageProgress:
         raise StateLost(f"The journal could not be written: {JOURNAL.stats().trouble}")
     with CACHE.lock:
         state = CACHE.states.get(ref.key)
-        place, sums = CACHE.kept.get((ref.key, SUMS), ((-1, -1), None))
-        if state is None or (sums is not None and sums.place != place):
+        place, sums = CACHE.newest(ref, SUMS)
+        ahead = (place[0], place[1] + 1)
+        if state is None or (sums is not None and sums.place not in (place, ahead)):
             return StageProgress(ref.stage, -1)
         graphs = {key[1:]: graph for key, graph in CACHE.graphs.items() if key[0] == ref.key}
-    return StageProgress(
-        ref.stage,
-        state.step,
-        frozenset(where for where, graph in graphs.items() if not graph.halved),
-        frozenset(where for where, graph in graphs.items() if graph.halved),
-        place,
-    )
+    halves = {where for where, graph in graphs.items() if graph.halved}
+    if sums is not None and sums.place == ahead:
+        halves.add(ahead)  # to others no more than that: the journal hasn't heard of it
+    forwards = frozenset(where for where, graph in graphs.items() if not graph.halved)
+    return StageProgress(ref.stage, state.step, forwards, frozenset(halves), place)
 
 
 def restore(

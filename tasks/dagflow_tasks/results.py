@@ -32,12 +32,15 @@ class ForwardResult:
         Whether all floating-point values are finite.
     place : (step, micro-batch)
         What the worker's cache knows `buffers` by, if this copy has lost them on a journey.
+    weights : BackwardResult or None
+        Result of the `backward_weights` that the task began with.
     """
 
     values: Tensors
     buffers: Tensors | None = None
     finite: bool = True
     place: tuple[int, int] = (-1, -1)
+    weights: BackwardResult | None = None
 
 
 @dataclass
@@ -53,10 +56,13 @@ class GradientSums:
         None while a backward is adding, and for good if it fails on the way.
     tensors : dict
         By use.
+    trouble : Exception or None
+        What went wrong in adding ahead; whoever asks for the sums raises it.
     """
 
     place: tuple[int, int] | None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    trouble: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,23 @@ class BackwardResult:
 
 StageResult = ForwardResult | BackwardResult
 """What holds a forward's result: itself, or the result of `forward_backward`."""
+
+
+def forward_part(result: StageResult) -> ForwardResult:
+    """Return the forward's result, whether or not the backward came with it."""
+    if isinstance(result, ForwardResult):
+        return result
+    assert result.forward is not None
+    return result.forward
+
+
+def sums_part(result: StageResult) -> BackwardResult:
+    """Return the result that holds gradient sums, whether or not a forward came with it."""
+    there = result if isinstance(result, ForwardResult) else result.forward
+    if there is not None and there.weights is not None:
+        return there.weights
+    assert isinstance(result, BackwardResult)
+    return result
 
 
 @dataclass(frozen=True)

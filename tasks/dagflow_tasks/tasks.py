@@ -7,20 +7,33 @@ the cached state on in place, but recognises its own work when it is run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 
-from dagflow_storage import ShardRecord
-from dagflow_tasks.cache import CACHE, SavedGraph, state_lost
-from dagflow_tasks.errors import GarbageReceived, StateLost, WeightsNotFinite
-from dagflow_tasks.interpreter import AUTOCAST_DTYPES, Executable, RandomAddress
+from dagflow_tasks.cache import CACHE, SavedGraph
+from dagflow_tasks.errors import GarbageReceived
+from dagflow_tasks.gradient_sums import (
+    SUMS,
+    add_ahead,
+    add_up,
+    already_added,
+    finished_sums,
+    own_gradients,
+    sums_before,
+    with_sums,
+)
+from dagflow_tasks.interpreter import Executable, RandomAddress
 from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
-from dagflow_tasks.operators import evaluate_size
-from dagflow_tasks.program import ParameterUse, ValueSpec
+from dagflow_tasks.received import (
+    check_gradient,
+    check_numbers,
+    check_received,
+    will_be_refused,
+)
 from dagflow_tasks.references import Microbatch, StageRef, StateRef
 from dagflow_tasks.results import (
     BackwardResult,
@@ -32,11 +45,12 @@ from dagflow_tasks.results import (
     TensorDict,
     Tensors,
     UpdateResult,
+    forward_part,
 )
-from dagflow_tasks.state import StageState, frozen_parameters, state_tensors, write_tensors
+from dagflow_tasks.state import StageState
 from dagflow_tasks.weight_gradients import WeightGradients
 
-SUMS, BUFFERS = "gradient sums", "buffers"
+BUFFERS = "buffers"
 
 # Loss scaling as torch.amp.GradScaler does it (its defaults).
 INITIAL_LOSS_SCALE = 65536.0
@@ -51,6 +65,7 @@ def forward(
     before: StageResult | None = None,
     tied: Sequence[Tensors] = (),
     halves: bool = False,
+    weights: Sequence[Any] | None = None,
 ) -> ForwardResult:
     """Run a stage on one micro-batch and leave its autograd graph in the worker's cache.
 
@@ -66,10 +81,14 @@ def forward(
         Parameters that other stages own.
     halves : bool
         Whether the backward will come in two halves.
+    weights : sequence, optional
+        The second half of an earlier micro-batch's backward, to begin with, if it hasn't been done
+        ahead: the arguments of `backward_weights` after `state`.
     """
+    earlier = backward_weights(ref, state, *weights) if weights else None
     graph, buffers = _run(ref, state, microbatch, values, before, tied, halves)
-    result = _forward_result(ref, state, microbatch, graph, buffers)
-    if not _will_be_refused(ref, result, microbatch):
+    result = _forward_result(ref, state, microbatch, graph, buffers, earlier)
+    if not will_be_refused(ref, result, microbatch):
         CACHE.save_graph(ref, microbatch.step, microbatch.index, graph)
         send(ref, "forward", result.place, result.values, {"finite": result.finite})
     return result
@@ -82,11 +101,12 @@ def backward(
     values: Sequence[Tensors | ForwardResult],
     gradients: Sequence[BackwardResult],
     this: StageResult | None,
-    previous: BackwardResult | None = None,
+    previous: StageResult | None = None,
     before: StageResult | None = None,
     tied: Sequence[Tensors] = (),
     scaling: Decision | None = None,
     halves: bool = False,
+    ahead: bool = False,
 ) -> BackwardResult:
     """Run a stage's backward on one micro-batch and add its parameters' gradients to those before.
 
@@ -101,12 +121,15 @@ def backward(
     this
         The micro-batch's own forward result.
     previous
-        The stage's backward result of the previous micro-batch.
+        The result with the stage's gradient sums of the micro-batches before.
     scaling
         The previous step's decision, which holds the loss scale, in a run with loss scaling.
     halves : bool
         True leaves the parameters' gradients to `backward_weights`; `this` and `previous` are then
         not needed.
+    ahead : bool
+        Whether to begin with those as soon as this task has returned, before the task that asks for
+        them is there. This hides its way from the scheduler, and others' results get their way.
     """
     graph = CACHE.take_graph(ref, microbatch.step, microbatch.index)
     if graph is None or (graph.halved and halves):
@@ -119,6 +142,8 @@ def backward(
         there = forward_part(this)
         result = _backward(ref, microbatch, graph, gradients, there, previous, scaling)
     _send_backward(ref, result)
+    if ahead:
+        add_ahead(ref, result.place)
     return result
 
 
@@ -129,23 +154,25 @@ def backward_weights(
     values: Sequence[Tensors | ForwardResult],
     gradients: Sequence[BackwardResult],
     this: StageResult,
-    previous: BackwardResult | None = None,
+    previous: StageResult | None = None,
     before: StageResult | None = None,
     tied: Sequence[Tensors] = (),
     scaling: Decision | None = None,
 ) -> BackwardResult:
     """Run the second half of a backward: add the parameters' gradients to those before.
 
-    Takes what the first half left in the cache; if that is gone, the whole backward runs again.
-    Parameters are those of `backward`.
+    Takes what the first half left in the cache; if that is gone, the whole backward runs again,
+    unless the sums have it already. Parameters are those of `backward`.
     """
-    graph = CACHE.take_graph(ref, microbatch.step, microbatch.index)
-    if graph is None:
-        CACHE.recomputed += 1
-        graph, _ = _run(ref, state, microbatch, values, before, tied, False)
     there = forward_part(this)
-    whole = _backward(ref, microbatch, graph, gradients, there, previous, scaling)
-    result = replace(whole, gradients={})
+    result = already_added(ref, microbatch, there, previous)
+    if result is None:
+        graph = CACHE.take_graph(ref, microbatch.step, microbatch.index)
+        if graph is None:
+            CACHE.recomputed += 1
+            graph, _ = _run(ref, state, microbatch, values, before, tied, False)
+        whole = _backward(ref, microbatch, graph, gradients, there, previous, scaling)
+        result = replace(whole, gradients={})
     facts = {"non_finite": result.non_finite, "losses": result.losses}
     send(ref, "weights", result.place, {}, facts)
     return result
@@ -156,24 +183,29 @@ def forward_backward(
     state: StateRef,
     microbatch: Microbatch,
     values: Sequence[Tensors | ForwardResult],
-    previous: BackwardResult | None = None,
+    previous: StageResult | None = None,
     before: StageResult | None = None,
     tied: Sequence[Tensors] = (),
     scaling: Decision | None = None,
     halves: bool = False,
+    ahead: bool = False,
+    weights: Sequence[Any] | None = None,
 ) -> BackwardResult:
     """Run the last stage on one micro-batch, there and back: nobody else is waited for between.
 
     Parameters are those of `forward` and `backward`.
     """
+    earlier = backward_weights(ref, state, *weights) if weights else None
     graph, buffers = _run(ref, state, microbatch, values, before, tied, halves)
-    there = _forward_result(ref, state, microbatch, graph, buffers)
+    there = _forward_result(ref, state, microbatch, graph, buffers, earlier)
     if halves:
         back = _first_half(ref, microbatch, graph, (), scaling)
     else:
         back = _backward(ref, microbatch, graph, (), there, previous, scaling)
     result = replace(back, forward=there)
     _send_backward(ref, result)
+    if ahead:
+        add_ahead(ref, result.place)
     return result
 
 
@@ -189,29 +221,12 @@ def send(
     JOURNAL.put(ref, step, EntryKey(kind, ref.stage, index), Sent(dict(tensors), facts or {}))
 
 
-def _will_be_refused(ref: StageRef, result: ForwardResult, microbatch: Microbatch) -> bool:
-    """Tell whether its readers will refuse a result.
-
-    The journal mustn't keep it: whoever would have it disowned may be gone by then.
-    """
-    if not ref.journal:
-        return False
-    try:
-        for output in CACHE.executable(ref).program.outputs:
-            tensor = _check_form(ref, output.value, ref.stage, result.values, microbatch)
-            if not result.finite:
-                _check_numbers(ref, tensor, output.value.name, ref.stage)
-    except GarbageReceived:
-        return True
-    return False
-
-
 def _send_backward(ref: StageRef, result: BackwardResult) -> None:
     if not ref.journal:
         return
     try:
         for name, gradient in result.gradients.items():
-            _check_numbers(ref, gradient, name, ref.stage)
+            check_numbers(ref, gradient, name, ref.stage)
     except GarbageReceived:
         # It will be refused; and what is in the sums is no better.
         with CACHE.lock:
@@ -223,14 +238,6 @@ def _send_backward(ref: StageRef, result: BackwardResult) -> None:
         assert loss is not None
         facts |= {"finite": result.forward.finite, "loss": float(result.forward.values[loss])}
     send(ref, "backward", result.place, result.gradients, facts)
-
-
-def forward_part(result: StageResult) -> ForwardResult:
-    """Return the forward's result, whether or not the backward came with it."""
-    if isinstance(result, ForwardResult):
-        return result
-    assert result.forward is not None
-    return result.forward
 
 
 def _run(
@@ -266,71 +273,13 @@ def _run(
     return SavedGraph(inputs, uses, outputs, weights), written
 
 
-def check_received(
-    ref: StageRef,
-    value: ValueSpec,
-    source: int,
-    given: Mapping[str, torch.Tensor],
-    microbatch: Microbatch,
-) -> None:
-    """Refuse a boundary value that can't be right, so that it is computed again by somebody else.
-
-    Raises
-    ------
-    GarbageReceived
-        Naming the stage it came from.
-    """
-    tensor = _check_form(ref, value, source, given, microbatch)
-    what = _sent_to(ref, source, microbatch)
-    _check_numbers(ref, tensor, f"{what} NaN in {value.name!r}.", source)
-
-
-def _check_form(
-    ref: StageRef,
-    value: ValueSpec,
-    source: int,
-    given: Mapping[str, torch.Tensor],
-    microbatch: Microbatch,
-) -> torch.Tensor:
-    """Return a boundary value if it is there and has the form that the program says."""
-    tensor = given.get(value.name)
-    what = _sent_to(ref, source, microbatch)
-    if tensor is None:
-        raise GarbageReceived(f"{what} no {value.name!r}.", source)
-    sizes = dict(microbatch.sizes)
-    shape = tuple(evaluate_size(size, sizes) for size in value.shape)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    # Under autocast values are in half precision that the program, captured without, has in fp32.
-    other_dtype = dtype != value.dtype and ref.settings.precision == "fp32"
-    if tuple(tensor.shape) != shape or other_dtype:
-        raise GarbageReceived(
-            f"{what} {value.name!r} as {dtype}{list(tensor.shape)} instead of "
-            f"{value.dtype}{list(shape)}.",
-            source,
-        )
-    return tensor
-
-
-def _sent_to(ref: StageRef, source: int, microbatch: Microbatch) -> str:
-    return (
-        f"Stage {source} sent stage {ref.stage} in step {microbatch.step}, micro-batch "
-        f"{microbatch.index},"
-    )
-
-
-def _check_numbers(ref: StageRef, tensor: torch.Tensor, message: str, source: int) -> None:
-    # Infinities are no garbage (masks have them); under loss scaling, NaN isn't either.
-    scaled = ref.settings.precision == "fp16"
-    if tensor.is_floating_point() and not scaled and bool(torch.isnan(tensor).any()):
-        raise GarbageReceived(message, source, True)
-
-
 def _forward_result(
     ref: StageRef,
     state: StateRef,
     microbatch: Microbatch,
     graph: SavedGraph,
     buffers: Tensors | None,
+    earlier: BackwardResult | None,
 ) -> ForwardResult:
     boundary = _apart_from_weights(graph.outputs, CACHE.state(ref, state.step))
     finite = all(
@@ -347,7 +296,7 @@ def _forward_result(
             raise GarbageReceived(what, ref.stage, True)
     if buffers is not None:
         CACHE.keep(ref, BUFFERS, place, buffers)
-    return ForwardResult(boundary, buffers, finite, place)
+    return ForwardResult(boundary, buffers, finite, place, earlier)
 
 
 def _first_half(
@@ -369,46 +318,23 @@ def _backward(
     graph: SavedGraph,
     gradients: Sequence[BackwardResult],
     there: ForwardResult,
-    previous: BackwardResult | None,
+    previous: StageResult | None,
     scaling: Decision | None,
 ) -> BackwardResult:
-    """Run what is left of a backward, with all gradients of parameters added to the sums.
-
-    Autograd adds in place to a leaf's gradient, so that no second copy of all gradients is alive;
-    half-precision ones are added to sums in float32.
-    """
+    """Run what is left of a backward, with all gradients of parameters added to the sums."""
     place = (microbatch.step, microbatch.index)
-    sums = _sums_before(ref, microbatch, previous)
+    sums = sums_before(ref, microbatch, previous)
     # Sums that hold this micro-batch already (the task runs again) are left alone.
     target = GradientSums(None) if sums.place == place else sums
-    target.place = None
-    for name, leaf in graph.uses.items():
-        known = target.tensors.get(name)
-        if known is not None and known.dtype == leaf.dtype:
-            leaf.grad = known if leaf.grad is None else known.add_(leaf.grad)
-    boundary: Tensors = {}
-    if not graph.halved:
-        boundary = _input_gradients(ref, microbatch, graph, gradients, scaling)
-    graph.weights.finish()
-    for name, leaf in graph.uses.items():
-        gradient, leaf.grad = leaf.grad, None
-        if gradient is None:
-            continue
-        if gradient.dtype not in AUTOCAST_DTYPES.values():
-            target.tensors[name] = gradient
-        elif name in target.tensors:
-            target.tensors[name].add_(gradient)
-        else:
-            target.tensors[name] = gradient.float()
+    boundary: dict[str, torch.Tensor] = {}
+
+    def run_autograd() -> None:
+        boundary.update(_input_gradients(ref, microbatch, graph, gradients, scaling))
+
+    add_up(graph, target, place, None if graph.halved else run_autograd)
     sums.place = place
     CACHE.keep(ref, SUMS, place, sums)
-    non_finite, losses = (previous.non_finite, previous.losses) if previous else ((), ())
-    if not there.finite:
-        non_finite = (*non_finite, microbatch.index)
-    loss = CACHE.executable(ref).program.loss
-    if loss is not None:
-        losses = (*losses, float(there.values[loss]))
-    return BackwardResult(boundary, sums, non_finite, losses, place)
+    return with_sums(ref, microbatch, there, previous, sums, boundary)
 
 
 def _input_gradients(
@@ -475,23 +401,6 @@ def _buffers(
     return values, written or None
 
 
-def _check_gradient(ref: StageRef, gradient: torch.Tensor, value: torch.Tensor, name: str) -> None:
-    if not ref.journal:
-        return
-    program = CACHE.executable(ref).program
-    source = next(
-        (s for s in program.gradient_sources if name in program.gradients_from(s)), ref.stage
-    )
-    if gradient.shape != value.shape:
-        raise GarbageReceived(
-            f"Stage {source} sent stage {ref.stage} a gradient of {name!r} with shape "
-            f"{list(gradient.shape)} instead of {list(value.shape)}.",
-            source,
-        )
-    message = f"Stage {source} sent stage {ref.stage} a gradient of {name!r} with NaN."
-    _check_numbers(ref, gradient, message, source)
-
-
 def _roots(
     ref: StageRef,
     executable: Executable,
@@ -515,83 +424,16 @@ def _roots(
         seeds.append(torch.full_like(tensors[program.loss], loss_gradient))
     for name in wanted:
         if name in given and tensors[name].requires_grad:
-            _check_gradient(ref, given[name], tensors[name], name)
+            check_gradient(ref, given[name], tensors[name], name)
             roots.append(tensors[name])
             seeds.append(given[name].to(executable.device))
     return roots, seeds
-
-
-def _sums_before(
-    ref: StageRef, microbatch: Microbatch, previous: BackwardResult | None
-) -> GradientSums:
-    """Return the sums of the micro-batches before this one, or with it if it has been added.
-
-    Raises
-    ------
-    StateLost
-        If they were on another worker, or an earlier task failed while it was adding.
-    """
-    if previous is None:
-        return GradientSums(None)
-    sums: GradientSums = previous.sums or CACHE.recall(ref, SUMS, previous.place)
-    if sums.place not in (previous.place, (microbatch.step, microbatch.index)):
-        raise state_lost(ref, SUMS, previous.place)
-    return sums
-
-
-def _sums(ref: StageRef, result: BackwardResult) -> Tensors:
-    """Return the finished sums of a step, from the cache if the result has been on a journey."""
-    sums: GradientSums = result.sums or CACHE.recall(ref, SUMS, result.place)
-    if sums.place != result.place:
-        raise state_lost(ref, SUMS, result.place)
-    return sums.tensors
 
 
 def _buffers_after(ref: StageRef, result: StageResult) -> Tensors:
     """Return a result's buffers, from the cache if this copy of it has been on a journey."""
     there = forward_part(result)
     return there.buffers if there.buffers is not None else CACHE.recall(ref, BUFFERS, there.place)
-
-
-def total_gradients(
-    uses: Iterable[ParameterUse], sums: Sequence[Tensors]
-) -> dict[str, torch.Tensor]:
-    """Add up the gradients of each parameter's uses, last use first, as autograd does.
-
-    Parameters
-    ----------
-    uses
-        All uses of the stage's own parameters, wherever they are, in the model's order.
-    sums
-        Gradient sums by use, from this stage and from those it lends parameters to.
-    """
-    by_use = {name: gradient for part in sums for name, gradient in part.items()}
-    totals: dict[str, torch.Tensor] = {}
-    for use in sorted(uses, key=lambda use: use_index(use.value), reverse=True):
-        gradient = by_use.get(use.value)
-        if gradient is not None:
-            name = use.parameter
-            gradient = gradient.to(totals[name].device) if name in totals else gradient
-            totals[name] = totals[name] + gradient if name in totals else gradient
-    return totals
-
-
-def use_index(value: str) -> int:
-    """Return the position of a use among those of its parameter: 2 for ``p.wte.weight#2``."""
-    return int(value.partition("#")[2] or 0)
-
-
-def _own_gradients(
-    ref: StageRef, gradients: BackwardResult, borrowed: Sequence[Tensors]
-) -> dict[str, torch.Tensor]:
-    program = CACHE.executable(ref).program
-    owned = {use.parameter: use for use in program.owned_parameters if use.trainable}
-    uses = [use for use in program.parameters if use.parameter in owned]
-    for part in borrowed:
-        for value in part:
-            parameter = value.removeprefix("p.").partition("#")[0]
-            uses.append(ParameterUse(value, parameter, "", (), True, ref.stage))
-    return total_gradients(uses, [_sums(ref, gradients), *borrowed])
 
 
 def update(
@@ -634,7 +476,7 @@ def update(
     current = CACHE.state(ref, state.step)
     try:
         if decision is None or decision.apply:
-            _step(current, _own_gradients(ref, gradients, borrowed), learning_rate_factor, decision)
+            _step(current, own_gradients(ref, gradients, borrowed), learning_rate_factor, decision)
     except BaseException:
         with CACHE.lock:
             CACHE.states.pop(ref.key, None)  # half-updated: better none
@@ -680,7 +522,7 @@ def gradient_norms(
     ref: StageRef, gradients: BackwardResult, borrowed: Sequence[Tensors] = ()
 ) -> Tensors:
     """Return the 2-norm of each parameter's gradient, by name."""
-    totals = _own_gradients(ref, gradients, borrowed)
+    totals = own_gradients(ref, gradients, borrowed)
     return TensorDict(
         {name: torch.linalg.vector_norm(total).cpu() for name, total in totals.items()}
     )
@@ -740,78 +582,10 @@ def return_gradients(
     ref: StageRef, gradients: BackwardResult, uses: Sequence[str], owner: int = -1
 ) -> Tensors:
     """Return the gradients of borrowed parameters to their owner, by use."""
-    sums = _sums(ref, gradients)
+    sums = finished_sums(ref, gradients)
     returned = TensorDict({use: sums[use] for use in uses if use in sums})
     send(ref, "return", (gradients.place[0], owner), returned)
     return returned
-
-
-COPY = "copy for a snapshot"
-
-
-def copy_state(ref: StageRef, state: StateRef) -> None:
-    """Copy a stage's state, to be written by `save_copy` while `update` moves the state on.
-
-    Raises
-    ------
-    WeightsNotFinite
-        If a gradient has made a parameter infinite or NaN: a snapshot must be one to go back to.
-    """
-    frozen = frozen_parameters(CACHE.executable(ref).program)
-    copies = {
-        (role, name): tensor if name in frozen else tensor.clone()
-        for (role, name), tensor in _tensors_to_save(ref, state).items()
-    }
-    CACHE.keep(ref, COPY, (state.step, 0), copies)
-
-
-def save_copy(ref: StageRef, state: StateRef) -> ShardRecord:
-    """Write what `copy_state` has copied to the run's store, as one shard of a snapshot.
-
-    Raises
-    ------
-    StateLost
-        If the copy was on another worker.
-    """
-    try:
-        copies = CACHE.recall(ref, COPY, (state.step, 0))
-    except StateLost:
-        copy_state(ref, state)
-        copies = CACHE.recall(ref, COPY, (state.step, 0))
-    record = _save(ref, state, copies)
-    CACHE.drop(ref, COPY)
-    return record
-
-
-def save_state(ref: StageRef, state: StateRef) -> ShardRecord:
-    """Write a stage's state as it lies, without a copy: nothing may move it on meanwhile.
-
-    Raises
-    ------
-    WeightsNotFinite
-        As `copy_state` does.
-    """
-    return _save(ref, state, _tensors_to_save(ref, state))
-
-
-def _tensors_to_save(ref: StageRef, state: StateRef) -> dict[tuple[str, str], torch.Tensor]:
-    current = CACHE.state(ref, state.step)
-    for name, parameter in current.parameters.items():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise WeightsNotFinite(
-                f"After step {state.step} the parameter {name!r} of stage {ref.stage} isn't finite. "
-                "The weights of the last snapshot are good. Lower the learning rate or clip gradients "
-                "(clip_grad_norm=1.0); then train again with the same store."
-            )
-    tensors = state_tensors(CACHE.executable(ref).program, current)
-    return {where: tensor.detach() for where, tensor in tensors.items()}
-
-
-def _save(
-    ref: StageRef, state: StateRef, tensors: Mapping[tuple[str, str], torch.Tensor]
-) -> ShardRecord:
-    frozen = frozen_parameters(CACHE.executable(ref).program)
-    return write_tensors(ref.store, state.step, f"stage-{ref.stage}", tensors, frozen)
 
 
 def report(

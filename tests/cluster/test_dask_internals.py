@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
 import dask
 import pytest
 from dask.tokenize import tokenize
-from distributed import Client, Event, LocalCluster
+from distributed import Client, Event, LocalCluster, get_worker
 from distributed.batched import BatchedSend
 from distributed.protocol.pickle import dumps, loads
 from local import wait_until
 
-from dagflow.run.dask_internals import StepTask, Task, TaskRef, executing_seconds
+from dagflow.run.dask_internals import StepTask, Task, TaskRef, executing_seconds, run_next
 from dagflow.run.graph import Places
 from dagflow.run.watch import TOPIC, is_ours
 from dagflow.run.workers import SEND_INTERVAL_SECONDS, StageScheduler, StageWorker
@@ -50,6 +51,31 @@ def test_workers_log_what_they_send_with_its_bandwidth(client: Client) -> None:
     assert entry["total"] >= 1 << 20
     assert entry["bandwidth"] > 0
     assert str(entry["who"]).startswith("tcp://127.0.0.1:")
+
+
+def test_what_is_to_run_next_runs_on_the_tasks_thread_before_other_tasks(client: Client) -> None:
+    worker = min(client.scheduler_info()["workers"])
+
+    def note(what: str) -> list[tuple[str, int]]:
+        notes: list[tuple[str, int]] = get_worker().__dict__.setdefault("_notes", [])
+        notes.append((what, threading.get_ident()))
+        return notes
+
+    def first() -> None:
+        mine = note("task")
+        run_next(lambda: mine.append(("next", threading.get_ident())))
+
+    begun = client.submit(first, workers=[worker], pure=False)
+    found = client.submit(note, "other task", workers=[worker], pure=False).result()
+    begun.result()
+    assert [what for what, _ in found] == ["task", "next", "other task"]
+    assert len({thread for _, thread in found}) == 1
+
+
+def test_nothing_is_to_run_next_outside_tasks() -> None:
+    run = []
+    run_next(lambda: run.append(1))
+    assert run == []
 
 
 def test_tasks_name_what_they_depend_on_and_get_its_value() -> None:

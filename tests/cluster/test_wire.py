@@ -127,7 +127,8 @@ def test_what_stays_on_a_worker_does_not_travel() -> None:
     assert (returned.sums, returned.non_finite, returned.place) == (None, (0, 2), (3, 1))
     assert returned.losses == (0.5, 2.0)
     assert_same(returned.gradients["h"], boundary["h"])
-    both = there_and_back(replace(backward, forward=forward))
+    both = there_and_back(replace(backward, forward=replace(forward, weights=backward)))
+    assert both.forward.weights == replace(backward, gradients={}, sums=None)
     assert (both.forward.buffers, both.forward.finite, both.forward.place) == (None, False, (3, 1))
     assert_same(both.forward.values["h"], boundary["h"])
     assert_same(both.gradients["h"], boundary["h"])
@@ -140,8 +141,9 @@ def test_dask_accounts_for_every_tensor() -> None:
     sums = GradientSums((3, 1), {"b": tensor})
     assert sizeof(BackwardResult({}, sums)) == pytest.approx(262_144, rel=0.01)
     assert sizeof(BackwardResult({"a": tensor}, None)) == pytest.approx(262_144, rel=0.01)
-    both = BackwardResult({"a": tensor}, None, forward=ForwardResult({"b": tensor}, {"c": tensor}))
-    assert sizeof(both) == pytest.approx(786_432, rel=0.01)
+    forward = ForwardResult({"b": tensor}, {"c": tensor}, weights=BackwardResult({}, sums))
+    both = BackwardResult({"a": tensor}, None, forward=forward)
+    assert sizeof(both) == pytest.approx(1_048_576, rel=0.01)
 
 
 def policy(bandwidth: float | None, break_even: float) -> wire.CompressionPolicy:

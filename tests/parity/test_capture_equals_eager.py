@@ -15,9 +15,10 @@ from zoo import ZOO, Example, build, capture_example, without_dropout
 from dagflow.graph.batch import flatten_batch
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import partition
+from dagflow_tasks.gradient_sums import total_gradients
 from dagflow_tasks.interpreter import Executable, RandomAddress
 from dagflow_tasks.program import StageProgram
-from dagflow_tasks.tasks import tensors_of, total_gradients
+from dagflow_tasks.tasks import tensors_of
 
 SEQUENCE_MODELS = [name for name in ZOO if name not in ("vit", "resnet", "two_branches")]
 

@@ -194,17 +194,17 @@ def test_estimates_count_weights_and_activations_in_flight() -> None:
 
 
 def test_micro_batches_beyond_1f1b_stay_within_the_memory() -> None:
-    cut = partition(uniform(4, width=64), 4)
+    cut = partition(uniform(6, width=64), 6)
 
-    def limits(memory_limit_bytes: int | None, workers: Sequence[str] = "ab") -> Sequence[int]:
+    def limits(memory_limit_bytes: int | None, workers: Sequence[str] = "abc") -> Sequence[int]:
         plan = Plan.in_turn(cut, workers, 16, memory_limit_bytes=memory_limit_bytes)
         return plan.limits
 
-    assert limits(None) == (5, 4, 3, 1)
+    assert limits(None) == (7, 6, 5, 4, 3, 1)
     one_more = max(e.memory_bytes + e.activation_bytes for e in cut.estimates)
-    assert limits(one_more) == (5, 4, 3, 1)
-    assert limits(one_more - 1) == (4, 3, 2, 1)
-    assert limits(None, workers="abcd") == (4, 3, 2, 1)
+    assert limits(one_more) == (7, 6, 5, 4, 3, 1)
+    assert limits(one_more - 1) == (6, 5, 4, 3, 2, 1)
+    assert limits(None, workers="abcdef") == (6, 5, 4, 3, 2, 1)
 
 
 @pytest.mark.parametrize(

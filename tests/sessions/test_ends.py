@@ -1,16 +1,56 @@
-"""What is left of sessions that have ended: nothing."""
+"""Deployments begin with workers that come late, and of sessions that have ended nothing is left."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
+import pytest
 from distributed import Client
 from families import stored
 from local import wait_until
 
 import dagflow
+from dagflow.errors import WorkersLost
+from dagflow.sessions.links import Link
 from dagflow.sessions.service import sessions_open
+
+
+def refuse_connections(monkeypatch: pytest.MonkeyPatch, times: float) -> list[str]:
+    """Have workers refuse the first connections; return the addresses that were asked for."""
+    asked: list[str] = []
+    connect = Link.open
+
+    async def open_later(address: str, *arguments: Any) -> Link:
+        asked.append(address)
+        if len(asked) <= times:
+            raise ConnectionRefusedError
+        return await connect(address, *arguments)
+
+    monkeypatch.setattr(Link, "open", open_later)
+    return asked
+
+
+def test_workers_that_refuse_at_first_are_asked_again(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = stored("llama", tmp_path)
+    asked = refuse_connections(monkeypatch, 4)
+    with dagflow.Deployment(model, client, num_stages=2) as deployment:
+        assert deployment.engine.placement.num_workers > 0
+    assert len(asked) > 4
+
+
+def test_workers_that_go_on_refusing_are_not_asked_for_ever(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = stored("llama", tmp_path)
+    asked = refuse_connections(monkeypatch, float("inf"))
+    settings = dagflow.ClusterSettings(wait_seconds=0.5)
+    with pytest.raises(WorkersLost, match=r"0 of 1 workers joined tcp.* within 0.5 s"):
+        dagflow.Deployment(model, client, num_stages=2, cluster=settings)
+    assert len(asked) >= 4
 
 
 def test_a_session_whose_end_is_cancelled_is_forgotten_on_all_stages(

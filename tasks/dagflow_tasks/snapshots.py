@@ -1,0 +1,80 @@
+"""Writing a stage's state to the run's store, as its shard of a snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from dagflow_storage import ShardRecord
+from dagflow_tasks.cache import CACHE
+from dagflow_tasks.errors import StateLost, WeightsNotFinite
+from dagflow_tasks.references import StageRef, StateRef
+from dagflow_tasks.state import frozen_parameters, state_tensors, write_tensors
+
+COPY = "copy for a snapshot"
+
+
+def copy_state(ref: StageRef, state: StateRef) -> None:
+    """Copy a stage's state, to be written by `save_copy` while `update` moves the state on.
+
+    Raises
+    ------
+    WeightsNotFinite
+        If a gradient has made a parameter infinite or NaN: a snapshot must be one to go back to.
+    """
+    frozen = frozen_parameters(CACHE.executable(ref).program)
+    copies = {
+        (role, name): tensor if name in frozen else tensor.clone()
+        for (role, name), tensor in _tensors_to_save(ref, state).items()
+    }
+    CACHE.keep(ref, COPY, (state.step, 0), copies)
+
+
+def save_copy(ref: StageRef, state: StateRef) -> ShardRecord:
+    """Write what `copy_state` has copied to the run's store, as one shard of a snapshot.
+
+    Raises
+    ------
+    StateLost
+        If the copy was on another worker.
+    """
+    try:
+        copies = CACHE.recall(ref, COPY, (state.step, 0))
+    except StateLost:
+        copy_state(ref, state)
+        copies = CACHE.recall(ref, COPY, (state.step, 0))
+    record = _save(ref, state, copies)
+    CACHE.drop(ref, COPY)
+    return record
+
+
+def save_state(ref: StageRef, state: StateRef) -> ShardRecord:
+    """Write a stage's state as it lies, without a copy: nothing may move it on meanwhile.
+
+    Raises
+    ------
+    WeightsNotFinite
+        As `copy_state` does.
+    """
+    return _save(ref, state, _tensors_to_save(ref, state))
+
+
+def _tensors_to_save(ref: StageRef, state: StateRef) -> dict[tuple[str, str], torch.Tensor]:
+    current = CACHE.state(ref, state.step)
+    for name, parameter in current.parameters.items():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise WeightsNotFinite(
+                f"After step {state.step} the parameter {name!r} of stage {ref.stage} isn't finite. "
+                "The weights of the last snapshot are good. Lower the learning rate or clip gradients "
+                "(clip_grad_norm=1.0); then train again with the same store."
+            )
+    tensors = state_tensors(CACHE.executable(ref).program, current)
+    return {where: tensor.detach() for where, tensor in tensors.items()}
+
+
+def _save(
+    ref: StageRef, state: StateRef, tensors: Mapping[tuple[str, str], torch.Tensor]
+) -> ShardRecord:
+    frozen = frozen_parameters(CACHE.executable(ref).program)
+    return write_tensors(ref.store, state.step, f"stage-{ref.stage}", tensors, frozen)
