@@ -26,6 +26,8 @@ class Execution:
     volunteer : str
     place : tuple
         Function, step, stage, micro-batch.
+    attempt : str
+        Which of the driver's attempts at the run the task belongs to.
     begin : float
     end : float or None
         None if the process was gone before.
@@ -36,6 +38,7 @@ class Execution:
 
     volunteer: str
     place: Place
+    attempt: str
     begin: float
     end: float | None = None
     failed: str = ""
@@ -72,20 +75,20 @@ def read_executions(folder: Path) -> list[Execution]:
 
 def _of_volunteer(path: Path) -> Iterable[Execution]:
     # A restore has its replays inside, and a snapshot's thread runs beside the tasks.
-    open_ones: dict[Place, float] = {}
+    open_ones: dict[Place, tuple[str, float]] = {}
     for line in path.read_text().splitlines():
-        time, phase, function, step, stage, index, *more = json.loads(line)
+        time, phase, function, step, stage, index, more = json.loads(line)
         place = (function, step, stage, index)
         if phase == "begin":
-            open_ones[place] = time
+            open_ones[place] = (more, time)
             continue
         begin = open_ones.pop(place)
         if phase == "failed":
-            yield Execution(path.stem, place, begin, time, failed=more[0])
+            yield Execution(path.stem, place, *begin, time, failed=more)
         else:
-            yield Execution(path.stem, place, begin, time, recomputed=more[0])
+            yield Execution(path.stem, place, *begin, time, recomputed=more)
     for place, begin in open_ones.items():
-        yield Execution(path.stem, place, begin)
+        yield Execution(path.stem, place, *begin)
 
 
 def alarms(folder: Path) -> list[Hit]:
@@ -112,31 +115,28 @@ def holders(executions: Sequence[Execution]) -> dict[int, str]:
     return {execution.place[2]: execution.volunteer for execution in executions}
 
 
-def reactions(folder: Path, hits: Sequence[Hit]) -> list[Hit]:
-    """Return the time between each fault and the driver's answer to it.
+def reruns(executions: Sequence[Execution], hits: Sequence[Hit]) -> list[Execution]:
+    """Return what dask ran again by itself after a fault, on the worker that had done it.
 
-    Meanwhile dask runs again on living workers what led to the results that are lost.
+    Of the results that a fault has cost, dask computes what led to them again, on living workers,
+    until the driver's new attempt has reached these.
     """
-    text = (folder / "driver.log").read_text(errors="replace")
-    answers = [float(t) for t in re.findall(r"^\[([\d.]+)\] (?:Rebuilding|Going on)", text, re.M)]
-    found = []
-    for hit in hits:
-        end = min((t for t in answers if t >= hit.end), default=hit.end)
-        found.append(Hit(hit.begin, end, frozenset()))
-    return found
-
-
-def reruns(executions: Sequence[Execution], between: Sequence[Hit]) -> list[Execution]:
-    """Return what dask ran again by itself, on the worker that had done it."""
     done: dict[Place, Execution] = {}
+    newest: dict[str, str] = {}
     found = []
     for execution in executions:
-        if execution.place[0] not in COMPUTING:
-            continue
-        earlier = done.get(execution.place)
-        if earlier is not None and earlier.volunteer == execution.volunteer:
-            found += [execution for b in between if b.begin <= execution.begin <= b.end][:1]
-        done[execution.place] = execution
+        newest_here = newest.get(execution.volunteer)
+        if execution.place[0] in COMPUTING:
+            earlier = done.get(execution.place)
+            if (
+                earlier is not None
+                and (earlier.volunteer, earlier.attempt) == (execution.volunteer, newest_here)
+                and execution.attempt == newest_here
+                and any(_between(earlier, hit, execution) for hit in hits)
+            ):
+                found.append(execution)
+            done[execution.place] = execution
+        newest[execution.volunteer] = execution.attempt
     return found
 
 
@@ -175,11 +175,14 @@ def unexplained(executions: Sequence[Execution], hits: Sequence[Hit]) -> list[st
 def _excused(earlier: Execution, later: Execution, hits: Sequence[Hit]) -> bool:
     """Tell whether a fault came between, to whoever was earlier, or to a slow one that came late."""
     return any(
-        earlier.begin <= hit.end
-        and hit.begin <= later.begin
+        _between(earlier, hit, later)
         and (hit.sends_back or hit.volunteers & {earlier.volunteer, later.volunteer})
         for hit in hits
     )
+
+
+def _between(earlier: Execution, hit: Hit, later: Execution) -> bool:
+    return earlier.begin <= hit.end and hit.begin <= later.begin
 
 
 def _told(execution: Execution) -> str:

@@ -67,7 +67,7 @@ class Outcome:
     alarms : list of Hit
         When the driver took a worker to be stalled.
     reruns : list of Execution
-        What dask ran again by itself before the driver had answered a fault.
+        What dask ran again by itself before the driver's answer to a fault had reached it.
     seconds : float
     """
 
@@ -172,7 +172,7 @@ class Harness:
         seconds = time.monotonic() - begin
         executions = accounting.read_executions(self.folder)
         alarms = accounting.alarms(self.folder)
-        reruns = accounting.reruns(executions, accounting.reactions(self.folder, self._hits))
+        reruns = accounting.reruns(executions, self._hits)
         return Outcome(self._steps, self._fired, executions, self._hits, alarms, reruns, seconds)
 
     def _expects(self, fault: Fault) -> bool:

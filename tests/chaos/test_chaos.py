@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from chaos.accounting import Execution, Hit, Place, reruns, unexplained
 from chaos.driving import Recipe
 from chaos.faults import (
     ENABLED,
@@ -93,6 +94,20 @@ def test_no_script_has_a_task_fail_twice(seed: int) -> None:
     failing = [i for i in script(seed, EXTENT, 28) if i.fault in FAILING]
     places = [(i.moment.step, *i.stages) for i in failing if isinstance(i.moment, InTask)]
     assert len(set(places)) == len(places) == len(failing)
+
+
+def test_dask_may_run_tasks_again_until_the_next_attempt_has_come() -> None:
+    place, other = ("forward", 0, 0, 0), ("forward", 1, 0, 0)
+
+    def done(place: Place, attempt: str, begin: float) -> Execution:
+        return Execution("left alone", place, attempt, begin, begin + 0.1)
+
+    before, again = done(place, "first", 1.0), done(place, "first", 3.0)
+    late = [done(other, "second", 4.0), done(place, "first", 5.0), done(place, "second", 6.0)]
+    killed = [Hit(2.0, 2.5, frozenset({"another"}))]
+    assert reruns([before, again, *late], killed) == [again]
+    assert reruns([before, again, *late], []) == []
+    assert len(unexplained([before, *late], killed)) == 2
 
 
 def test_garbage_is_computed_where_something_is_computed() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from distributed import get_worker
 from distributed.cli.dask_worker import main as dask_worker
 
 from chaos.faults import Fault, InTask
@@ -68,7 +69,7 @@ class Instruments:
 
     def _noted(self, place: tuple[str, int, int, int], work: Callable[[], Any]) -> Any:
         recomputed = CACHE.recomputed
-        self._note("begin", place)
+        self._note("begin", place, _attempt())
         try:
             self._suffer(place)
             result = work()
@@ -80,9 +81,9 @@ class Instruments:
         self._note("end", place, CACHE.recomputed - recomputed)
         return result
 
-    def _note(self, phase: str, place: tuple[str, int, int, int], *more: Any) -> None:
+    def _note(self, phase: str, place: tuple[str, int, int, int], more: Any) -> None:
         # One write, past every buffer: it is there, whole, when the process is killed.
-        line = json.dumps([time.monotonic(), phase, *place, *more]) + "\n"
+        line = json.dumps([time.monotonic(), phase, *place, more]) + "\n"
         os.write(self._file, line.encode())
 
     def _suffer(self, place: tuple[str, int, int, int]) -> None:
@@ -104,6 +105,12 @@ class Instruments:
         if how is Fault.WRONG_SHAPE:
             return {n: t[..., :-1] if t.dim() else t[None] for n, t in outputs.items()}
         return outputs
+
+
+def _attempt() -> str:
+    """Return which attempt at the run the task at hand belongs to, as its key says."""
+    name: str = get_worker().get_current_task()[0]
+    return name.rpartition("-")[2]
 
 
 def _place(function: Callable[..., Any], layout: Any) -> tuple[str, int, int, int] | None:
