@@ -26,6 +26,7 @@ __all__ = [
     "run_next",
     "set_scheduler_send_interval",
     "set_worker_send_interval",
+    "stop_profiling",
 ]
 
 
@@ -97,6 +98,12 @@ def run_next(work: Callable[[], None]) -> None:
     """
     with contextlib.suppress(ValueError):
         get_worker().executors["default"].submit(work)
+
+
+def stop_profiling(worker: Worker) -> None:
+    """Keep a worker from looking at its tasks' stacks a hundred times a second."""
+    if (profiling := worker.periodic_callbacks.pop("profile", None)) is not None:
+        profiling.stop()
 
 
 def add_handler(worker: Worker, operation: str, handler: Callable[..., Any]) -> None:

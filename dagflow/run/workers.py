@@ -11,6 +11,7 @@ import gc
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from dagflow.run.dask_internals import (
     run_next,
     set_scheduler_send_interval,
     set_worker_send_interval,
+    stop_profiling,
 )
 from dagflow.run.watch import TOPIC, StallWatch, is_ours
 from dagflow_tasks.cache import CACHE
@@ -80,6 +82,10 @@ def prepare_process(num_torch_threads: int | None = None, device: str = "auto") 
 def prepare_worker(worker: Worker) -> None:
     """Connect a worker with what its process was prepared for."""
     set_worker_send_interval(worker, SEND_INTERVAL_SECONDS)
+    if sys.version_info < (3, 12):
+        # `sys._current_frames` can lock a process up there for good (python/cpython#106883). dask does
+        # without it in its own threads (dask/distributed#8616), but not in the workers' profiler.
+        stop_profiling(worker)
     if worker.nanny:
         # A process of its own: let it end at once. Python's last collection over torch's modules
         # takes more than a second, and a nanny kills what hasn't ended after four.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from typing import Any
@@ -12,7 +13,7 @@ from dask.tokenize import tokenize
 from distributed import Client, Event, LocalCluster, get_worker
 from distributed.batched import BatchedSend
 from distributed.protocol.pickle import dumps, loads
-from local import wait_until
+from local import local_client, wait_until
 
 from dagflow.run.dask_internals import StepTask, Task, TaskRef, executing_seconds, run_next
 from dagflow.run.graph import Places
@@ -70,6 +71,28 @@ def test_what_is_to_run_next_runs_on_the_tasks_thread_before_other_tasks(client:
     begun.result()
     assert [what for what, _ in found] == ["task", "next", "other task"]
     assert len({thread for _, thread in found}) == 1
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="there it can't lock workers up")
+def test_workers_do_not_look_at_their_tasks_stacks() -> None:
+    def profiles(dask_worker: Any) -> tuple[bool, int]:
+        there = "profile" in dask_worker.periodic_callbacks
+        profiles = [profile for _, profile in dask_worker.profile_history]
+        return there, sum(p["count"] for p in [*profiles, dask_worker.profile_recent])
+
+    def busy() -> int:
+        return sum(range(3_000_000))
+
+    with local_client(1) as client:
+        client.submit(busy).result()
+        [(there, count)] = client.run(profiles).values()
+        assert there
+        assert count > 0
+        client.register_plugin(StageWorker())
+        [(there, before)] = client.run(profiles).values()
+        assert not there
+        client.submit(busy, pure=False).result()
+        assert client.run(profiles).popitem()[1] == (False, before)
 
 
 def test_nothing_is_to_run_next_outside_tasks() -> None:
