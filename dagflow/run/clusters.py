@@ -18,13 +18,14 @@ from typing import Any, TypeVar
 
 import dask
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, WorkerPlugin
 from distributed.comm import CommClosedError
 
 from dagflow.errors import SchedulerLost, SettingsInvalid, WorkerIncompatible, WorkersLost
 from dagflow.run import wire
 from dagflow.run.allocator import with_allocator
 from dagflow.run.interrupts import Interrupts
+from dagflow.run.watch import LONG_SILENCE_SECONDS
 from dagflow.run.workers import StageScheduler, StageWorker, WorkerFacts, describe, prepare_process
 from dagflow_storage import Store
 from dagflow_tasks.references import DAGFLOW_VERSION
@@ -90,7 +91,7 @@ def open_cluster(
     if isinstance(client, Client):
         _refuse_process_local(store, client)
         wire.register()
-        _register_plugins(client, StageWorker())
+        _register_plugins(client, StageWorker(), settings.wait_seconds)
         yield client
         return
     if isinstance(client, str):
@@ -145,7 +146,8 @@ def _embedded(settings: ClusterSettings, store: Store) -> Iterator[Client]:
             client = Client(cluster, set_as_default=False, direct_to_workers=True)
             stack.enter_context(client)
             wire.register()
-            _register_plugins(client, StageWorker(threads, embedded=processes))
+            plugin = StageWorker(threads, embedded=processes)
+            _register_plugins(client, plugin, settings.wait_seconds)
         yield client
 
 
@@ -165,7 +167,7 @@ def reconnect(client: Client, seconds: float) -> None:
                 "Start it again, and call train again with the same store."
             )
         time.sleep(_LOOK_EVERY_SECONDS)
-    _register_plugins(client, StageWorker())
+    _register_plugins(client, StageWorker(), seconds)
 
 
 def _restore_environment(before: Mapping[str, str | None]) -> None:
@@ -206,15 +208,51 @@ def _free_dashboard_port() -> int:
     return 0 if taken else _DASHBOARD_PORT
 
 
-def _register_plugins(client: Client, worker_plugin: StageWorker) -> None:
+def _register_plugins(client: Client, worker_plugin: StageWorker, seconds: float) -> None:
     try:
         client.register_plugin(StageScheduler())
-        client.register_plugin(worker_plugin)
+        register_on_workers(client, worker_plugin, seconds)
     except ModuleNotFoundError as error:
         raise WorkerIncompatible(
             f"The scheduler or a worker has no module {error.name!r}: install the same dagflow there "
             f"as here ({DAGFLOW_VERSION}): pip install dagflow."
         ) from error
+
+
+def register_on_workers(client: Client, plugin: WorkerPlugin, seconds: float) -> None:
+    """Register a plugin, and wait until all workers have it, but not for frozen ones.
+
+    Those have it when they wake, as those that join later. Who is only slow, to import torch, is
+    waited for.
+
+    Parameters
+    ----------
+    seconds
+        To wait at most. If the scheduler hasn't heard of a worker for long, the others get
+        `_ANSWER_SECONDS`.
+    """
+
+    async def register() -> None:
+        await client.register_plugin(plugin)
+
+    deadline = time.monotonic() + (_ANSWER_SECONDS if _frozen(client) else seconds)
+    while True:
+        registering = in_background(client, register())
+        try:
+            if wait([registering], max(0.0, deadline - time.monotonic())).done:
+                registering.result()
+            return
+        except OSError:  # a worker may have left this moment
+            if client.status != "running" or time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_EVERY_SECONDS)
+
+
+def _frozen(client: Client) -> list[str]:
+    """Return the workers that the scheduler hasn't heard of for long, though it has of others."""
+    seen = {w: info["last_seen"] for w, info in client.scheduler_info()["workers"].items()}
+    newest = max(seen.values(), default=0.0)
+    return [worker for worker, last in seen.items() if newest - last > LONG_SILENCE_SECONDS]
 
 
 def _refuse_process_local(store: Store, client: Client) -> None:
@@ -235,18 +273,21 @@ def ask_workers(
     client: Client,
     function: Callable[..., Any],
     *args: Any,
-    seconds: float = _ANSWER_SECONDS,
+    seconds: float | None = None,
     addresses: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Run a function on every worker, or on some, and return the answers, or errors, by address.
 
-    Who doesn't answer in time, because it is frozen or has just left, isn't in it.
+    Who doesn't answer in time (10 s by default), because it is frozen or has just left, isn't in it.
+    Nobody waits for those that the scheduler hasn't heard of for long.
     """
+    frozen = _frozen(client)
     pending: dict[str, Future[Any]] = {}
     for address in addresses or client.scheduler_info()["workers"]:
         run = client.run(function, *args, workers=[address], on_error="return", asynchronous=True)
         pending[address] = in_background(client, run)
-    wait(pending.values(), seconds)
+    awaited = [future for address, future in pending.items() if address not in frozen]
+    wait(awaited, _ANSWER_SECONDS if seconds is None else seconds)
     answers: dict[str, Any] = {}
     for future in pending.values():
         if not future.done():
@@ -262,13 +303,15 @@ def roster(client: Client, num_workers: int, wait_seconds: float) -> list[Worker
     Raises
     ------
     WorkersLost
-        If fewer than `num_workers` come in time.
+        If fewer than `num_workers` come in time, or none of them answers.
     WorkerIncompatible
         If one of them runs another dagflow, or none at all.
     """
     address = client.scheduler.address
     deadline = time.monotonic() + wait_seconds
-    here: dict[str, Any] = {}
+    known: Mapping[str, Any] = {}
+    answers: Mapping[str, Any] = {}
+    here: Mapping[str, Any] = {}
     while not here:
         try:
             client.wait_for_workers(num_workers, timeout=max(0.1, deadline - time.monotonic()))
@@ -278,9 +321,20 @@ def roster(client: Client, num_workers: int, wait_seconds: float) -> list[Worker
                 f"{found} of {num_workers} workers joined {address} within {wait_seconds:g} s. On "
                 f"each machine that should help run: dagflow join {address}"
             ) from error
-        answers = ask_workers(client, describe)
+        known = client.scheduler_info()["workers"]
+        answers = ask_workers(client, describe, addresses=known)
         # One that left a moment ago may still be listed; who can't be reached doesn't count.
         here = {w: a for w, a in answers.items() if not isinstance(a, CommClosedError)}
+        if not here and time.monotonic() > deadline:
+            raise WorkersLost(
+                f"The workers connected to {address} don't answer: are they frozen? Start them "
+                f"again, or have others join: dagflow join {address}"
+            )
+    for worker in sorted(known.keys() - answers.keys()):
+        warnings.warn(
+            f"The worker {known[worker]['name']} ({worker}) doesn't answer; this starts without it.",
+            stacklevel=2,
+        )
     facts = [_checked(worker, answer) for worker, answer in here.items()]
     _warn_of_versions(facts)
     return sorted(facts, key=lambda f: (len(f.name), f.name, f.address))

@@ -17,6 +17,7 @@ from distributed import Client, Future
 from dagflow.errors import StoreUnreachable, WorkersLost
 from dagflow.graph.show import amount
 from dagflow.plan.partition import Partition
+from dagflow.run.clusters import register_on_workers
 from dagflow.run.dask_internals import connection_arguments
 from dagflow.run.membership import Membership
 from dagflow.sessions.links import CommClosedError, Link, Message
@@ -102,7 +103,7 @@ class Placement:
     def start(self) -> None:
         """Hear of workers that come and go, and have them take part."""
         self._membership.__enter__()
-        self._client.register_plugin(SessionWorker())
+        register_on_workers(self._client, SessionWorker(), self._wait_seconds)
 
     def stop(self) -> None:
         """Hear of them no more."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client
+from distributed import Client, Worker, WorkerPlugin
+from local import wait_until
 from processes import BIN, kill_group, swarm
 from small import assert_same_run, batches, example, train, train_with_torch
 
 import dagflow
+from dagflow.run import clusters
 from dagflow.run.membership import Membership, ResultGone
 from dagflow.run.workers import SEND_INTERVAL_SECONDS, describe
 
@@ -175,6 +178,58 @@ def test_a_result_that_nobody_hands_out_is_not_waited_for(tmp_path: Path) -> Non
         kill_group(workers["plain"], signal.SIGSTOP)
         with pytest.raises(ResultGone, match="went with its worker"):
             membership.result_of(future, lambda: None)
+
+
+def test_a_run_starts_without_a_frozen_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clusters, "LONG_SILENCE_SECONDS", 1.5)
+    monkeypatch.setattr(clusters, "_ANSWER_SECONDS", 2.0)
+    of = example()
+    data = batches(of, 2)
+    wanted, _ = train_with_torch(of, data)
+    with swarm(TWO, tmp_path) as (volunteers, workers):
+        kill_group(workers["second"], signal.SIGSTOP)
+        wait_until(lambda: bool(clusters._frozen(volunteers)), "the scheduler misses a worker")
+        begin = time.monotonic()
+        with pytest.warns(UserWarning, match="second .* doesn't answer"):
+            result = train(of, data, tmp_path / "run", client=volunteers)
+        assert time.monotonic() - begin < dagflow.ClusterSettings().wait_seconds
+        assert list(result.plan.workers) == ["first"]
+        assert result.losses == pytest.approx(wanted, rel=1e-6)
+
+        kill_group(workers["first"], signal.SIGSTOP)
+        config = dagflow.Config(cluster=dagflow.ClusterSettings(wait_seconds=1.0))
+        with pytest.raises(dagflow.WorkersLost, match="don't answer: are they frozen"):
+            train(of, data, tmp_path / "other", client=volunteers, config=config)
+
+        for worker in workers.values():
+            kill_group(worker, signal.SIGCONT)
+        woken = train(of, data, tmp_path / "other", client=volunteers)
+        assert sorted(woken.plan.workers) == ["first", "second"]
+
+
+class Unplugged(WorkerPlugin):  # type: ignore[misc]
+    """Fails on the first worker, as if that had left just then."""
+
+    name = "unplugged"
+
+    def __init__(self, failed: Path) -> None:
+        self.failed = failed
+
+    def setup(self, worker: Worker) -> None:
+        worker.plugged = self.failed.exists()
+        if not worker.plugged:
+            self.failed.touch()
+            raise ConnectionResetError("somebody stumbled over the cable")
+
+
+def test_who_leaves_meanwhile_keeps_no_plugin_from_the_others(
+    client: Client, tmp_path: Path
+) -> None:
+    clusters.register_on_workers(client, Unplugged(tmp_path / "failed"), 30.0)
+    client.unregister_worker_plugin(Unplugged.name)
+    assert set(client.run(lambda dask_worker: dask_worker.plugged).values()) == {True}
 
 
 def test_an_iterator_that_cannot_be_read_again_is_no_trouble_with_a_journal(
