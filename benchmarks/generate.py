@@ -37,6 +37,7 @@ from distributed import Client, LocalCluster
 from relay import Relay
 
 import dagflow
+from dagflow.run.clusters import scheduler_info
 
 TOKENS = 128
 PROMPT_TOKENS = 32
@@ -312,7 +313,7 @@ def measure_injected(model: dagflow.Model, rounds: int) -> dict[str, Any]:
             assert answers[0] == answers[1], "other tokens than undisturbed"
             shares.append(both[1] / both[0])
             rates.append(both[0])
-            numbers.append(len(pids) - len(client.scheduler_info()["workers"]))
+            numbers.append(len(pids) - len(scheduler_info(client)["workers"]))
     return {
         "of_undisturbed": median(shares),
         "shares": shares,

@@ -25,7 +25,7 @@ from workload import Workload
 import dagflow
 from dagflow.plan.schedule import in_flight_limits
 from dagflow.run.allocator import allocator_path
-from dagflow.run.clusters import ClusterSettings, open_cluster
+from dagflow.run.clusters import ClusterSettings, open_cluster, scheduler_info
 from dagflow_storage import Store
 from dagflow_tasks.interpreter import Executable, RandomAddress
 from dagflow_tasks.program import StageProgram
@@ -117,7 +117,7 @@ def measure(workload: Workload, steps: int) -> list[dict[str, Any]]:
             **options,
         )
         peak = client.run(_peak)
-        info = client.scheduler_info()["workers"]
+        info = scheduler_info(client)["workers"]
         address_of = {str(worker["name"]): address for address, worker in info.items()}
     rows = []
     for stage, name in enumerate(result.plan.workers):

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any, TypeVar
@@ -222,35 +222,57 @@ def _register_plugins(client: Client, worker_plugin: StageWorker, seconds: float
 def register_on_workers(client: Client, plugin: WorkerPlugin, seconds: float) -> None:
     """Register a plugin, and wait until all workers have it, but not for frozen ones.
 
-    Those have it when they wake, as those that join later. Who is only slow, to import torch, is
-    waited for.
+    Those have it when they wake, as those that join later.
 
     Parameters
     ----------
     seconds
-        To wait at most. If the scheduler hasn't heard of a worker for long, the others get
-        `_ANSWER_SECONDS`.
+        To wait at most: who has to import torch first may take long. If the scheduler hasn't heard
+        of a worker for long, though of others, it is ten.
     """
+    begin = time.monotonic()
+
+    def is_long_enough() -> bool:
+        waited = time.monotonic() - begin
+        return waited > seconds or (waited > _ANSWER_SECONDS and bool(_frozen(client)))
 
     async def register() -> None:
         await client.register_plugin(plugin)
 
-    deadline = time.monotonic() + (_ANSWER_SECONDS if _frozen(client) else seconds)
     while True:
         registering = in_background(client, register())
+        while not wait([registering], _LOOK_EVERY_SECONDS).done:
+            if is_long_enough():
+                return
         try:
-            if wait([registering], max(0.0, deadline - time.monotonic())).done:
-                registering.result()
+            registering.result()
             return
         except OSError:  # a worker may have left this moment
-            if client.status != "running" or time.monotonic() > deadline:
+            if client.status != "running" or is_long_enough():
                 raise
             time.sleep(_LOOK_EVERY_SECONDS)
 
 
+def scheduler_info(client: Client) -> dict[str, Any]:
+    """Return what the scheduler says of itself and of all workers.
+
+    dask's own function returns what it finds in the client afterwards, which now and then is the
+    answer to another question: every two seconds the client asks for everything but the workers.
+    """
+
+    async def ask() -> dict[str, Any]:
+        found: dict[str, Any] = await client.scheduler.identity(n_workers=-1)
+        return found
+
+    if client.status == "running":
+        with suppress(OSError):  # of a connection that is about to be noticed as lost
+            return client.sync(ask)  # type: ignore[no-any-return]
+    return client.scheduler_info()  # type: ignore[no-any-return]
+
+
 def _frozen(client: Client) -> list[str]:
     """Return the workers that the scheduler hasn't heard of for long, though it has of others."""
-    seen = {w: info["last_seen"] for w, info in client.scheduler_info()["workers"].items()}
+    seen = {w: info["last_seen"] for w, info in scheduler_info(client)["workers"].items()}
     newest = max(seen.values(), default=0.0)
     return [worker for worker, last in seen.items() if newest - last > LONG_SILENCE_SECONDS]
 
@@ -283,7 +305,7 @@ def ask_workers(
     """
     frozen = _frozen(client)
     pending: dict[str, Future[Any]] = {}
-    for address in addresses or client.scheduler_info()["workers"]:
+    for address in addresses or scheduler_info(client)["workers"]:
         run = client.run(function, *args, workers=[address], on_error="return", asynchronous=True)
         pending[address] = in_background(client, run)
     awaited = [future for address, future in pending.items() if address not in frozen]
@@ -316,12 +338,12 @@ def roster(client: Client, num_workers: int, wait_seconds: float) -> list[Worker
         try:
             client.wait_for_workers(num_workers, timeout=max(0.1, deadline - time.monotonic()))
         except TimeoutError as error:
-            found = len(client.scheduler_info()["workers"])
+            found = len(scheduler_info(client)["workers"])
             raise WorkersLost(
                 f"{found} of {num_workers} workers joined {address} within {wait_seconds:g} s. On "
                 f"each machine that should help run: dagflow join {address}"
             ) from error
-        known = client.scheduler_info()["workers"]
+        known = scheduler_info(client)["workers"]
         answers = ask_workers(client, describe, addresses=known)
         # One that left a moment ago may still be listed; who can't be reached doesn't count.
         here = {w: a for w, a in answers.items() if not isinstance(a, CommClosedError)}

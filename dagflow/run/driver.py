@@ -29,7 +29,7 @@ from dagflow.errors import (
     TransientError,
     WorkersLost,
 )
-from dagflow.run.clusters import ask_workers
+from dagflow.run.clusters import ask_workers, scheduler_info
 from dagflow.run.events import StepEvent
 from dagflow.run.feed import Feed, StepBatch
 from dagflow.run.graph import Key, Places, Priorities, Standing, StepGraph, StepInputs
@@ -574,7 +574,7 @@ class Driver:
         if not spares or not self.graph.journal:
             return
         at_risk = sorted(range(len(self.addresses)), key=lambda s: (-self._lost_stages[s], s))
-        known = self.client.scheduler_info()["workers"]
+        known = scheduler_info(self.client)["workers"]
         for number, address in enumerate(spares):
             room = _SPARE_SHARE * (known.get(address, {}).get("memory_limit") or _ROOM_BYTES)
             for stage in at_risk[number:] + at_risk[:number]:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from distributed import Client, Future
 
 from dagflow.errors import SchedulerLost
-from dagflow.run.clusters import in_background
+from dagflow.run.clusters import in_background, scheduler_info
 from dagflow.run.watch import TOPIC
 
 STALLED = "it has stalled"
@@ -83,7 +83,7 @@ class Membership:
         """
         with self._lock:
             self._heard.clear()
-        found = self.client.scheduler_info()
+        found = scheduler_info(self.client)
         if self._scheduler not in ("", found["id"]):
             raise SchedulerLost(f"There is a new scheduler at {self.client.scheduler.address}.")
         self._scheduler = found["id"]

@@ -32,6 +32,7 @@ from chaos.driving import GO_ON, Recipe, drive
 from chaos.faults import AfterStep, Fault, Incident, InTask, WhileRebuilding
 from chaos.scheduling import scheduler
 from chaos.volunteer import REPLAYING, volunteer
+from dagflow.run.clusters import scheduler_info
 
 # A worker that wakes takes up what it was told meanwhile, which others may have done.
 _CATCH_UP_SECONDS = 2.0
@@ -408,7 +409,7 @@ class Harness:
             contextlib.suppress(OSError),
             Client(self.address, set_as_default=False) as client,
         ):
-            workers = client.scheduler_info()["workers"]
+            workers = scheduler_info(client)["workers"]
             addresses = [a for a, info in workers.items() if info["name"] == name]
             client.retire_workers(addresses, close_workers=True)
 

@@ -15,6 +15,7 @@ from distributed.batched import BatchedSend
 from distributed.protocol.pickle import dumps, loads
 from local import local_client, wait_until
 
+from dagflow.run.clusters import scheduler_info
 from dagflow.run.dask_internals import StepTask, Task, TaskRef, executing_seconds, run_next
 from dagflow.run.graph import Places
 from dagflow.run.watch import TOPIC, is_ours
@@ -40,7 +41,7 @@ def test_plugins_shorten_both_directions_of_messages(cluster: LocalCluster, clie
 
 
 def test_workers_log_what_they_send_with_its_bandwidth(client: Client) -> None:
-    first, second = sorted(client.scheduler_info()["workers"])
+    first, second = sorted(scheduler_info(client)["workers"])
     with dask.annotate(workers=[first]):
         data = client.submit(bytes, 1 << 20, pure=False)
     client.submit(len, data, workers=[second], pure=False).result()
@@ -55,7 +56,7 @@ def test_workers_log_what_they_send_with_its_bandwidth(client: Client) -> None:
 
 
 def test_what_is_to_run_next_runs_on_the_tasks_thread_before_other_tasks(client: Client) -> None:
-    worker = min(client.scheduler_info()["workers"])
+    worker = min(scheduler_info(client)["workers"])
 
     def note(what: str) -> list[tuple[str, int]]:
         notes: list[tuple[str, int]] = get_worker().__dict__.setdefault("_notes", [])
@@ -71,6 +72,18 @@ def test_what_is_to_run_next_runs_on_the_tasks_thread_before_other_tasks(client:
     begun.result()
     assert [what for what, _ in found] == ["task", "next", "other task"]
     assert len({thread for _, thread in found}) == 1
+
+
+def test_the_scheduler_tells_of_all_workers_whatever_the_client_asks_meanwhile(
+    cluster: LocalCluster,
+) -> None:
+    with (
+        dask.config.set({"distributed.client.scheduler-info-interval": "1ms"}),
+        Client(cluster, set_as_default=False) as restless,
+    ):
+        found = [scheduler_info(restless)["workers"] for _ in range(200)]
+    assert [len(workers) for workers in found] == 200 * [2]
+    assert all({"name", "last_seen", "memory_limit"} <= info.keys() for info in found[0].values())
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="there it can't lock workers up")
@@ -124,7 +137,7 @@ def test_a_step_tasks_token_is_its_key() -> None:
 
 
 def test_callables_place_every_task(client: Client) -> None:
-    addresses = sorted(client.scheduler_info()["workers"])
+    addresses = sorted(scheduler_info(client)["workers"])
 
     def here() -> str:
         from distributed import get_worker
@@ -140,7 +153,7 @@ def test_callables_place_every_task(client: Client) -> None:
 
 
 def test_callables_order_what_is_ready(client: Client) -> None:
-    address = min(client.scheduler_info()["workers"])
+    address = min(scheduler_info(client)["workers"])
     gate, started = Event("gate", client=client), Event("started", client=client)
 
     def block() -> None:
@@ -187,7 +200,7 @@ def test_a_chain_of_futures_keeps_its_ancestors_on_the_scheduler(
 def test_the_scheduler_knows_how_long_a_worker_has_been_running_a_task(
     cluster: LocalCluster, client: Client
 ) -> None:
-    address = next(iter(client.scheduler_info()["workers"]))
+    address = next(iter(scheduler_info(client)["workers"]))
     gate = Event("gate-of-a-long-task", client=client)
 
     def block() -> None:
@@ -226,7 +239,7 @@ def test_a_transition_says_what_the_watch_wants_to_know(
         wait_until(lambda: bool(told), "the failure is told")
         assert told[0]["action"] == "erred"
         assert list(told[0]["key"]) == ["backward-0123abcd", "5", "1", "0"]
-        assert told[0]["worker"] in client.scheduler_info()["workers"]
+        assert told[0]["worker"] in scheduler_info(client)["workers"]
     finally:
         client.unsubscribe_topic(TOPIC)
         for future in (first, second):  # by hand: the traceback that was caught holds this frame

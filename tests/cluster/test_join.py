@@ -19,6 +19,7 @@ from processes import BIN, kill_group, start, swarm
 
 from dagflow.cli import main
 from dagflow.nanny import dask_teardown
+from dagflow.run.clusters import scheduler_info
 
 JOIN: list[str | Path] = [BIN / "dagflow", "join", "ADDRESS", "--torch-threads", "1"]
 
@@ -86,7 +87,7 @@ def test_what_only_a_leaving_machine_has_is_handed_over(tmp_path: Path) -> None:
         client,
         workers,
     ):
-        names = {info["name"]: a for a, info in client.scheduler_info()["workers"].items()}
+        names = {info["name"]: a for a, info in scheduler_info(client)["workers"].items()}
         result = client.submit(list, range(3), workers=[names["first"]], key="unique")
         wait_until(lambda: result.status == "finished", "it is computed")
         assert client.who_has([result])["unique"] == (names["first"],)
@@ -94,7 +95,7 @@ def test_what_only_a_leaving_machine_has_is_handed_over(tmp_path: Path) -> None:
         kill_group(workers["first"], signal.SIGINT)
         assert workers["first"].wait(timeout=30) == 0
         assert time.monotonic() - began < 6
-        (other,) = client.scheduler_info()["workers"]
+        (other,) = scheduler_info(client)["workers"]
         assert client.who_has([result])["unique"] == (other,)
         assert other == names["second"]
         assert result.result(timeout=10) == [0, 1, 2]
@@ -135,12 +136,12 @@ def test_a_killed_parent_takes_the_worker_along(tmp_path: Path) -> None:
         pids = worker_pids(client)
         workers["worker"].kill()
         wait_until(lambda: all_gone(pids), "no process is left", 20)
-        assert client.scheduler_info()["workers"] == {}
+        assert scheduler_info(client)["workers"] == {}
 
 
 def test_a_retired_machine_stays_away(tmp_path: Path) -> None:
     with swarm({"worker": JOIN}, tmp_path) as (client, workers):
-        client.retire_workers(list(client.scheduler_info()["workers"]))
+        client.retire_workers(list(scheduler_info(client)["workers"]))
         assert workers["worker"].wait(timeout=20) == 0
     assert "let this machine go" in (tmp_path / "worker.log").read_text()
 
@@ -167,7 +168,7 @@ def test_a_removed_worker_comes_back(tmp_path: Path) -> None:
     """As one does that was frozen for longer than the scheduler waits."""
     with swarm({"worker": JOIN}, tmp_path) as (client, _):
         before = worker_pids(client)
-        (address,) = client.scheduler_info()["workers"]
+        (address,) = scheduler_info(client)["workers"]
         client.run_on_scheduler(remove, address)
         wait_until(lambda: all_gone(before), "the worker that was removed has ended")
         client.wait_for_workers(1, timeout=60)

@@ -12,6 +12,7 @@ from distributed import Client
 from distributed.protocol import deserialize, serialize
 
 from dagflow.run import wire
+from dagflow.run.clusters import scheduler_info
 from dagflow_tasks.results import BackwardResult, ForwardResult, GradientSums, TensorDict
 
 wire.register()
@@ -197,7 +198,7 @@ def test_bandwidth_is_that_of_the_last_large_transfer_to_the_host() -> None:
 
 def test_half_precision_travels_between_two_processes(client: Client) -> None:
     client.run(wire.register)
-    first, second = sorted(client.scheduler_info()["workers"])
+    first, second = sorted(scheduler_info(client)["workers"])
 
     def make(dtype: torch.dtype) -> TensorDict:
         return TensorDict(x=torch.arange(10_000).to(dtype).reshape(100, 100).T)

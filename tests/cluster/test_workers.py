@@ -18,6 +18,7 @@ from small import assert_same_run, batches, example, train, train_with_torch
 
 import dagflow
 from dagflow.run import clusters
+from dagflow.run.clusters import scheduler_info
 from dagflow.run.membership import Membership, ResultGone
 from dagflow.run.workers import SEND_INTERVAL_SECONDS, describe
 
@@ -76,7 +77,7 @@ def faults_by_name(client: Client, addresses: dict[str, str]) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
     with swarm(COMMANDS, tmp_path_factory.mktemp("swarm")) as (client, _):
-        workers = client.scheduler_info()["workers"]
+        workers = scheduler_info(client)["workers"]
         addresses = {info["name"]: address for address, info in workers.items()}
         yield Swarm(client, addresses, faults_by_name(client, addresses))
 

@@ -15,6 +15,7 @@ from local import local_client, wait_until
 
 import dagflow
 from dagflow.errors import CacheFull, RequestTooLarge, SettingsInvalid, StageTooLarge
+from dagflow.run.clusters import scheduler_info
 from dagflow.sessions.service import cache_bytes
 from dagflow_tasks.attention import BLOCK_TOKENS
 
@@ -198,7 +199,7 @@ def test_spares_open_what_they_have_memory_for_and_others_lack(
 ) -> None:
     with dagflow.Deployment(llama[1], tiny_cluster, num_stages=2) as deployment:
         placement = deployment.engine.placement
-        spares = {*tiny_cluster.scheduler_info()["workers"]} - {*placement.addresses}
+        spares = {*scheduler_info(tiny_cluster)["workers"]} - {*placement.addresses}
 
         def warm() -> list[int]:
             return [s for s in range(2) for spare in spares if placement.is_open(s, spare)]
