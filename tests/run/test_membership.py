@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, cast
 
 import pytest
@@ -13,17 +14,23 @@ from dagflow.run.membership import Membership
 
 
 class Scheduler:
-    """Answers as a client does, and tells news while the answer is on its way."""
+    """Answers as through a client, and tells news while the answer is on its way."""
 
-    def __init__(self, workers: Iterable[str], identity: str = "first") -> None:
+    status = "running"
+
+    def __init__(self, workers: Iterable[str], name: str = "first") -> None:
         self.workers = set(workers)
-        self.identity = identity
+        self.name = name
         self.meanwhile: list[tuple[Membership, str, str]] = []
         self.scheduler = self
         self.address = "tcp://scheduler"
 
-    def scheduler_info(self) -> dict[str, Any]:
-        answer = {"id": self.identity, "workers": dict.fromkeys(self.workers)}
+    def sync(self, function: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        return asyncio.run(function())
+
+    async def identity(self, n_workers: int) -> dict[str, Any]:
+        assert n_workers == -1, "only then are all workers in it"
+        answer = {"id": self.name, "workers": dict.fromkeys(self.workers)}
         for membership, action, worker in self.meanwhile:
             membership.hear((0.0, {"action": action, "worker": worker}))
         return answer
@@ -53,7 +60,7 @@ def test_another_scheduler_at_the_same_address_is_noticed() -> None:
     scheduler = Scheduler(["a"])
     membership = membership_of(scheduler)
     membership.refresh()
-    scheduler.identity = "second"
+    scheduler.name = "second"
     with pytest.raises(SchedulerLost, match="new scheduler"):
         membership.refresh()
 
