@@ -6,6 +6,7 @@ goes straight between the array and the file or the request, in a thread of whoe
 """
 
 import os
+import sys
 import threading
 import uuid
 from abc import ABC, abstractmethod
@@ -100,13 +101,18 @@ class ChunkFiles(Chunks):
     ----------
     folder
         The array's.
+    read_soon
+        Whether what is written should stay in the page cache.
     """
 
     num_threads = 4
 
-    def __init__(self, folder: Path, dtype: np.dtype[Any], chunk_elements: int) -> None:
+    def __init__(
+        self, folder: Path, dtype: np.dtype[Any], chunk_elements: int, *, read_soon: bool = True
+    ) -> None:
         super().__init__(dtype, chunk_elements)
         self._folder = folder
+        self._read_soon = read_soon
 
     def _put(self, number: int, raw: NDArray[np.uint8]) -> tuple[int, bytes]:
         target = self._place(number)
@@ -114,7 +120,7 @@ class ChunkFiles(Chunks):
         unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
         checksum = _checksum(raw)
         try:
-            _write_synced(unfinished, _memory(raw), checksum)
+            _write_synced(unfinished, _memory(raw), checksum, self._read_soon)
             os.replace(unfinished, target)
         except OSError:
             unfinished.unlink(missing_ok=True)
@@ -223,11 +229,13 @@ def _memory(raw: NDArray[np.uint8]) -> memoryview:
     return memoryview(cast(bytes, raw))
 
 
-def _write_synced(path: Path, raw: memoryview, checksum: bytes) -> None:
+def _write_synced(path: Path, raw: memoryview, checksum: bytes, read_soon: bool) -> None:
     with open(path, "xb", buffering=0) as file:
         _write_fully(file, raw)
         _write_fully(file, memoryview(checksum))
         os.fsync(file.fileno())
+        if not read_soon and sys.platform == "linux":
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _write_fully(file: FileIO, raw: memoryview) -> None:

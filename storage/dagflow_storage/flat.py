@@ -40,17 +40,25 @@ class FlatArray:
         What zarr takes for a store; holds the metadata only.
     array
         The zarr array in it.
+    read_soon
+        As in `create`.
     """
 
     def __init__(
-        self, store: Store, path: str, metadata: "dict[str, Buffer]", array: "zarr.Array[Any]"
+        self,
+        store: Store,
+        path: str,
+        metadata: "dict[str, Buffer]",
+        array: "zarr.Array[Any]",
+        *,
+        read_soon: bool = True,
     ) -> None:
         self._store = store
         self._path = path
         self._where = _place(store, path)
         self._metadata = metadata
         self._array = array
-        self._chunks = _chunks(store, path, array)
+        self._chunks = _chunks(store, path, array, read_soon)
 
     @classmethod
     def create(
@@ -64,12 +72,14 @@ class FlatArray:
         codec: Blosc2Codec | None = None,
         *,
         visible: bool = True,
+        read_soon: bool = True,
     ) -> "FlatArray":
         """A new array; `path` must be unused.
 
         All-zero chunks are written too, so that a missing one is always damage. Without a `codec`
         chunks aren't compressed. Unless it is to be `visible`, nobody finds it before
-        `put_metadata`.
+        `put_metadata`. What isn't `read_soon` leaves the page cache once it is on the disk, and
+        its pages to the next: fresh ones cost a system several times as much as the copy itself.
         """
         compressors = [Crc32cCodec()] if codec is None else [codec, Crc32cCodec()]
         chunk = max(1, min(chunk_elements, num_elements))
@@ -85,7 +95,7 @@ class FlatArray:
             fill_value=0,
             attributes=dict(attributes or {}),
         )
-        created = cls(store, path, metadata, array)
+        created = cls(store, path, metadata, array, read_soon=read_soon)
         if visible:
             created.put_metadata()
         return created
@@ -253,7 +263,7 @@ def _place(store: Store, path: str) -> str:
     return f"{path} in {store!r}" if path else repr(store)
 
 
-def _chunks(store: Store, path: str, array: "zarr.Array[Any]") -> Chunks:
+def _chunks(store: Store, path: str, array: "zarr.Array[Any]", read_soon: bool) -> Chunks:
     """What reads and writes an array's chunks, if it is one of ours."""
     dtype, codecs = np.dtype(array.dtype), list(getattr(array.metadata, "codecs", ()))
     plain = [BytesCodec(endian="little" if dtype.itemsize > 1 else None), Crc32cCodec()]
@@ -266,5 +276,5 @@ def _chunks(store: Store, path: str, array: "zarr.Array[Any]") -> Chunks:
         )
     folder = store.folder(path)
     if folder is not None and codec is None:
-        return ChunkFiles(folder, dtype, array.chunks[0])
+        return ChunkFiles(folder, dtype, array.chunks[0], read_soon=read_soon)
     return ChunkObjects(store.backend, path, dtype, array.chunks[0], codec)

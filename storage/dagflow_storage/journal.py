@@ -135,7 +135,15 @@ def write_segment(
     codec = codec_for(store, _commonest_itemsize(segment))
     chunk = chunk_elements(raw.size, 1)
     array = FlatArray.create(
-        store, path, raw.dtype, raw.size, chunk, _encode(segment), codec, visible=False
+        store,
+        path,
+        raw.dtype,
+        raw.size,
+        chunk,
+        _encode(segment),
+        codec,
+        visible=False,
+        read_soon=False,  # only after a loss
     )
     array.write(0, raw)
     array.put_metadata()

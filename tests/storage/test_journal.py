@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import zarr
 
 from dagflow_storage import DamagedData, FormatTooNew, Store
+from dagflow_storage.flat import FlatArray
 from dagflow_storage.journal import (
     JOURNAL_FORMAT,
     Entry,
@@ -44,6 +49,24 @@ def test_an_entry_may_be_facts_alone(store: Store) -> None:
     (segment,) = read_segments(store, "p", 3)
     assert segment.facts[key] == {"decision": None}
     assert segment.read(store, key) == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system what Linux alone is asked")
+def test_segments_leave_the_page_cache_and_other_arrays_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advised = []
+
+    def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+        advised.append((os.fstat(descriptor).st_size, offset, length, advice))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    store = Store(str(tmp_path))
+    segment = write_segment(store, "p", 7, 2, [entry(2, 0)])
+    (chunk,) = tmp_path.joinpath(segment.path, "c").iterdir()
+    assert advised == [(chunk.stat().st_size, 0, 0, os.POSIX_FADV_DONTNEED)]
+    FlatArray.create(store, "weights", np.float32, 8, 4).write(0, np.ones(8, np.float32))
+    assert len(advised) == 1
 
 
 def test_a_segment_without_index_does_not_exist(store: Store) -> None:
