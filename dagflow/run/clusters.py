@@ -49,6 +49,8 @@ _EMBEDDED_SETTINGS = {
     # Every process looks at its own event loop's health fifty times a second otherwise, which takes
     # three percent of two cores.
     "distributed.admin.tick.interval": "1s",
+    # Nor does it ask the system twice a second how it is: scheduler, nannies and workers alike do.
+    "distributed.admin.system-monitor.interval": "2s",
     # What goes wrong in a task comes back as an exception; dask's own log would say it again.
     "logging": {"distributed": "critical"},
     # Weights and activations stay where they are; a big literal is a user's batch, not an accident.
