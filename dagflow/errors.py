@@ -14,6 +14,7 @@
     │   └── ...
     └── PermanentError                 the same inputs fail again
         ├── CaptureFailed              the model can't become an operator DAG
+        ├── ResultsDiffer              what was captured computes something else than the model
         ├── BatchInvalid               a batch fits no captured signature
         │   └── RequestTooLarge        prompt and answer are more than workers' caches hold
         ├── PlanInvalid                such a cut doesn't exist
@@ -61,6 +62,10 @@ from dagflow_tasks.errors import (
 
 class CaptureFailed(PermanentError):
     """The model can't become an operator DAG; names module, source line and operator."""
+
+
+class ResultsDiffer(PermanentError):
+    """What dagflow would compute isn't what the model computes by itself; says what and by how much."""
 
 
 class BatchInvalid(PermanentError):
@@ -127,6 +132,7 @@ __all__ = [
     "ProgramInvalid",
     "ProgramTooNew",
     "RequestTooLarge",
+    "ResultsDiffer",
     "SchedulerLost",
     "SessionInUse",
     "SettingsInvalid",
