@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test check gpu bench allocator s3-server clean
+.PHONY: demo test test-all check gpu bench allocator s3-server clean
 
 .venv/.run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -19,8 +19,14 @@ demo: .venv/.run allocator
 	$(BIN)/dagflow demo
 
 # Modules in the order that tests/conftest.py gives them.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
+
 test: .venv/.dev allocator s3-server
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
+	$(PYTEST) -m "not slow"
+
+# With the tests marked `slow`: more seeds of faults, the whole zoo of models, longer variations.
+test-all: .venv/.dev allocator s3-server
+	$(PYTEST)
 
 # jemalloc: with it workers take less memory than with the allocator that dagflow brings. Never fails.
 allocator:

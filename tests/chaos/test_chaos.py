@@ -22,9 +22,10 @@ from chaos.faults import (
 from chaos.trial import hold_script, hold_trial, recipe_for
 
 EXTENT = Extent()
+SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 10))]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_that_everything_happens_to_ends_with_the_same_bits(
     seed: int, tmp_path: Path
 ) -> None:
