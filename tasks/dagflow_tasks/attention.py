@@ -147,6 +147,8 @@ def attend(
     window: int = 0,
     slopes: torch.Tensor | None = None,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    chunk: int = 0,
 ) -> torch.Tensor:
     """Causal attention of each token over its session, which it is appended to.
 
@@ -163,6 +165,10 @@ def attend(
         Of a bias that grows with the key's position (ALiBi, arXiv 2108.12409).
     softcap : float
         Scores go through ``softcap * tanh(score / softcap)``; 0 for not at all.
+    sinks : Tensor (H,), optional
+        A score of each head that takes its share of the attention and adds nothing (arXiv 2309.17453).
+    chunk : int
+        Tokens see those of their own chunk of so many tokens only; 0 for no chunks.
 
     Returns
     -------
@@ -178,9 +184,8 @@ def attend(
         keys, values = key[0, :, begin:end], value[0, :, begin:end]
         if span.cache is not None:
             keys, values = span.cache.put(layer, span.start, keys, values)
-        looked = _look_back(
-            query[0, :, begin:end], keys, values, span.start, scale, window, slopes, softcap
-        )
+        mask = _mask(query, span, keys.shape[1], window, slopes, chunk)
+        looked = _look_back(query[0, :, begin:end], keys, values, scale, mask, softcap, sinks)
         output[begin:end] = looked.transpose(0, 1)
         begin = end
     return output[None]
@@ -190,21 +195,21 @@ def _look_back(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    start: int,
     scale: float,
-    window: int,
-    slopes: torch.Tensor | None,
+    mask: torch.Tensor | None,
     softcap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of one session's newest tokens (H, T, D) over its keys (K, L, D)."""
     heads, count, width = query.shape
     groups = heads // keys.shape[0]
     length = keys.shape[1]
-    mask = _mask(query, start, length, window, slopes)
-    if softcap:
+    if softcap and sinks is None:
         return _capped(query, keys, values, scale, mask, softcap)
     # The heads that share a key are rows of one product: nothing is copied for them.
     rows = query.reshape(1, keys.shape[0], groups * count, width)
+    if sinks is not None:
+        return _with_sinks(rows[0], keys, values, scale, mask, softcap, sinks)
     if mask is not None:
         mask = mask.expand(heads, count, length).reshape(1, keys.shape[0], groups * count, length)
     looked = functional.scaled_dot_product_attention(
@@ -214,23 +219,53 @@ def _look_back(
 
 
 def _mask(
-    query: torch.Tensor, start: int, length: int, window: int, slopes: torch.Tensor | None
+    query: torch.Tensor,
+    span: Span,
+    length: int,
+    window: int,
+    slopes: torch.Tensor | None,
+    chunk: int,
 ) -> torch.Tensor | None:
     """What is added to the scores (H or 1, T, L); None if a single token sees everything."""
-    count = query.shape[1]
-    seen = window == 0 or length <= window
+    start, count = span.start, span.count
+    seen = (window == 0 or length <= window) and (chunk == 0 or length <= chunk)
     if count == 1 and seen and slopes is None:
         return None
     at = torch.arange(start, start + count, device=query.device)[:, None]
     of = torch.arange(length, device=query.device)[None, :]
     hidden = of > at
-    if not seen:
+    if window and not seen:
         hidden = hidden | (of <= at - window)
+    if chunk and not seen:
+        hidden = hidden | (of < at // chunk * chunk)
     bias = torch.zeros(1, count, length, dtype=query.dtype, device=query.device)
     bias = bias.masked_fill(hidden, float("-inf"))
     if slopes is None:
         return bias
     return bias + slopes[:, None, None].to(query.dtype) * of.to(query.dtype)
+
+
+def _with_sinks(
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    softcap: float,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of rows (K, H / K * T, D), with a further score a head that has no value."""
+    heads, length = sinks.shape[0], keys.shape[1]
+    scores = torch.matmul(rows, keys.transpose(1, 2)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.reshape(heads, -1, length)
+    if mask is not None:
+        scores = scores + mask
+    sink = sinks.to(scores.dtype)[:, None, None].expand(heads, scores.shape[1], 1)
+    shares = torch.softmax(torch.cat([scores, sink], -1).float(), -1)[..., :-1].to(rows.dtype)
+    looked = torch.matmul(shares.reshape(keys.shape[0], -1, length), values)
+    return looked.reshape(heads, -1, values.shape[2])
 
 
 def _capped(

@@ -1,0 +1,488 @@
+"""Finds attention that a model computes by itself, and puts ``dagflow.attend`` in its place.
+
+Many models don't use transformers' attention functions: they multiply queries and keys, scale, mask,
+take a softmax and multiply with the values. In the operator DAG that is a pattern. What happens to the
+scores in between is found out by computing it: the operators between the product and the softmax
+depend on nothing but positions, so they are run on scores that are known, and what comes out says the
+scale, which tokens each token sees, and how a bias grows (ALiBi, arXiv 2108.12409). Whatever is none
+of these is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dagflow.errors import CaptureFailed
+from dagflow.graph.attention_capture import REMEDY
+from dagflow.graph.dag import OperatorDag, OperatorInfo, buffer_value, input_value
+from dagflow_tasks.attention import ATTEND
+from dagflow_tasks.operators import (
+    Node,
+    argument_references,
+    decode_literal,
+    mutated_arguments,
+    resolve,
+)
+from dagflow_tasks.program import Constant
+
+_SOFTMAX = ("aten.softmax.int", "aten._softmax.default", "aten._safe_softmax.default")
+_PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default")
+_FUSED = "aten.scaled_dot_product_attention.default"
+# What hands on a tensor's numbers as they are, in evaluation mode.
+_SAME_NUMBERS = frozenset(
+    [
+        "dropout",
+        "to",
+        "_to_copy",
+        "type_as",
+        "clone",
+        "contiguous",
+        "alias",
+        "detach",
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "float",
+    ]
+)
+# Masks are numbers like -1e4 or the least of a dtype; biases of so few tokens stay far above.
+_HIDDEN = -9e3
+_LEAST_TOKENS, _MOST_TOKENS = 64, 4096
+
+
+def capture_patterns(dag: OperatorDag, model: torch.nn.Module) -> OperatorDag:
+    """Return a DAG in which attention that was written out is ``dagflow.attend``.
+
+    Raises
+    ------
+    CaptureFailed
+        If what is done to the scores is more than scaling, causal masks, windows and ALiBi.
+    """
+    rewriting = _Rewriting(dag, model)
+    for node in dag.nodes:
+        if node.op == _FUSED:
+            rewriting.fused(node)
+        elif node.op in _SOFTMAX and rewriting.is_over_tokens(node):
+            rewriting.written_out(node)
+    return rewriting.result()
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What is done to scores before the softmax."""
+
+    scale: float
+    window: int
+    slopes: torch.Tensor | None
+
+
+class _Rewriting:
+    def __init__(self, dag: OperatorDag, model: torch.nn.Module) -> None:
+        self._dag = dag
+        self._model = model
+        self._nodes = {node.name: node for node in dag.nodes}
+        self._users: dict[str, list[Node]] = {}
+        for node in dag.nodes:
+            for name in dict.fromkeys(node.references()):
+                self._users.setdefault(name, []).append(node)
+        self._evaluation = _Evaluation(dag, model)
+        self._tokens = dag.inputs[0].shape[1]
+        self._instead: dict[str, list[Node]] = {}
+        self._info = dict(dag.info)
+        self._constants = list(dag.constants)
+        self._number = sum(node.op == ATTEND for node in dag.nodes)
+
+    def result(self) -> OperatorDag:
+        if not self._instead:
+            return self._dag
+        nodes: list[Node] = []
+        for node in self._dag.nodes:
+            nodes += self._instead.get(node.name, [node])
+        return replace(
+            self._dag, nodes=tuple(nodes), info=self._info, constants=tuple(self._constants)
+        )
+
+    def is_over_tokens(self, softmax: Node) -> bool:
+        shape = self._dag.info[softmax.name].outputs[0][1]
+        return shape[-1] == self._tokens and softmax.args[1] in (-1, len(shape) - 1)
+
+    def written_out(self, softmax: Node) -> None:
+        product = self._product_before(softmax)
+        output = self._product_after(softmax)
+        first, second = product.args[1:3] if "baddbmm" in product.op else product.args[0:2]
+        (source,) = argument_references(softmax.args[0])
+        scores = self._read(softmax, product.name, source)
+        new = _Building(self._info, output, self._tokens)
+        query = new.heads_first(_name(first))
+        key = new.heads_first(new.add("aten.transpose.int", _name(second), -2, -1))
+        value = new.heads_first(_name(output.args[1]))
+        self._put(new, query, key, value, scores, output)
+
+    def fused(self, node: Node) -> None:
+        query, key, value, mask, *rest = [*node.args, *[None] * (6 - len(node.args))]
+        options = {"attn_mask": mask, "dropout_p": rest[0] or 0.0, "is_causal": bool(rest[1])}
+        options |= node.kwargs
+        if options["dropout_p"]:
+            raise _unknown(node, "it has dropout")
+        width = self._shape(_name(query))[-1]
+        if options["attn_mask"] is not None:
+            name = _name(options["attn_mask"])
+            scores = self._read(node, "", name)
+        elif options["is_causal"]:
+            scores = _Scores(1.0, 0, None)
+        else:
+            raise _unknown(node, "its tokens see those after them")
+        given = options.get("scale")
+        scale = float(given if given is not None else width**-0.5)
+        new = _Building(self._info, node, self._tokens)
+        operands = [new.heads_first(_name(argument)) for argument in (query, key, value)]
+        self._put(new, *operands, replace(scores, scale=scale), node)
+
+    def _put(
+        self, new: _Building, query: str, key: str, value: str, scores: _Scores, output: Node
+    ) -> None:
+        for name in (query, key, value):
+            if new.shape(name)[2] != self._tokens:
+                raise _unknown(output, "it looks at other tokens than its own (cross attention)")
+        slopes = None
+        if scores.slopes is not None:
+            slopes = {"ref": f"c.{len(self._constants)}"}
+            self._constants.append(Constant.of(slopes["ref"], scores.slopes))
+        looked = new.attend(query, key, value, self._number, scores, slopes)
+        self._number += 1
+        new.finish(looked)
+        self._instead[output.name] = new.nodes
+        self._info = new.info
+
+    def _shape(self, name: str) -> tuple[Any, ...]:
+        return self._dag.info[name].outputs[0][1]
+
+    def _product_before(self, softmax: Node) -> Node:
+        """Return the product of queries and keys whose scores the softmax is taken of."""
+        found = softmax
+        while True:
+            token_wise = [
+                name for name in found.references() if name in self._evaluation.token_dependent
+            ]
+            if len(token_wise) != 1 or token_wise[0] not in self._nodes:
+                raise _unknown(softmax, "its scores are more than products of queries and keys")
+            found = self._nodes[token_wise[0]]
+            if found.op in _PRODUCTS and self._shape(found.name)[-2:] == (self._tokens,) * 2:
+                return found
+
+    def _product_after(self, softmax: Node) -> Node:
+        found = softmax
+        while True:
+            users = [u for u in self._users.get(found.name, ()) if u.name in self._evaluation.live]
+            if len(users) != 1:
+                raise _unknown(softmax, "its weights are used for more than a product with values")
+            user = users[0]
+            if user.op in _PRODUCTS[:2] and _name(user.args[0]) == found.name:
+                return user
+            if user.op.split(".")[1] not in _SAME_NUMBERS or _name(user.args[0]) != found.name:
+                raise _unknown(softmax, f"its weights go through {user.op}")
+            found = user
+
+    def _read(self, node: Node, product: str, source: str) -> _Scores:
+        """Find out by computing what is done to scores; `product` is "" for a mask alone."""
+        if not product and source in self._evaluation.token_dependent:
+            raise _unknown(node, "its mask depends on what the tokens are")
+        most = self._evaluation.tokens_to_look_at(source, product)
+        self._read_at(node, product, source, min(_LEAST_TOKENS // 2 + 1, most))
+        while True:
+            try:
+                return self._read_at(node, product, source, most)
+            except RuntimeError:  # the model has no mask for so many tokens
+                if most <= _LEAST_TOKENS // 2:
+                    raise
+                most //= 2
+
+    def _read_at(self, node: Node, product: str, source: str, count: int) -> _Scores:
+        if not product:
+            mask = self._evaluation.of(source, count)
+            if mask.dtype == torch.bool:
+                mask = torch.zeros(()).masked_fill(~mask, -math.inf)
+            return _read_scores(node, mask.float(), mask.float() + 1.0)
+        zero = self._evaluation.of(source, count, product, 0.0).float()
+        one = self._evaluation.of(source, count, product, 1.0).float()
+        ten = self._evaluation.of(source, count, product, 10.0).float()
+        found = _read_scores(node, zero, one)
+        seen = zero > _HIDDEN
+        if not torch.allclose(ten[seen], zero[seen] + 10.0 * found.scale, rtol=1e-2, atol=1e-2):
+            raise _unknown(node, "its scores aren't only scaled and masked")
+        return found
+
+
+def _read_scores(node: Node, zero: torch.Tensor, one: torch.Tensor) -> _Scores:
+    """Return what was done to scores of 0 and of 1, (..., T, T) each."""
+    zero = zero.reshape(-1, *zero.shape[-2:])
+    one = one.reshape(-1, *one.shape[-2:])
+    seen = zero > _HIDDEN
+    if not torch.equal(seen, one > _HIDDEN) or not bool((seen == seen[:1]).all()):
+        raise _unknown(node, "its mask depends on the scores, or on the head")
+    window = _window_of(seen[0])
+    if window is None:
+        raise _unknown(node, "its mask is neither causal nor a sliding window")
+    scales = (one - zero)[seen]
+    if not bool(torch.isclose(scales, scales[0], rtol=1e-3).all()) or scales[0] <= 0:
+        raise _unknown(node, "it scales scores of some tokens differently")
+    return _Scores(float(scales.median()), window, _slopes_of(node, zero, seen[0]))
+
+
+def _window_of(seen: torch.Tensor) -> int | None:
+    """Return the window of a causal mask (T, T), 0 if it has none; None if it is something else."""
+    count = seen.shape[0]
+    at, of = torch.arange(count)[:, None], torch.arange(count)[None, :]
+    if seen.shape[0] != seen.shape[1]:
+        return None
+    window = int(seen[-1].sum())
+    if torch.equal(seen, (of <= at) & (of > at - window)):
+        return 0 if window == count else window
+    return None
+
+
+def _slopes_of(node: Node, bias: torch.Tensor, seen: torch.Tensor) -> torch.Tensor | None:
+    """Return how a bias (H, T, T) grows with the key's position, by head; None if there is none."""
+    last = bias[:, -1, seen[-1]]
+    if last.shape[1] < 2:
+        return None
+    slopes = (last[:, -1] - last[:, 0]) / (last.shape[1] - 1)
+    rest = bias - slopes[:, None, None] * torch.arange(bias.shape[2])
+    highest = rest.masked_fill(~seen, -math.inf).amax(2)
+    lowest = rest.masked_fill(~seen, math.inf).amin(2)
+    # Models build it in half precision, some of them.
+    if bool(((highest - lowest) > 0.02 * (1.0 + bias[:, seen].abs().amax())).any()):
+        raise _unknown(node, "it adds a bias that doesn't grow evenly with the position")
+    return slopes if bool(slopes.abs().amax() > 1e-6) else None
+
+
+def _unknown(node: Node, what: str) -> CaptureFailed:
+    return CaptureFailed(
+        f"The attention of {node.module or 'the model itself'!r} can't be given a cache: {what}. "
+        f"Operator: {node.op}. What to do: {REMEDY}"
+    )
+
+
+def _name(argument: Any) -> str:
+    return next(iter(argument_references(argument)), "")
+
+
+class _Building:
+    """Makes the nodes that stand in place of one."""
+
+    def __init__(self, info: Mapping[str, OperatorInfo], output: Node, tokens: Any) -> None:
+        self.nodes: list[Node] = []
+        self.info = dict(info)
+        self._output = output
+        self._tokens = tokens
+
+    def shape(self, name: str) -> tuple[Any, ...]:
+        return self.info[name].outputs[0][1]
+
+    def add(self, op: str, source: str, *more: Any, name: str = "") -> str:
+        """Add a view of a value."""
+        dtype, shape = self.info[source].outputs[0]
+        sizes = list(shape)
+        if op == "aten.transpose.int":
+            sizes[more[0]], sizes[more[1]] = sizes[more[1]], sizes[more[0]]
+        elif op == "aten.unsqueeze.default":
+            sizes.insert(more[0], 1)
+        elif op == "aten.squeeze.dim":
+            sizes.pop(more[0])
+        return self._put(op, ({"ref": source}, *more), dtype, tuple(sizes), 0, name)
+
+    def heads_first(self, name: str) -> str:
+        """Return queries, keys or values as (1, H, T, D)."""
+        shape = self.shape(name)
+        if len(shape) == 3:
+            return self.add("aten.unsqueeze.default", name, 0)
+        return name
+
+    def attend(
+        self, query: str, key: str, value: str, number: int, scores: _Scores, slopes: Any
+    ) -> str:
+        dtype = self.info[query].outputs[0][0]
+        heads, width = self.shape(query)[1], self.shape(value)[3]
+        operands = ({"ref": query}, {"ref": key}, {"ref": value})
+        arguments = (*operands, number, scores.scale, scores.window, slopes, 0.0)
+        flops = self.info[self._output.name].flops * 2
+        return self._put(ATTEND, arguments, dtype, (1, self._tokens, heads, width), flops, "")
+
+    def finish(self, looked: str) -> None:
+        """Bring what attention found (1, T, H, D) into the form that the model goes on with."""
+        wanted = len(self.shape(self._output.name))
+        name = self._output.name
+        if wanted == 3:
+            looked = self.add("aten.transpose.int", looked, 1, 2)
+            self.add("aten.squeeze.dim", looked, 0, name=name)
+        else:
+            self.add("aten.transpose.int", looked, 1, 2, name=name)
+
+    def _put(
+        self, op: str, arguments: tuple[Any, ...], dtype: str, shape: Any, flops: int, name: str
+    ) -> str:
+        name = name or f"{self._output.name}__{len(self.nodes)}"
+        self.nodes.append(Node(name, op, arguments, {}, False, True, self._output.module))
+        source = self.info[self._output.name].source
+        self.info[name] = OperatorInfo(((dtype, tuple(shape)),), flops, 0, source)
+        return name
+
+
+class _Evaluation:
+    """Computes values of a DAG that depend on nothing but the number of tokens."""
+
+    def __init__(self, dag: OperatorDag, model: torch.nn.Module) -> None:
+        self._dag = dag
+        self._nodes = {node.name: node for node in dag.nodes}
+        self._known: dict[str, torch.Tensor] = {c.name: c.tensor() for c in dag.constants}
+        for buffer in dag.buffers:
+            value = model.get_buffer(buffer.name)
+            if not value.is_meta:
+                self._known[buffer_value(buffer.name)] = value.detach()
+        self.live = live_values(dag)
+        self._writers: dict[str, list[str]] = {}
+        for node in dag.nodes:
+            for name in mutated_arguments(node):
+                self._writers.setdefault(name, []).append(node.name)
+        self.token_dependent = self._token_dependent()
+
+    def _token_dependent(self) -> set[str]:
+        found = {spec.name for spec in self._dag.inputs if spec.name != input_value("positions")}
+        found |= {use for parameter in self._dag.parameters for use in parameter.uses}
+        found |= {buffer_value(b.name) for b in self._dag.buffers} - set(self._known)
+        for node in self._dag.nodes:
+            if node.op == ATTEND or any(name in found for name in node.references()):
+                if not _reads_shape_only(node):
+                    found.add(node.name)
+        return found
+
+    def tokens_to_look_at(self, source: str, product: str) -> int:
+        """Return how many tokens show all that a mask does: more than any size in it."""
+        sizes = [_LEAST_TOKENS]
+        for name in self._behind(source, product):
+            if name in self._nodes:
+                sizes += [2 * n for n in _integers(self._nodes[name].args) if n < _MOST_TOKENS]
+            elif name in self._known:
+                sizes += [n for n in self._known[name].shape if n < _MOST_TOKENS]
+        most = next(s.maximum for s in self._dag.symbols if s.name == self._dag.inputs[0].shape[1])
+        return min(max(sizes), _MOST_TOKENS, most or _MOST_TOKENS)
+
+    def _behind(self, source: str, product: str) -> Iterator[str]:
+        seen, waiting = {product}, [source]
+        while waiting:
+            name = waiting.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            yield name
+            if name in self._nodes:
+                waiting += self._nodes[name].references()
+
+    def of(self, name: str, count: int, product: str = "", score: float = 0.0) -> torch.Tensor:
+        """Return a value for so many tokens, with scores in place of a product's result."""
+        sizes = dict(self._dag.hints)
+        tokens = self._dag.inputs[0].shape[1]
+        sizes[tokens] = count
+        known = {input_value("positions"): torch.arange(count)[None]}
+        if product:
+            known[product] = self._scores(product, count, score, sizes)
+        return self._compute(name, known, sizes)
+
+    def _scores(
+        self, product: str, count: int, score: float, sizes: Mapping[str, int]
+    ) -> torch.Tensor:
+        node = self._nodes[product]
+        shape = [count if isinstance(n, str) else n for n in self._dag.info[product].outputs[0][1]]
+        scores = torch.full((), score).expand(shape)
+        if "baddbmm" not in node.op:
+            return scores
+        # What the product is added to, and by how much it is multiplied.
+        beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+        known = {input_value("positions"): torch.arange(count)[None]}
+        return beta * self._compute(_name(node.args[0]), known, sizes) + alpha * scores
+
+    def _compute(
+        self, name: str, known: dict[str, torch.Tensor], sizes: Mapping[str, int]
+    ) -> torch.Tensor:
+        for needed in self._order(name, known):
+            node = self._nodes[needed]
+
+            def decode(argument: Any) -> Any:
+                if isinstance(argument, Mapping):
+                    if "ref" in argument:
+                        reference = argument["ref"]
+                        return known[reference] if reference in known else self._known[reference]
+                    return decode_literal(argument, sizes, torch.device("cpu"))
+                if isinstance(argument, (list, tuple)):
+                    return [decode(item) for item in argument]
+                return argument
+
+            args = [decode(argument) for argument in node.args]
+            kwargs = {key: decode(value) for key, value in node.kwargs.items()}
+            with torch.no_grad():
+                known[needed] = resolve(node.op)(*args, **kwargs)
+        return known[name] if name in known else self._known[name]
+
+    def _order(self, name: str, known: Mapping[str, Any]) -> list[str]:
+        """Return the nodes behind a value, in the DAG's order, those that write into it included."""
+        needed: set[str] = set()
+        waiting = [name]
+        while waiting:
+            one = waiting.pop()
+            if one in needed or one in known or one in self._known:
+                continue
+            needed.add(one)
+            if one not in self._nodes:
+                raise CaptureFailed(
+                    f"A mask depends on {one!r}, which isn't known before tokens are. {REMEDY}"
+                )
+            waiting += self._nodes[one].references()
+            waiting += self._writers.get(one, [])
+        return [node.name for node in self._dag.nodes if node.name in needed]
+
+
+# Operators that make a tensor of another's form and don't look at its numbers.
+_SHAPE_ONLY = frozenset(
+    [
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "rand_like",
+    ]
+)
+
+
+def _reads_shape_only(node: Node) -> bool:
+    return node.op.startswith("aten.") and node.op.split(".")[1] in _SHAPE_ONLY
+
+
+def _integers(argument: Any) -> Iterator[int]:
+    if isinstance(argument, bool):
+        return
+    if isinstance(argument, int):
+        yield argument
+    elif isinstance(argument, (list, tuple)):
+        for item in argument:
+            yield from _integers(item)
+
+
+def live_values(dag: OperatorDag) -> set[str]:
+    """Return the values that a DAG's result follows from."""
+    needed = {dag.loss}
+    for node in reversed(dag.nodes):
+        if node.name in needed:
+            needed.update(node.references())
+    return needed
