@@ -29,6 +29,7 @@ from dagflow.sessions.pool import CachePool, Holder, common
 from dagflow.sessions.service import MOST_TOKENS
 from dagflow_tasks.attention import ATTEND
 from dagflow_tasks.decoding import ALL, LAST, NOTHING, TOKENS, Part
+from dagflow_tasks.recurrence import RECURRENT
 from dagflow_tasks.results import TensorDict
 
 _CHUNK_TOKENS = 256
@@ -749,8 +750,9 @@ def cut_at_layers(dag: OperatorDag, num_stages: int) -> Partition:
     """Cut a decoder between its layers, evenly."""
     layers: list[str] = []
     for node in dag.nodes:
-        if node.op == ATTEND:
-            layers.append(_layer_of(node.module))
+        if node.op == ATTEND or node.op in RECURRENT:
+            layer = _layer_of(node.module)
+            layers += [layer] if layer not in layers else []
     count = max(1, min(num_stages, len(layers)))
     points = [layers[len(layers) * stage // count] for stage in range(1, count)]
     return partition(dag, split_points=points) if points else partition(dag, 1)

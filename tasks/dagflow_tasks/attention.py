@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
+from dagflow_tasks.states import RecurrentState
+
 ATTEND = "dagflow.attend.default"
 # Caches grow by so many tokens: what is reserved for a session is what it takes, and all decode steps
 # but one in so many copy nothing.
@@ -59,13 +61,31 @@ class SessionCache:
         Tokens in use.
     layers : dict
         By the layer's number in the model.
+    states : dict
+        Of recurrent operators, by their number in the model.
     num_bytes : int
-        What its tensors take, used or not.
+        What keys and values take, used or not.
     """
 
     length: int = 0
     layers: dict[int, LayerCache] = field(default_factory=dict)
+    states: dict[int, RecurrentState] = field(default_factory=dict)
     num_bytes: int = 0
+
+    @property
+    def num_state_bytes(self) -> int:
+        """What its states take."""
+        return sum(state.num_bytes for state in list(self.states.values()))
+
+    def reaches(self, position: int) -> bool:
+        """Tell whether tokens from a position on can be computed."""
+        states = self.states.values()
+        return position <= self.length and all(state.reaches(position) for state in states)
+
+    def rewind(self, position: int) -> None:
+        """Forget the tokens from a position on, which it must reach."""
+        self.length = position
+        self.states = {number: state.upto(position) for number, state in self.states.items()}
 
     def put(
         self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
@@ -86,6 +106,7 @@ class SessionCache:
         """Take over another's tokens up to `end`; those before `begin` are the same already."""
         for layer, cache in other.layers.items():
             self.put(layer, begin, cache.keys[:, begin:end], cache.values[:, begin:end])
+        self.states = {number: state.upto(end) for number, state in other.states.items()}
         self.length = end
 
     @staticmethod
@@ -124,10 +145,16 @@ class Span:
 _PASS = threading.local()
 
 
+def current_spans() -> Sequence[Span] | None:
+    """Whose tokens the pass of this thread is made of; None if nobody has said."""
+    spans: Sequence[Span] | None = getattr(_PASS, "spans", None)
+    return spans
+
+
 @contextmanager
 def attending(spans: Sequence[Span]) -> Iterator[None]:
     """Say whose tokens the pass of this thread is made of, in their order."""
-    before = getattr(_PASS, "spans", None)
+    before = current_spans()
     _PASS.spans = spans
     try:
         yield
@@ -174,7 +201,7 @@ def attend(
     -------
     Tensor (1, N, H, D)
     """
-    spans = getattr(_PASS, "spans", None)
+    spans = current_spans()
     if spans is None:
         spans = [Span(None, 0, query.shape[2])]
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])

@@ -151,9 +151,10 @@ class DecoderStage:
 
     @property
     def num_cache_bytes(self) -> int:
-        """What all sessions' caches take: keys, values, and what was sent on."""
+        """What all sessions' caches take: keys, values, states, and what was sent on."""
         # Copied first: it may be asked for while a pass is being computed.
-        held = sum(cache.num_bytes for cache in list(self.sessions.values()))
+        caches = list(self.sessions.values())
+        held = sum(cache.num_bytes + cache.num_state_bytes for cache in caches)
         return held + sum(sent.num_bytes for sent in list(self._sent.values()))
 
     def is_over(self, part: Part) -> bool:
@@ -162,14 +163,21 @@ class DecoderStage:
         return rewound or part.session in self._closed
 
     def accepts(self, part: Part) -> bool:
-        """Tell whether a part's tokens follow on those that are here."""
+        """Tell whether a part's tokens follow on those that are here.
+
+        Of a session that is to be rewound further than its states reach, nothing is kept: tokens of
+        its new epoch that come before those refused are sent again would be taken for their like.
+        """
         epoch, length = self._epochs.get(part.session, 0), self._length(part.session)
         if not part.origin or part.epoch <= epoch:
-            return part.epoch >= epoch and part.start <= length
+            reached = part.epoch >= epoch and self._reaches(part.session, part.start)
+            if not reached and part.epoch > epoch and part.session in self.sessions:
+                self._forget_tokens(part)
+            return reached
         has_shared = epoch == part.epoch - 1 and length >= part.shared
         has_rest = self._epochs.get(part.origin) == part.origin_epoch
         return (
-            has_rest and self._length(part.origin) >= part.start and (has_shared or not part.shared)
+            has_rest and self._reaches(part.origin, part.start) and (has_shared or not part.shared)
         )
 
     def run(
@@ -238,7 +246,7 @@ class DecoderStage:
         """Begin a session with the first tokens of another; False if those aren't here."""
         if new in self.sessions:
             return True  # what it was to begin with has been sent again meanwhile
-        if session not in self.sessions or self._length(session) < length:
+        if session not in self.sessions or not self._reaches(session, length):
             return False
         self._copy(session, new, 0, length)
         self._epochs[new] = 0
@@ -256,6 +264,18 @@ class DecoderStage:
     def _length(self, session: str) -> int:
         return self.sessions[session].length if session in self.sessions else 0
 
+    def _reaches(self, session: str, position: int) -> bool:
+        """Tell whether a session's tokens from a position on can be computed."""
+        return (
+            self.sessions[session].reaches(position) if session in self.sessions else not position
+        )
+
+    def _forget_tokens(self, part: Part) -> None:
+        """Begin a part's epoch with no tokens of its session."""
+        self.sessions[part.session] = SessionCache()
+        self._epochs[part.session] = part.epoch
+        self._sent.pop(part.session, None)
+
     def _note_peak(self) -> None:
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.num_cache_bytes)
 
@@ -268,7 +288,7 @@ class DecoderStage:
         if part.epoch > self._epochs.get(part.session, 0):
             if part.origin:
                 self._copy(part.origin, part.session, part.shared, part.start)
-            cache.length = part.start
+            cache.rewind(part.start)
             self._epochs[part.session] = part.epoch
             if part.session in self._sent:
                 sent = self._sent[part.session]

@@ -20,6 +20,7 @@ from dagflow_tasks.attention import ATTEND, attend
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid
 from dagflow_tasks.onednn import LINEAR_PACKED, linear_packed
 from dagflow_tasks.quantised import LINEAR_INT4, LINEAR_INT8, linear_int4, linear_int8
+from dagflow_tasks.recurrence import RUNNING_MAX, SCAN, WINDOW, running_max, scan, window
 
 Argument = Any
 """JSON: None, bool, int, float, str, a list, or a one-key mapping (`ref`, `size`, `dtype`, ...)."""
@@ -305,6 +306,9 @@ _EXTENSIONS: dict[str, Callable[..., Any]] = {
     # that a worker needs no transformers.
     "transformers.grouped_mm_fallback.default": _grouped_matmul,
     ATTEND: attend,
+    WINDOW: window,
+    SCAN: scan,
+    RUNNING_MAX: running_max,
     LINEAR_INT8: linear_int8,
     LINEAR_INT4: linear_int4,
     LINEAR_PACKED: linear_packed,

@@ -1,0 +1,93 @@
+"""Captures recurrent layers whole: convolutions, state spaces, linear attention.
+
+transformers writes them as functions over whole sequences, with loops over tokens or chunks that a
+trace would unroll. While a decoder is traced, those functions are ours: made of the operators of
+`dagflow_tasks.recurrence`, which know whose tokens they get, and of operators that look at each token
+by itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from dagflow.errors import CaptureFailed
+from dagflow.graph.recurrent_functions import FUNCTIONS
+from dagflow.graph.recurrent_methods import METHODS
+from dagflow.graph.recurrent_operators import States
+
+# What a mixer may say about how to compute, not what; and where a state would be, were there a cache.
+# fmt: off
+_WITHOUT_EFFECT = frozenset([
+    "chunk_size", "use_mambapy", "use_associative_scan", "output_final_state", "return_final_states",
+    "return_last_state", "return_state", "use_cache", "acc_dtype",
+])
+# fmt: on
+# Tells packed sequences apart: transformers' functions refuse it as well.
+_PACKED = frozenset({"cu_seqlens", "seq_idx"})
+
+
+@contextmanager
+def recurrent_layers(model: torch.nn.Module) -> Iterator[None]:
+    """Have a model's recurrent layers captured whole while it is traced."""
+    states = States()
+    with ExitStack() as stack:
+        for owner, name, theirs, ours in _replaced(model):
+            stack.enter_context(patch.object(owner, name, _checked(theirs, partial(ours, states))))
+        for shift in _token_shifts(model):
+            stack.enter_context(patch.object(shift, "forward", states.previous))
+        handle = model.register_forward_pre_hook(states.begin)
+        stack.callback(handle.remove)
+        yield
+
+
+def _replaced(
+    model: torch.nn.Module,
+) -> Iterator[tuple[Any, str, Callable[..., Any], Callable[..., Any]]]:
+    """Yield what the model may call: whose attribute it is, its name, itself, and ours for it."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    own = [kind for kind in kinds if kind.__module__.startswith("transformers.models.")]
+    for code in {kind.__module__ for kind in own}:
+        for name, ours in FUNCTIONS.items():
+            theirs = getattr(sys.modules[code], name, None)
+            if theirs is not None:
+                yield sys.modules[code], name, theirs, ours
+    for kind in own:
+        for (of, name), ours in METHODS.items():
+            if kind.__name__ == of:
+                yield kind, name, getattr(kind, name), ours
+
+
+def _token_shifts(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return RWKV's modules that hand each token what the one before had."""
+    own = [
+        m for m in model.modules() if type(m).__module__ == "transformers.models.rwkv.modeling_rwkv"
+    ]
+    return [module.time_shift for module in own if hasattr(module, "time_shift")]
+
+
+def _checked(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Return our function, which refuses what would change the result and isn't taken into account."""
+    formals, known = inspect.signature(theirs).parameters, inspect.signature(ours).parameters
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(formals, args, strict=False)) | kwargs
+        if "self" in given:
+            given["module"] = given.pop("self")
+        for name, value in given.items():
+            matters = (name in formals and name not in _WITHOUT_EFFECT) or name in _PACKED
+            if name not in known and matters and value is not None:
+                raise CaptureFailed(
+                    f"The model calls {theirs.__qualname__} with {name}={value!r:.40}, which dagflow "
+                    "doesn't know of when a model generates. Leave it out."
+                )
+        return ours(**{name: value for name, value in given.items() if name in known})
+
+    return function
