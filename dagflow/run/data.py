@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -15,9 +13,14 @@ import numpy as np
 import torch
 
 from dagflow.errors import BatchInvalid, SettingsInvalid
-from dagflow.graph.batch import flatten_batch
+from dagflow.run.generators import (
+    Generators,
+    epoch_setters,
+    is_ordered_by_indices,
+    pass_over_indices,
+)
+from dagflow.run.seen import SeenBatches
 from dagflow_storage import TokenArray, write_tokens
-from dagflow_tasks.interpreter import RANDOM_LOCK
 from dagflow_tasks.results import TensorDict
 from dagflow_tasks.tasks import tensors_of
 
@@ -141,19 +144,32 @@ def take_rows(tensors: Mapping[str, torch.Tensor], begin: int, end: int) -> dict
 class BatchStream:
     """The user's batches by step, in order, over as many epochs as needed.
 
-    A mapping-like or iterable dataset is read again in every epoch; the random numbers it draws
-    from torch (shuffling) depend on the seed and the epoch alone, so a resumed run sees the batches
-    that it would have seen.
+    A mapping-like or iterable dataset is read again in every epoch. What it draws from the process's
+    generators (torch's, Python's, NumPy's) depends on the seed and the epoch alone; generators that
+    it holds, such as a DataLoader's, go on from epoch to epoch as in a plain loop, from where they
+    were when the stream was made. What has a ``set_epoch`` is told the epoch. So a run that goes back,
+    or is resumed, sees the batches that it would have seen, and nobody's generators are changed.
+
+    Attributes
+    ----------
+    position : tuple of int
+        Epoch and number of the batch that was taken last.
+    step : int
+        How many batches were taken.
     """
 
     def __init__(self, data: Any, epochs: int | None, seed: int, batch_size: int | None) -> None:
         self._data = _batches_of(data, batch_size)
         self._epochs = epochs
         self._seed = seed
-        self._iterator = self._all()
-        self._ahead: list[tuple[tuple[int, int], Any]] = []
+        self._generators = Generators(self._data)
+        self._set_epoch = epoch_setters(self._data)
+        self._starts: list[_EpochStart] = []
+        self._batches: Iterator[Any] | None = None
+        self._ahead: list[Any] = []
+        self._number = 0  # of the next batch that is read from this epoch
         self.position = (0, -1)
-        """Epoch and number of the batch that was taken last."""
+        self.step = 0
 
     def steps_per_epoch(self) -> int | None:
         """Return the number of batches an epoch, if the data knows it."""
@@ -164,65 +180,127 @@ class BatchStream:
 
     def peek(self) -> Any:
         """Return the next batch without taking it."""
-        if not self._ahead:
-            try:
-                self._ahead.append(next(self._iterator))
-            except StopIteration:
-                raise BatchInvalid("The data holds no batch.") from None
-        return self._ahead[0][1]
-
-    def skip(self, num_batches: int) -> None:
-        """Go past batches that an earlier run has used."""
-        for _ in range(num_batches):
-            if self.take() is None:
-                return
+        if not self._read_ahead():
+            raise BatchInvalid("The data holds no batch.")
+        return self._ahead[0]
 
     def take(self) -> Any | None:
         """Return the next batch, or None after the last."""
-        found = self._ahead.pop() if self._ahead else next(self._iterator, None)
-        if found is None:
+        if not self._read_ahead():
             return None
-        self.position, batch = found
-        return batch
+        self.position = (len(self._starts) - 1, self._number - 1)
+        self.step += 1
+        return self._ahead.pop()
 
-    def _all(self) -> Iterator[tuple[tuple[int, int], Any]]:
-        epoch = 0
-        while self._epochs is None or epoch < self._epochs:
-            found = False
-            for number, batch in enumerate(self._epoch(epoch)):
-                found = True
-                yield (epoch, number), batch
-            if not found:
-                if epoch and isinstance(self._data, Iterator):
-                    warnings.warn(
-                        f"The data is an iterator, which can be read once; it ended in epoch {epoch}. "
-                        "Pass a list, a DataLoader or a dataset to train for more epochs.",
-                        stacklevel=2,
-                    )
+    def seek(self, step: int, seen: SeenBatches | None = None) -> None:
+        """Go to a step's batch, back or forwards; batches on the way must be those of before.
+
+        Raises
+        ------
+        BatchInvalid
+            If one isn't.
+        """
+        if step < self.step:
+            self._go_back(step)
+        self.skip(step - self.step, seen)
+
+    def skip(self, num_batches: int, seen: SeenBatches | None = None) -> None:
+        """Go past batches that an earlier run has used."""
+        end = self.step + num_batches
+        while self.step < end:
+            if self._pass_over_epoch(end):
+                continue
+            batch = self.take()
+            if batch is None:
                 return
-            epoch += 1
+            if seen is not None:
+                seen.check(self.step - 1, self.position, batch)
 
-    def _epoch(self, epoch: int) -> Iterator[Any]:
-        with _own_random_numbers():
-            torch.manual_seed(_draw(self._seed, epoch, -1) >> 1)
+    def _read_ahead(self) -> bool:
+        """Have the next batch at hand; False after the last."""
+        while self._epoch_is_over():
+            if self._starts and not self._number:
+                self._warn_of_the_end()
+                return False
+            if len(self._starts) == self._epochs:
+                return False
+            self._begin_epoch()
+        return True
+
+    def _epoch_is_over(self) -> bool:
+        """Tell whether the next batch, if there is one, is another epoch's."""
+        if not self._ahead and self._batches is not None:
+            batch = next(self._batches, None)
+            if batch is None:
+                self._batches = None
+            else:
+                self._ahead.append(batch)
+                self._number += 1
+        return not self._ahead
+
+    def _begin_epoch(self) -> None:
+        epoch = len(self._starts)
+        self._starts.append(_EpochStart(self.step, self._generators.held_states))
+        if not epoch and getattr(self._data, "persistent_workers", False):
+            self._data._iterator = None  # or its workers go on with whatever they have drawn before
+        self._generators.seed(_draw(self._seed, epoch, -1) >> 1)
+        with self._generators.lent():
+            for set_epoch in self._set_epoch:
+                set_epoch(epoch)
+        self._batches = self._drawn()
+        self._number = 0
+
+    def _drawn(self) -> Iterator[Any]:
+        with self._generators.lent():
             iterator = iter(_indexed(self._data))
-            state = torch.get_rng_state()
         while True:
-            with _own_random_numbers():
-                torch.set_rng_state(state)
+            with self._generators.lent():
                 try:
                     batch = next(iterator)
                 except StopIteration:
                     return
-                state = torch.get_rng_state()
             yield batch
 
+    def _go_back(self, step: int) -> None:
+        """Go back to the beginning of the epoch that a step is in."""
+        epoch = max(n for n, start in enumerate(self._starts) if start.step <= step)
+        if getattr(self._data, "persistent_workers", False):
+            epoch = 0  # nobody knows what they had drawn by then
+        start = self._starts[epoch]
+        del self._starts[epoch:]
+        self._generators.held_states = start.held_states
+        self._batches, self._ahead = None, []
+        self.step = start.step
 
-@contextmanager
-def _own_random_numbers() -> Iterator[None]:
-    """Leave torch's generator to the data, and to no worker that is a thread of this process."""
-    with RANDOM_LOCK, torch.random.fork_rng(devices=[]):
-        yield
+    def _pass_over_epoch(self, end: int) -> bool:
+        """Go past a whole epoch by its indices alone, where that is all it takes; tell whether."""
+        if not (self._starts and self._epoch_is_over() and is_ordered_by_indices(self._data)):
+            return False
+        if self.step + len(self._data) > end or len(self._starts) == self._epochs:
+            return False
+        self._begin_epoch()
+        with self._generators.lent():
+            self._number = pass_over_indices(self._data)
+        self.step += self._number
+        self._batches = None
+        return True
+
+    def _warn_of_the_end(self) -> None:
+        epoch = len(self._starts) - 1
+        if epoch and isinstance(self._data, Iterator):
+            warnings.warn(
+                f"The data is an iterator, which can be read once; it ended in epoch {epoch}. "
+                "Pass a list, a DataLoader or a dataset to train for more epochs.",
+                stacklevel=3,
+            )
+
+
+@dataclass(frozen=True)
+class _EpochStart:
+    """Where an epoch began: its first step, and the states of the generators that the data holds."""
+
+    step: int
+    held_states: list[Any]
 
 
 def _indexed(data: Any) -> Any:
@@ -261,15 +339,3 @@ class _HuggingFaceBatches:
     def __iter__(self) -> Iterator[Any]:
         formatted = self.dataset.with_format("torch")
         return iter(formatted.iter(batch_size=self.batch_size, drop_last_batch=True))
-
-
-def fingerprint(batch: Any) -> str:
-    """Return a checksum of a batch: a store remembers what its run was trained on first."""
-    tensors, constants = flatten_batch(batch)
-    checksum = zlib.crc32(repr(sorted(constants.items())).encode())
-    for name, tensor in sorted(tensors.items()):
-        data = tensor.detach().cpu().contiguous().reshape(-1)
-        described = f"{name} {tensor.dtype} {list(tensor.shape)}"
-        checksum = zlib.crc32(described.encode(), checksum)
-        checksum = zlib.crc32(data.view(torch.uint8).numpy().tobytes(), checksum)
-    return f"{checksum:08x}"

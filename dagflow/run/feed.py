@@ -21,6 +21,7 @@ from dagflow.run.clusters import in_background
 from dagflow.run.dask_internals import Task, TaskRef
 from dagflow.run.data import BatchStream, TokenDataset, num_rows, read_rows, split_rows, take_rows
 from dagflow.run.graph import Key, StepGraph, task
+from dagflow.run.seen import SeenBatches
 from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import Microbatch
@@ -96,8 +97,10 @@ class StreamFeed(Feed):
         num_microbatches: int,
         client: Client,
         addresses: Sequence[str],
+        seen: SeenBatches,
     ) -> None:
         self._stream = stream
+        self._seen = seen
         self._dag = dag
         self._num_microbatches = num_microbatches
         self._client = client
@@ -110,8 +113,9 @@ class StreamFeed(Feed):
             batch = self._stream.take()
             if batch is None:
                 return None
-            where = self._stream.position
-            self._taken = (batch, {"epoch": where[0], "batch": where[1]})
+            epoch, number = self._stream.position
+            known = self._seen.check(step, (epoch, number), batch)
+            self._taken = (batch, {"epoch": epoch, "batch": number, "fingerprint": known})
         batch, samples = self._taken
         parts, microbatches = split_batch(
             self._dag, batch, step, self._num_microbatches, self._count

@@ -31,15 +31,17 @@ from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
 from dagflow.run.clusters import ask_workers, open_cluster, reconnect, roster
-from dagflow.run.data import BatchStream, TokenDataset, fingerprint, num_rows, split_rows, take_rows
+from dagflow.run.data import BatchStream, TokenDataset, num_rows, split_rows, take_rows
 from dagflow.run.driver import Disturbed, Driver
 from dagflow.run.events import Callback, ProgressLine, StepEvent, notify
 from dagflow.run.export import model_facts
 from dagflow.run.feed import Feed, StreamFeed, TokenFeed, TokenRows
+from dagflow.run.generators import doubts
 from dagflow.run.graph import Priorities, StepGraph
 from dagflow.run.ledger import Ledger
 from dagflow.run.membership import Membership
 from dagflow.run.runs import foreign
+from dagflow.run.seen import SeenBatches, fingerprint
 from dagflow.run.settings import Config, Mathematics
 from dagflow.run.weights import Leftovers, initial_shard, read_state_dict
 from dagflow.run.workers import WorkerFacts
@@ -201,6 +203,8 @@ def train(
     config = config or Config()
     line = ProgressLine(progress)
     _check_counts(epochs, steps, snapshot_every)
+    for doubt in doubts(data):
+        line.note(f"The data's order can't be repeated: {doubt}.")
     stream = _stream(data, epochs, steps, seed, config)
     total = steps if steps is not None else _total_steps(data, stream, epochs)
     mathematics = Mathematics(
@@ -236,13 +240,13 @@ def train(
             lease=lease,
             data=data,
             stream=stream,
+            seen=SeenBatches(strict=not config.force),
             total=total,
             config=config,
             num_stages=num_stages,
             snapshot_every=snapshot_every,
             line=line,
             callbacks=tuple(callbacks),
-            epochs=epochs,
             names=names,
             journal=_journal_steps(journal),
             has_own_client=isinstance(client, str),
@@ -284,13 +288,13 @@ class _Session:
     lease: Lease
     data: Any
     stream: BatchStream | None
+    seen: SeenBatches
     total: int | None
     config: Config
     num_stages: int | str
     snapshot_every: int | None
     line: ProgressLine
     callbacks: tuple[Callback, ...]
-    epochs: int
     names: tuple[str, ...]
     journal: int
     has_own_client: bool
@@ -389,8 +393,9 @@ class _Session:
 
     def _start(self, graph: StepGraph, newest: int) -> tuple[int, Ledger]:
         """Return the step that all stages can be brought to, and the ledger up to there."""
-        rows = self.run.ledger.read() if self.journal else []
-        records = {row["step"]: StepRecord.from_json(row) for row in rows}
+        rows = self.run.ledger.read()
+        self.seen.learn(rows)
+        records = {row["step"]: StepRecord.from_json(row) for row in rows if self.journal}
         since = self._needed_since()
         kept = {step: record for step, record in records.items() if step >= since}
         start = reach(graph.refs[0], graph.programs, graph.neighbours, newest, kept)
@@ -492,19 +497,22 @@ class _Session:
     def _feed(self, client: Client, addresses: Sequence[str], start: int) -> Feed:
         if self.token_feed is not None:
             return self.token_feed
-        stream, self.stream = self.stream, None
-        if stream is None:  # a second attempt: read the data from its beginning again
-            if isinstance(self.data, Iterator):
-                raise BatchInvalid(
-                    "The data is an iterator, which can be read once, and the batches since the "
-                    f"snapshot of step {start} are gone. Call train again with a new iterator and "
-                    f"store={self.run.store.url!r}, or pass a list, a DataLoader or a dataset."
-                )
-            seed = self.mathematics.seed
-            stream = _stream(self.data, self.epochs, self.total, seed, self.config)
-        assert stream is not None
-        stream.skip(start)
-        return StreamFeed(stream, self.dag, self.mathematics.num_microbatches, client, addresses)
+        assert self.stream is not None
+        if start < self.stream.step and isinstance(self.data, Iterator):
+            raise BatchInvalid(
+                "The data is an iterator, which can be read once, and the batches since the "
+                f"snapshot of step {start} are gone. Call train again with a new iterator and "
+                f"store={self.run.store.url!r}, or pass a list, a DataLoader or a dataset."
+            )
+        self.stream.seek(start, self.seen)
+        return StreamFeed(
+            self.stream,
+            self.dag,
+            self.mathematics.num_microbatches,
+            client,
+            addresses,
+            self.seen,
+        )
 
     def _on_step(self, event: StepEvent) -> None:
         self.line.update(event)

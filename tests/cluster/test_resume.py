@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from small import assert_same_run, batches, example, train
 from torch.utils.data import DataLoader, TensorDataset
 
 import dagflow
+from dagflow.run.runs import samples_of
+from dagflow.run.seen import fingerprint
 from dagflow_storage import RunDirectory, Store, list_snapshots
 
 CLIPPED: dict[str, Any] = {
@@ -154,3 +157,34 @@ def test_a_failing_callback_stops_the_run_where_it_can_be_resumed(
         train(of, data, tmp_path / "run", client=client, snapshot_every=2, callbacks=[fail])
     assert list_snapshots(Store(str(tmp_path / "run")))[-1] in (2, 4)
     assert_same_run(train(of, data, tmp_path / "run", client=client), whole)
+
+
+def test_each_sample_is_in_the_ledger_once_an_epoch_when_a_later_epoch_is_resumed(
+    client: Client, tmp_path: Path
+) -> None:
+    # A batch is one sample of this dataset.
+    of = example()
+    samples = batches(of, 10)
+
+    def loader() -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(1)
+        return DataLoader(samples, batch_size=None, shuffle=True, generator=generator)  # type: ignore[arg-type]
+
+    whole = train(of, loader(), tmp_path / "whole", client=client, epochs=2)
+    train(of, loader(), tmp_path / "run", client=client, steps=13)
+    resumed = train(of, loader(), tmp_path / "run", client=client, epochs=2)
+    assert_same_run(resumed, whole)
+    seen = [row["fingerprint"] for row in samples_of(str(tmp_path / "run"))]
+    assert Counter(seen) == Counter(2 * [fingerprint(sample) for sample in samples])
+    assert seen[:10] != seen[10:]
+
+
+def test_a_resumed_run_that_reads_other_batches_is_refused(client: Client, tmp_path: Path) -> None:
+    of = example()
+    data = batches(of, 6)
+    train(of, data, tmp_path / "run", client=client, steps=4)
+    other = [*data[:2], data[3], data[2], *data[4:]]
+    with pytest.raises(dagflow.BatchInvalid, match=r"Step 2 \(batch 2 of epoch 0"):
+        train(of, other, tmp_path / "run", client=client)
+    config = dagflow.Config(force=True)
+    assert train(of, other, tmp_path / "run", client=client, config=config).step == 6
