@@ -232,14 +232,22 @@ class _Registry:
                 f"The attention of {path!r} is given a mask that the model has made itself."
             )
         raise CaptureFailed(
-            f"The attention of {path!r} is given {'no mask' if mask is None else 'something else for a mask'}. A decoder's "
-            f"tokens look at those before them, and at nothing else. What to do: {REMEDY}"
+            f"The attention of {path!r} is given {'no mask' if mask is None else 'an unknown mask'}. "
+            f"A decoder's tokens look at those before them, and at nothing else. What to do: {REMEDY}"
         )
 
 
-# What changes nothing: memory that flash attention would be told of, and what is reported.
+# What changes nothing: what flash attention would be told besides, what is reported, and what
+# models hand on to all of their modules.
 _NEUTRAL = frozenset(
-    ("position_ids", "sliding_window", "is_causal", "output_attentions", "use_cache")
+    (
+        "position_ids",
+        "sliding_window",
+        "is_causal",
+        "output_attentions",
+        "use_cache",
+        "logits_to_keep",
+    )
 )
 
 
@@ -290,7 +298,7 @@ def _read_mask(function: Callable[..., Any]) -> Mask:
         names = [part.__qualname__ for part in inner["mask_functions"]]
         if "causal_mask_function" in names and len(names) == len(set(names)):
             return Mask(sum(m.window for m in found), sum(m.chunk for m in found))
-    raise CaptureFailed(
+    raise MaskRead(
         f"A module of class {_module_on_stack()} asks for a mask that is neither causal, nor sliding, "
         f"nor in chunks: {name}. What to do: {REMEDY}"
     )

@@ -34,25 +34,12 @@ _SOFTMAX = ("aten.softmax.int", "aten._softmax.default", "aten._safe_softmax.def
 _PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default")
 _FUSED = "aten.scaled_dot_product_attention.default"
 # What hands on a tensor's numbers as they are, in evaluation mode.
-_SAME_NUMBERS = frozenset(
-    [
-        "dropout",
-        "to",
-        "_to_copy",
-        "type_as",
-        "clone",
-        "contiguous",
-        "alias",
-        "detach",
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "float",
-    ]
-)
+# fmt: off
+_SAME_NUMBERS = frozenset((
+    "dropout", "to", "_to_copy", "type_as", "clone", "contiguous", "alias", "detach", "view",
+    "reshape", "_unsafe_view", "unsqueeze", "squeeze", "expand", "float",
+))
+# fmt: on
 # Masks are numbers like -1e4 or the least of a dtype; biases of so few tokens stay far above.
 _HIDDEN = -9e3
 _LEAST_TOKENS, _MOST_TOKENS = 64, 4096
@@ -359,9 +346,9 @@ class _Evaluation:
         found |= {use for parameter in self._dag.parameters for use in parameter.uses}
         found |= {buffer_value(b.name) for b in self._dag.buffers} - set(self._known)
         for node in self._dag.nodes:
-            if node.op == ATTEND or any(name in found for name in node.references()):
-                if not _reads_shape_only(node):
-                    found.add(node.name)
+            depends = node.op == ATTEND or not found.isdisjoint(node.references())
+            if depends and not _reads_shape_only(node):
+                found.add(node.name)
         return found
 
     def tokens_to_look_at(self, source: str, product: str) -> int:
@@ -450,19 +437,12 @@ class _Evaluation:
 
 
 # Operators that make a tensor of another's form and don't look at its numbers.
-_SHAPE_ONLY = frozenset(
-    [
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-        "rand_like",
-    ]
-)
+# fmt: off
+_SHAPE_ONLY = frozenset((
+    "zeros_like", "ones_like", "full_like", "empty_like",
+    "new_zeros", "new_ones", "new_full", "new_empty",
+))
+# fmt: on
 
 
 def _reads_shape_only(node: Node) -> bool:

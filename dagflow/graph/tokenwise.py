@@ -20,68 +20,21 @@ from dagflow_tasks.operators import Node, argument_references
 
 _POSITIONS = input_value("positions")
 # Over which dimensions they compute is their second argument; without it over all.
-_REDUCTIONS = frozenset(
-    [
-        "sum",
-        "mean",
-        "prod",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "var",
-        "std",
-        "logsumexp",
-        "norm",
-        "linalg_vector_norm",
-        "any",
-        "all",
-        "cumsum",
-        "cumprod",
-        "cummax",
-        "cummin",
-        "logcumsumexp",
-        "softmax",
-        "_softmax",
-        "_safe_softmax",
-        "log_softmax",
-        "_log_softmax",
-        "sort",
-        "argsort",
-        "topk",
-        "argmax",
-        "argmin",
-        "median",
-        "flip",
-        "roll",
-        "diff",
-    ]
-)
-_OVER_ROWS = frozenset(
-    [
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "convolution",
-        "conv_transpose1d",
-        "lstm",
-        "gru",
-        "rnn_tanh",
-        "rnn_relu",
-        "group_norm",
-        "instance_norm",
-        "fft_fft",
-        "fft_rfft",
-        "fft_irfft",
-        "constant_pad_nd",
-        "pad",
-        "scaled_dot_product_attention",
-        "unfold",
-        "avg_pool1d",
-        "max_pool1d",
-    ]
-)
-_PICKS = frozenset(["select", "slice", "narrow", "index_select"])
+# fmt: off
+_REDUCTIONS = frozenset((
+    "sum", "mean", "prod", "amax", "amin", "max", "min", "var", "std", "logsumexp", "norm",
+    "linalg_vector_norm", "any", "all", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp",
+    "softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "sort", "argsort", "topk",
+    "argmax", "argmin", "median", "flip", "roll", "diff",
+))
+_OVER_ROWS = frozenset((
+    "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "lstm", "gru", "rnn_tanh",
+    "rnn_relu", "group_norm", "instance_norm", "fft_fft", "fft_rfft", "fft_irfft",
+    "constant_pad_nd", "pad", "scaled_dot_product_attention", "unfold", "avg_pool1d", "max_pool1d",
+))
+_PICKS = frozenset(("select", "slice", "narrow", "index_select"))
+_PRODUCTS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm"))
+# fmt: on
 
 
 def check_tokenwise(dag: OperatorDag) -> None:
@@ -98,14 +51,12 @@ def check_tokenwise(dag: OperatorDag) -> None:
             f"The model fixes the number of tokens to {tokens}: it goes through them one by one, or "
             f"makes a tensor of that size. What to do: {REMEDY}"
         )
-    most = next(s.maximum for s in dag.symbols if s.name == tokens)
     least = next(s.minimum for s in dag.symbols if s.name == tokens)
     if least > 2:
         raise CaptureFailed(
             f"The model was captured for {least} tokens and more; a decoder computes one at a time. "
             f"What to do: {REMEDY}"
         )
-    del most
     live = live_values(dag)
     for node in dag.nodes:
         if node.name in live and node.op != ATTEND:

@@ -138,8 +138,8 @@ class Deployment:
     @property
     def max_tokens(self) -> int:
         """The longest sequence, prompt and answer, that model and caches allow now."""
-        capacity = self.engine.pool.capacity
-        return min(capacity, self.model.max_tokens or capacity)
+        longest = self.engine.pool.room.longest
+        return min(longest, self.model.max_tokens or longest)
 
     @property
     def caches(self) -> CacheState:

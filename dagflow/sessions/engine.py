@@ -295,7 +295,7 @@ class Engine:
         if self.placement.capacity() < self.pool.capacity:
             for address in set(self.placement.addresses):
                 self.placement.shut_unneeded(address)
-        for live in self.pool.resize(self.placement.capacity()):
+        for live in self.pool.resize(self.placement.capacity(), self.placement.worker_needs()):
             self._send_away(live)
 
     def _hear(self, message: Message, address: str) -> None:
@@ -354,9 +354,12 @@ class Engine:
         self._live[live.name] = live
         return live
 
-    async def admit(self, num_tokens: int, prompt: Sequence[int] = ()) -> Live:
+    async def admit(
+        self, num_tokens: int, prompt: Sequence[int] = (), num_sequences: int = 1
+    ) -> Live:
         """Begin a session that will have at most so many tokens, when there is room for them.
 
+        With several sequences (beams) these are the tokens of all of them.
         If others have computed the beginning of the prompt, it has these tokens already.
 
         Raises
@@ -366,7 +369,7 @@ class Engine:
         CacheFull
             If sessions that are fed by hand hold too much, or workers have left.
         """
-        live = await self.pool.admit(Live(), num_tokens, prompt)
+        live = await self.pool.admit(Live(num_sequences=num_sequences), num_tokens, prompt)
         self._live[live.name] = live
         try:
             if live.sharing is not None:

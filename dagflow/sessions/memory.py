@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dagflow.errors import StageTooLarge
 from dagflow.graph.dag import OperatorDag, dtype_bytes
 from dagflow.graph.show import amount
-from dagflow_tasks.attention import ATTEND, BLOCK_TOKENS
+from dagflow_tasks.attention import ATTEND, BLOCK_TOKENS, reach_of
 from dagflow_tasks.operators import argument_references
 from dagflow_tasks.program import StageProgram
 
@@ -28,31 +27,80 @@ class StageNeeds:
         Parameters, buffers and constants, those included that other stages have as well.
     token_bytes : int
         For each token of each session: a key and a value a layer, and the rows that are sent on.
+    windows : tuple of (int, int)
+        Layers with a window or chunks: how many tokens of a session each keeps at most, and its part
+        of `token_bytes`.
     """
 
     weight_bytes: int
     token_bytes: int
+    windows: tuple[tuple[int, int], ...] = ()
+
+    def spared(self, num_tokens: int) -> int:
+        """Return how many tokens fewer a session of so many takes, because layers have windows."""
+        spared_bytes = sum(size * max(0, num_tokens - kept) for kept, size in self.windows)
+        return spared_bytes // max(1, self.token_bytes)
 
     @classmethod
     def of(cls, dag: OperatorDag, program: StageProgram) -> StageNeeds:
         tensors = {use.parameter: (use.dtype, use.shape) for use in program.parameters}
         tensors |= {use.buffer: (use.dtype, use.shape) for use in program.buffers}
         tensors |= {use.name: (use.dtype, use.shape) for use in program.constants}
-        per_token = [(o.value.dtype, o.value.shape) for o in program.outputs]
+        token_bytes = sum(_bytes(o.value.dtype, o.value.shape) for o in program.outputs)
+        windows = []
         for node in program.nodes:
             if node.op == ATTEND:
-                for argument in node.args[1:3]:
-                    (name,) = argument_references(argument)
-                    per_token.append(dag.info[name].outputs[0])
-        return cls(
-            sum(_bytes(*tensor) for tensor in tensors.values()),
-            sum(_bytes(*tensor) for tensor in per_token),
-        )
+                names = [name for a in node.args[1:3] for name in argument_references(a)]
+                layer_bytes = sum(_bytes(*dag.info[name].outputs[0]) for name in names)
+                token_bytes += layer_bytes
+                reach = reach_of(node.args)
+                if reach is not None:
+                    windows.append((reach.most_tokens, layer_bytes))
+        weight_bytes = sum(_bytes(*tensor) for tensor in tensors.values())
+        return cls(weight_bytes, token_bytes, tuple(windows))
 
 
 def _bytes(dtype: str, shape: Iterable[object]) -> int:
     """Bytes of a tensor, of one token if it has any."""
     return math.prod(size for size in shape if isinstance(size, int)) * dtype_bytes(dtype)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many tokens all sessions together may have, and what a long session takes of that.
+
+    Attributes
+    ----------
+    capacity : int
+        In tokens that every layer keeps.
+    needs : tuple of StageNeeds
+        Of each worker, over its stages.
+    """
+
+    capacity: int
+    needs: tuple[StageNeeds, ...] = ()
+
+    def taken(self, num_tokens: int) -> int:
+        """Return what a session of so many tokens takes of the capacity: less, if layers have windows.
+
+        >>> Room(1000, (StageNeeds(0, 4, ((96, 3),)),)).taken(496)
+        196
+        """
+        return num_tokens - min((need.spared(num_tokens) for need in self.needs), default=0)
+
+    @property
+    def longest(self) -> int:
+        """How many tokens a session may have that is alone, as far as memory decides."""
+        # The first length that is too much lies between these; what is taken never falls.
+        low, high = self.capacity, _NO_END
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.taken(middle) <= self.capacity else (low, middle)
+        return low // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+# More tokens than any session has.
+_NO_END = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -88,6 +136,16 @@ def fits(
     return cache_budget(memory, weight_bytes, cache_bytes) >= BLOCK_TOKENS * token_bytes
 
 
+def needs_by_worker(addresses: Sequence[str], needs: Sequence[StageNeeds]) -> dict[str, StageNeeds]:
+    """Return what each worker's stages take together; `addresses` has the worker of each stage."""
+    found: dict[str, StageNeeds] = {}
+    for address in dict.fromkeys(addresses):
+        here = _of(addresses, needs, address)
+        windows = tuple(window for need in here for window in need.windows)
+        found[address] = StageNeeds(*_sum(here), windows)
+    return found
+
+
 def tokens_that_fit(
     addresses: Sequence[str],
     needs: Sequence[StageNeeds],
@@ -110,12 +168,10 @@ def tokens_that_fit(
     cache_bytes
         Budget of a worker; None for `CACHE_SHARE` of what weights leave.
     """
-    token_bytes: dict[str, int] = defaultdict(int)
-    for address, need in zip(addresses, needs, strict=True):
-        token_bytes[address] += need.token_bytes
     room = min(
-        max(0, cache_budget(workers[address], weight_bytes[address], cache_bytes)) // max(1, count)
-        for address, count in token_bytes.items()
+        max(0, cache_budget(workers[address], weight_bytes[address], cache_bytes))
+        // max(1, need.token_bytes)
+        for address, need in needs_by_worker(addresses, needs).items()
     )
     return room // BLOCK_TOKENS * BLOCK_TOKENS
 

@@ -21,7 +21,14 @@ from dagflow.run.clusters import register_on_workers
 from dagflow.run.dask_internals import connection_arguments
 from dagflow.run.membership import Membership
 from dagflow.sessions.links import CommClosedError, Link, Message
-from dagflow.sessions.memory import StageNeeds, WorkerMemory, fits, place_stages, tokens_that_fit
+from dagflow.sessions.memory import (
+    StageNeeds,
+    WorkerMemory,
+    fits,
+    needs_by_worker,
+    place_stages,
+    tokens_that_fit,
+)
 from dagflow.sessions.models import Model
 from dagflow.sessions.service import SessionWorker, StageSpec, open_stage, take_part
 from dagflow_tasks.results import TensorDict
@@ -193,6 +200,10 @@ class Placement:
         """Return how many tokens all sessions together may have where the stages are now."""
         weights = {address: self._weights_on(address) for address in self.addresses}
         return tokens_that_fit(self.addresses, self.needs, weights, self._memory, self._cache_bytes)
+
+    def worker_needs(self) -> list[StageNeeds]:
+        """Return what the stages on each worker take together."""
+        return list(needs_by_worker(self.addresses, self.needs).values())
 
     def _weights_on(self, address: str) -> int:
         """Bytes of the weights that a worker has open, or is opening."""

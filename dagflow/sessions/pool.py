@@ -1,19 +1,21 @@
 """Who may keep how many tokens on the workers, who waits, and whose tokens others go on from.
 
-All stages keep the same tokens, so one count stands for all workers. Decides only: messages are its
-user's business. Of one event loop.
+All stages keep the same tokens, so one count stands for all workers. A long session counts for less
+than its tokens where layers have windows (`Room.taken`). Decides only: messages are its user's
+business. Of one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Generic, TypeVar
 
 from dagflow.errors import CacheFull, RequestTooLarge
+from dagflow.sessions.memory import Room, StageNeeds
 from dagflow_tasks.attention import whole_blocks
 
 # Fewer tokens are computed faster than their caches are copied.
@@ -35,7 +37,9 @@ class Holder:
     most_tokens : int
         How many there ever were: caches don't shrink when a session is rewound.
     reserved : int
-        How many tokens it may have without asking.
+        How many tokens it may have without asking, over all its sequences.
+    num_sequences : int
+        How many sequences share them: with beams, those of others that come and go with it.
     by_hand : bool
         Whether it grows as its owner likes, and ends when that one likes.
     ticket : int
@@ -46,6 +50,7 @@ class Holder:
     num_computed: int = 0
     most_tokens: int = 0
     reserved: int = 0
+    num_sequences: int = 1
     by_hand: bool = False
     ticket: int = -1
 
@@ -116,16 +121,20 @@ class CachePool(Generic[Some]):
         take_over: Callable[[Some, int], None],
         drop: Callable[[Some], object],
     ) -> None:
-        self.capacity = 0
+        self.room = Room(0)
         self._reuse = reuse
         self._fork, self._take_over, self._drop = fork, take_over, drop
         self._holders: list[Some] = []
         self._kept: list[Some] = []  # the longest unused first
-        self._leaving = 0
+        self._leavers: list[tuple[int, int]] = []  # tokens and sequences
         self._waiting: list[_Waiting[Some]] = []
         self._settled = asyncio.Event()
         self._tickets = count()
         self._num_hits = self._hit_tokens = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.room.capacity
 
     @property
     def state(self) -> CacheState:
@@ -138,12 +147,12 @@ class CachePool(Generic[Some]):
             self._hit_tokens,
         )
 
-    def check(self, num_tokens: int) -> None:
-        """Raise `RequestTooLarge` if so many tokens could never be had."""
-        if whole_blocks(num_tokens) > self.capacity:
+    def check(self, num_tokens: int, num_sequences: int = 1) -> None:
+        """Raise `RequestTooLarge` if so many tokens, over all sequences, could never be had."""
+        if self._cost(whole_blocks(num_tokens), num_sequences) > self.capacity:
             raise RequestTooLarge(
                 f"The request may need {num_tokens} tokens, prompt and answer, and the workers' "
-                f"caches hold {self.capacity}: shorten the prompt, ask for fewer new tokens, or give "
+                f"caches hold {self.room.longest}: shorten the prompt, ask for fewer new tokens, or give "
                 "the caches more memory."
             )
 
@@ -159,7 +168,7 @@ class CachePool(Generic[Some]):
         CacheFull
             If sessions fed by hand hold too much, or workers have left.
         """
-        self.check(num_tokens)
+        self.check(num_tokens, holder.num_sequences)
         holder.ticket = next(self._tickets)
         return await self._wait(holder, num_tokens, prompt, patient=True)
 
@@ -191,12 +200,12 @@ class CachePool(Generic[Some]):
             self._holders.remove(holder)
         if holder in self._kept:
             self._kept.remove(holder)
-        self._leaving += reserved
+        self._leavers.append((reserved, holder.num_sequences))
         return reserved
 
     def forgotten(self, num_tokens: int) -> None:
         """Hear that stages have forgotten tokens of a session that has left."""
-        self._leaving -= num_tokens
+        self._leavers.remove(next(one for one in self._leavers if one[0] == num_tokens))
         if self._used + self._leaving <= self.capacity:
             self._settled.set()
         self._turn()
@@ -206,7 +215,7 @@ class CachePool(Generic[Some]):
         if not self._reuse or holder.num_computed < LEAST_SHARED_TOKENS:
             return False
         self._holders.remove(holder)
-        holder.reserved = whole_blocks(holder.most_tokens)
+        holder.reserved, holder.num_sequences = whole_blocks(holder.most_tokens), 1
         self._kept.append(holder)
         if len(self._kept) > _MOST_KEPT:
             self._drop(self._kept[0])
@@ -218,17 +227,20 @@ class CachePool(Generic[Some]):
         for holder in list(self._kept):
             self._drop(holder)
 
-    def resize(self, capacity: int) -> list[Some]:
-        """Take another capacity; return sessions that must leave for it, the latest first."""
-        self.capacity = capacity
-        if self._used + self._num_kept > capacity:
+    def resize(self, capacity: int, needs: Iterable[StageNeeds] = ()) -> list[Some]:
+        """Take another capacity; return sessions that must leave for it, the latest first.
+
+        `needs`, of the workers, say what long sessions take of it.
+        """
+        self.room = Room(capacity, tuple(needs))
+        if self._used + self._num_kept > self.capacity:
             self.drop_kept()
-        over = self._used - capacity
+        over = self._used - self.capacity
         leaving: list[Some] = []
         for holder in sorted(self._holders, key=lambda h: -h.ticket):
             if over > 0:
                 leaving.append(holder)
-                over -= holder.reserved
+                over -= self._taken(holder)
         self._turn()
         return leaving
 
@@ -245,13 +257,24 @@ class CachePool(Generic[Some]):
             if not one.granted.done():
                 one.granted.set_exception(error)
 
+    def _taken(self, *holders: Holder) -> int:
+        return sum(self._cost(holder.reserved, holder.num_sequences) for holder in holders)
+
+    def _cost(self, num_tokens: int, num_sequences: int = 1) -> int:
+        """Return what sequences of so many tokens together take of the capacity."""
+        return num_sequences * self.room.taken(num_tokens // num_sequences)
+
     @property
     def _used(self) -> int:
-        return sum(holder.reserved for holder in self._holders)
+        return self._taken(*self._holders)
 
     @property
     def _num_kept(self) -> int:
-        return sum(holder.reserved for holder in self._kept)
+        return self._taken(*self._kept)
+
+    @property
+    def _leaving(self) -> int:
+        return sum(self._cost(*leaver) for leaver in self._leavers)
 
     @property
     def _free(self) -> int:
@@ -289,8 +312,9 @@ class CachePool(Generic[Some]):
             self._waiting.remove(first)
 
     def _refusal(self, first: _Waiting[Some]) -> Exception | None:
-        more = first.need - first.holder.reserved
-        by_hand = sum(h.reserved for h in self._holders if h.by_hand)
+        need = self._cost(first.need, first.holder.num_sequences)
+        more = need - self._taken(first.holder)
+        by_hand = self._taken(*(h for h in self._holders if h.by_hand))
         if not first.patient:
             left = self._free + self._leaving + self._num_kept
             if more > left:
@@ -299,7 +323,7 @@ class CachePool(Generic[Some]):
                     f"and {left} of {self.capacity} are left: rewind it, close others, or give the "
                     "caches more memory."
                 )
-        elif first.need > self.capacity - by_hand:
+        elif need > self.capacity - by_hand:
             return CacheFull(
                 f"{first.need} tokens are wanted, and the workers' caches hold {self.capacity}, "
                 f"{by_hand} of them of sessions that are fed by hand: close some, or wait for workers."
@@ -321,20 +345,20 @@ class CachePool(Generic[Some]):
 
     def _has_room(self, first: _Waiting[Some], source: Some | None) -> bool:
         """Tell whether there is room now; if there will be without what is kept, have that dropped."""
-        more = first.need - first.holder.reserved
+        more = self._cost(first.need, first.holder.num_sequences) - self._taken(first.holder)
         if more <= self._free:
             return True
         others = [holder for holder in self._kept if holder is not source]
         missing = more - self._free - self._leaving
-        if missing > sum(holder.reserved for holder in others) and source in self._kept:
+        if missing > self._taken(*others) and source in self._kept:
             assert source is not None
-            more -= source.reserved  # it is taken over itself
-            missing -= source.reserved
-        if missing > sum(holder.reserved for holder in others):
+            more -= self._taken(source)  # it is taken over itself
+            missing -= self._taken(source)
+        if missing > self._taken(*others):
             return False
         for holder in others:
             if missing > 0:
-                missing -= holder.reserved
+                missing -= self._taken(holder)
                 self._drop(holder)
         return more <= self._free
 
@@ -344,8 +368,10 @@ class CachePool(Generic[Some]):
             self._num_hits += 1
             self._hit_tokens += shared
             whole = shared == len(source.tokens)
-            if source in self._kept and (whole or first.need > self._free):
+            need = self._cost(first.need, holder.num_sequences)
+            if source in self._kept and (whole or need > self._free):
                 self._kept.remove(source)
+                source.num_sequences = holder.num_sequences
                 source.ticket, holder = holder.ticket, source
                 self._take_over(source, shared)
             else:

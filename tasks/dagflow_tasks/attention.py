@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -22,6 +23,9 @@ ATTEND = "dagflow.attend.default"
 # Caches grow by so many tokens: what is reserved for a session is what it takes, and all decode steps
 # but one in so many copy nothing.
 BLOCK_TOKENS = 32
+# Layers with a window keep so many tokens more than it shows: a session can be rewound by these
+# (wrong guesses) without anything being computed again.
+KEPT_BEHIND_TOKENS = 2 * BLOCK_TOKENS
 
 
 def whole_blocks(num_tokens: int) -> int:
@@ -33,6 +37,48 @@ def whole_blocks(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
+@dataclass(frozen=True)
+class Reach:
+    """Which tokens one sees in a layer that doesn't see all of them.
+
+    Attributes
+    ----------
+    window : int
+        How many tokens back, itself included; 0 for all.
+    chunk : int
+        Those of its own chunk of so many tokens; 0 for no chunks.
+    """
+
+    window: int
+    chunk: int
+
+    def first(self, position: int) -> int:
+        """Return the first position that a token sees.
+
+        >>> Reach(4, 0).first(10), Reach(4, 0).first(2), Reach(0, 4).first(10)
+        (7, 0, 8)
+        """
+        low = max(0, position - self.window + 1) if self.window else 0
+        return max(low, position // self.chunk * self.chunk) if self.chunk else low
+
+    def first_kept(self, end: int) -> int:
+        """Return the first position that a cache keeps which reaches up to another, exclusive."""
+        return max(0, self.first(end) - KEPT_BEHIND_TOKENS) // BLOCK_TOKENS * BLOCK_TOKENS
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens a layer's cache has room for at most."""
+        shown = min(size for size in (self.window, self.chunk) if size)
+        return whole_blocks(shown - 1 + KEPT_BEHIND_TOKENS + BLOCK_TOKENS - 1)
+
+
+def reach_of(arguments: Sequence[Any]) -> Reach | None:
+    """Return the reach of a call of `attend` by its arguments; None if its tokens see all before."""
+    window = arguments[5] if len(arguments) > 5 else 0
+    chunk = arguments[9] if len(arguments) > 9 else 0
+    return Reach(window, chunk) if window or chunk else None
+
+
 @dataclass
 class LayerCache:
     """Keys and values of one session in one layer.
@@ -41,10 +87,16 @@ class LayerCache:
     ----------
     keys, values : Tensor (H, C, D)
         By key head; the first tokens of the capacity C are in use.
+    first : int
+        Position of the first one.
+    reach : Reach or None
+        Of a layer that keeps no more than its window or chunk needs; None if it keeps everything.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    first: int = 0
+    reach: Reach | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -58,7 +110,7 @@ class SessionCache:
     Attributes
     ----------
     length : int
-        Tokens in use.
+        Tokens of the sequence so far.
     layers : dict
         By the layer's number in the model.
     states : dict
@@ -79,8 +131,13 @@ class SessionCache:
 
     def reaches(self, position: int) -> bool:
         """Tell whether tokens from a position on can be computed."""
-        states = self.states.values()
-        return position <= self.length and all(state.reaches(position) for state in states)
+        if position >= self.length:
+            return position == self.length
+        windows = ((c.first, c.reach) for c in self.layers.values() if c.reach is not None)
+        return position == 0 or (
+            all(state.reaches(position) for state in self.states.values())
+            and all(first <= reach.first(position) for first, reach in windows)
+        )
 
     def rewind(self, position: int) -> None:
         """Forget the tokens from a position on, which it must reach."""
@@ -102,12 +159,80 @@ class SessionCache:
         cache.values[:, start:end] = values
         return cache.keys[:, :end], cache.values[:, :end]
 
+    def put_within(
+        self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor, reach: Reach
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Put tokens at a position, and return the keys and values that these see.
+
+        What no later token will see is dropped.
+
+        Returns
+        -------
+        keys, values : Tensor (H, L, D)
+        first : int
+            Position of the first one.
+        """
+        end, low = start + keys.shape[1], reach.first(start)
+        cache = self.layers.get(layer)
+        if cache is None or low < cache.first:
+            assert start == 0, "tokens that the window shows were dropped"
+            cache = LayerCache(keys[:, :0], values[:, :0], 0, reach)
+        begin, shown = start - cache.first, slice(low - cache.first, end - cache.first)
+        if end - cache.first <= cache.keys.shape[1]:
+            cache.keys[:, begin : shown.stop] = keys
+            cache.values[:, begin : shown.stop] = values
+            return cache.keys[:, shown], cache.values[:, shown], low
+        kept = slice(max(cache.first, reach.first_kept(end)) - cache.first, begin)
+        all_keys = torch.cat([cache.keys[:, :begin], keys], 1)
+        all_values = torch.cat([cache.values[:, :begin], values], 1)
+        self._replace(layer, all_keys, all_values, cache.first, kept.start, reach)
+        return all_keys[:, shown], all_values[:, shown], low
+
+    def _replace(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        first: int,
+        skipped: int,
+        reach: Reach,
+    ) -> None:
+        """Keep tokens from position `first` on, but for some at their beginning."""
+        old, count = self.layers.get(layer), keys.shape[1] - skipped
+        capacity = whole_blocks(count)
+        new = LayerCache(
+            keys.new_empty(keys.shape[0], capacity, keys.shape[2]),
+            values.new_empty(values.shape[0], capacity, values.shape[2]),
+            first + skipped,
+            reach,
+        )
+        new.keys[:, :count] = keys[:, skipped:]
+        new.values[:, :count] = values[:, skipped:]
+        self.layers[layer] = new
+        self.num_bytes += new.num_bytes - (old.num_bytes if old is not None else 0)
+
     def copy(self, other: SessionCache, begin: int, end: int) -> None:
         """Take over another's tokens up to `end`; those before `begin` are the same already."""
         for layer, cache in other.layers.items():
-            self.put(layer, begin, cache.keys[:, begin:end], cache.values[:, begin:end])
+            if cache.reach is None:
+                self.put(layer, begin, cache.keys[:, begin:end], cache.values[:, begin:end])
+            else:
+                self._copy_within(layer, cache, cache.reach, begin, end)
         self.states = {number: state.upto(end) for number, state in other.states.items()}
         self.length = end
+
+    def _copy_within(
+        self, layer: int, cache: LayerCache, reach: Reach, begin: int, end: int
+    ) -> None:
+        own, low = self.layers.get(layer), reach.first(begin)
+        if own is not None and own.first <= low and cache.first <= begin:
+            new = slice(begin - cache.first, end - cache.first)
+            self.put_within(layer, begin, cache.keys[:, new], cache.values[:, new], reach)
+            return
+        count = end - cache.first
+        skipped = max(0, reach.first_kept(end) - cache.first)
+        keys, values = cache.keys[:, :count], cache.values[:, :count]
+        self._replace(layer, keys, values, cache.first, skipped, reach)
 
     @staticmethod
     def _grown(
@@ -208,10 +333,13 @@ def attend(
     begin = 0
     for span in spans:
         end = begin + span.count
-        keys, values = key[0, :, begin:end], value[0, :, begin:end]
-        if span.cache is not None:
+        keys, values, first = key[0, :, begin:end], value[0, :, begin:end], 0
+        if span.cache is not None and (window or chunk):
+            reach = Reach(window, chunk)
+            keys, values, first = span.cache.put_within(layer, span.start, keys, values, reach)
+        elif span.cache is not None:
             keys, values = span.cache.put(layer, span.start, keys, values)
-        mask = _mask(query, span, keys.shape[1], window, slopes, chunk)
+        mask = _mask(query, span, first, keys.shape[1], window, slopes, chunk)
         looked = _look_back(query[0, :, begin:end], keys, values, scale, mask, softcap, sinks)
         output[begin:end] = looked.transpose(0, 1)
         begin = end
@@ -248,18 +376,24 @@ def _look_back(
 def _mask(
     query: torch.Tensor,
     span: Span,
+    first: int,
     length: int,
     window: int,
     slopes: torch.Tensor | None,
     chunk: int,
 ) -> torch.Tensor | None:
-    """What is added to the scores (H or 1, T, L); None if a single token sees everything."""
+    """What is added to the scores (H or 1, T, L); None if a single token sees everything.
+
+    Keys are those from position `first` on.
+    """
     start, count = span.start, span.count
-    seen = (window == 0 or length <= window) and (chunk == 0 or length <= chunk)
+    seen = window == 0 or length <= window
+    if chunk:
+        seen = seen and first >= (start + count - 1) // chunk * chunk
     if count == 1 and seen and slopes is None:
         return None
     at = torch.arange(start, start + count, device=query.device)[:, None]
-    of = torch.arange(length, device=query.device)[None, :]
+    of = torch.arange(first, first + length, device=query.device)[None, :]
     hidden = of > at
     if window and not seen:
         hidden = hidden | (of <= at - window)

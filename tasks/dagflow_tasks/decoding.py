@@ -165,7 +165,7 @@ class DecoderStage:
     def accepts(self, part: Part) -> bool:
         """Tell whether a part's tokens follow on those that are here.
 
-        Of a session that is to be rewound further than its states reach, nothing is kept: tokens of
+        Of a session that is to be rewound further than states and windows reach, nothing is kept: tokens of
         its new epoch that come before those refused are sent again would be taken for their like.
         """
         epoch, length = self._epochs.get(part.session, 0), self._length(part.session)

@@ -7,6 +7,8 @@ import torch
 
 from dagflow_tasks.attention import (
     BLOCK_TOKENS,
+    KEPT_BEHIND_TOKENS,
+    Reach,
     SessionCache,
     Span,
     attend,
@@ -33,6 +35,8 @@ def _reference(
     window: int = 0,
     slopes: torch.Tensor | None = None,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    chunk: int = 0,
 ) -> torch.Tensor:
     """Score by score, on the whole sequence (1, T, H, D)."""
     groups = HEADS // key.shape[1]
@@ -46,8 +50,15 @@ def _reference(
     hidden = at[None, :] > at[:, None]
     if window:
         hidden |= at[None, :] <= at[:, None] - window
+    if chunk:
+        hidden |= at[None, :] // chunk != at[:, None] // chunk
     scores = scores.masked_fill(hidden, float("-inf"))
-    return (torch.softmax(scores, -1) @ value).transpose(1, 2)
+    if sinks is not None:
+        column = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
+        shares = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
+    else:
+        shares = torch.softmax(scores, -1)
+    return (shares @ value).transpose(1, 2)
 
 
 KINDS = {
@@ -56,6 +67,13 @@ KINDS = {
     "alibi": {"slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
     "softcap": {"softcap": 2.0},
     "windowed softcap": {"window": 5, "softcap": 2.0},
+    "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "windowed sinks and softcap": {
+        "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0]),
+        "window": 5,
+        "softcap": 2.0,
+    },
+    "chunks": {"chunk": 5},
 }
 
 
@@ -102,6 +120,61 @@ def test_caches_keep_everything_while_they_grow() -> None:
     fork = SessionCache()
     fork.copy(cache, 0, 40)
     assert fork.num_bytes == 2 * 2 * whole_blocks(40) * WIDTH * 4
+
+
+SHORT_SIGHTED = {"window": {"window": 40}, "chunks": {"chunk": 40}}
+
+
+def _feed(
+    cache: SessionCache, given: tuple[torch.Tensor, ...], start: int, end: int, **kind: int
+) -> torch.Tensor:
+    with attending([Span(cache, start, end - start)]):
+        return attend(*(t[:, :, start:end] for t in given), 0, SCALE, **kind)
+
+
+@pytest.mark.parametrize("kind", SHORT_SIGHTED)
+def test_layers_with_windows_keep_no_more_than_these_need(kind: str) -> None:
+    given, cache, start, found, most = _qkv(length=400), SessionCache(), 0, [], 0
+    for count in [7, 150, *[1] * 100, 90, *[1] * 53]:
+        found.append(_feed(cache, given, start, start + count, **SHORT_SIGHTED[kind]))
+        start += count
+        most = max(most, cache.layers[0].keys.shape[1])
+    wanted = _reference(*given, **SHORT_SIGHTED[kind])
+    torch.testing.assert_close(torch.cat(found, 1), wanted)
+    reach = cache.layers[0].reach
+    assert reach is not None
+    assert most <= reach.most_tokens < 40 + KEPT_BEHIND_TOKENS + 3 * BLOCK_TOKENS
+    assert cache.num_bytes == cache.layers[0].num_bytes
+
+
+@pytest.mark.parametrize("kind", SHORT_SIGHTED)
+def test_what_windows_show_is_there_after_a_rewind_or_it_is_said_that_it_is_not(kind: str) -> None:
+    given, cache = _qkv(length=300), SessionCache()
+    _feed(cache, given, 0, 299, **SHORT_SIGHTED[kind])
+    wanted = _reference(*given, **SHORT_SIGHTED[kind])
+    reached = [position for position in range(300) if cache.reaches(position)]
+    assert {*range(299 - KEPT_BEHIND_TOKENS, 300)} <= {*reached}
+    assert 100 not in reached
+    for position in reached[0], reached[-1] - 3:
+        again = _feed(cache, given, position, position + 2, **SHORT_SIGHTED[kind])
+        torch.testing.assert_close(again, wanted[:, position : position + 2])
+    # From its first token on any session can be computed again.
+    again = _feed(cache, given, 0, 300, **SHORT_SIGHTED[kind])
+    torch.testing.assert_close(again, wanted)
+
+
+@pytest.mark.parametrize("shared", [0, 150, 290])
+def test_copies_take_over_what_windows_show(shared: int) -> None:
+    given, kind = _qkv(length=300), SHORT_SIGHTED["window"]
+    origin, copy = SessionCache(), SessionCache()
+    _feed(origin, given, 0, 299, **kind)
+    if shared:
+        _feed(copy, given, 0, shared, **kind)
+    copy.copy(origin, shared, 299)
+    found = _feed(copy, given, 299, 300, **kind)
+    torch.testing.assert_close(found, _reference(*given, **kind)[:, 299:])
+    assert copy.num_bytes == copy.layers[0].num_bytes
+    assert copy.layers[0].keys.shape[1] <= Reach(40, 0).most_tokens
 
 
 def test_a_fork_is_independent_of_its_origin() -> None:

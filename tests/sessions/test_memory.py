@@ -13,6 +13,7 @@ from dagflow.errors import StageTooLarge
 from dagflow.sessions.engine import cut_at_layers
 from dagflow.sessions.memory import (
     CACHE_SHARE,
+    Room,
     StageNeeds,
     WorkerMemory,
     cache_budget,
@@ -48,6 +49,29 @@ def test_what_is_told_counts_keys_values_and_rows_for_the_next_stage() -> None:
     attention = layers * 2 * key_heads * width * torch.float32.itemsize
     assert last.token_bytes == attention
     assert first.token_bytes >= attention + hidden * torch.float32.itemsize
+
+
+def test_long_sessions_take_less_where_layers_have_windows() -> None:
+    needs = StageNeeds(0, 4, ((96, 3),))
+    room = Room(960, (needs, StageNeeds(0, 4, ((96, 1),))))
+    assert [room.taken(n) for n in (32, 96, 160, 960)] == [32, 96, 160 - 16, 960 - 216]
+    assert Room(960, (needs,)).taken(960) == 96 + 864 // 4
+    assert Room(960).taken(960) == Room(960, (StageNeeds(0, 4),)).longest == 960
+    longest = Room(960, (needs,)).longest
+    assert Room(960, (needs,)).taken(longest) <= 960 < Room(960, (needs,)).taken(longest + 32)
+
+
+def test_what_a_long_session_takes_with_windows_is_known() -> None:
+    stages, dag = _stages("gemma3", 2), _captured("gemma3")[1]
+    count = 300
+    for start in range(0, count, 50):
+        _feed(stages, _part(start, 50), [1] * 50)
+    for stage, program in zip(stages, cut_at_layers(dag, 2).programs, strict=True):
+        needs = StageNeeds.of(dag, program)
+        rows = whole_blocks(count)
+        most = (rows - needs.spared(rows)) * needs.token_bytes
+        assert needs.windows
+        assert 0.7 * most < stage.num_cache_bytes <= most < rows * needs.token_bytes
 
 
 def test_caches_get_a_share_of_what_weights_leave() -> None:
