@@ -111,7 +111,10 @@ class _LogitsModule(torch.nn.Module):
         super().__init__()
         self.model = model
         self.training = model.training
-        self._known = inspect.signature(model.forward).parameters
+        formals = inspect.signature(model.forward).parameters
+        self._known = set(formals)
+        if any(formal.kind is inspect.Parameter.VAR_KEYWORD for formal in formals.values()):
+            self._known |= {"position_ids", "use_cache"}  # handed on to the layers
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor

@@ -33,9 +33,13 @@ def lightning_attention(
 
 
 def recurrent_block(
-    states: States, module: Any, input_states: torch.Tensor, position_ids: torch.Tensor
+    states: States,
+    module: Any,
+    input_states: torch.Tensor,
+    position_ids: torch.Tensor,
+    attention_mask: Any,
 ) -> tuple[torch.Tensor, None]:
-    """RecurrentGemma's convolution and RG-LRU (arXiv 2402.19427)."""
+    """RecurrentGemma's convolution and RG-LRU (arXiv 2402.19427); the mask is for other layers."""
     gate = module.act_fn(module.linear_y(input_states))
     weight, bias = module.conv_1d.weight.squeeze(1), module.conv_1d.bias
     mixed = states.convolution(module.linear_x(input_states), weight) + bias.float()
