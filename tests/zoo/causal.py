@@ -1,0 +1,52 @@
+"""Every family of causal language models of the installed transformers, as tiny as it goes."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+
+from .case import Case, Subject, lively
+from .shrink import VOCABULARY, shrunk
+
+GROUP = "causal"
+# Whose lengths are tied to something.
+_SHAPES = {"reformer": ((3, 64), (5, 64))}
+
+
+def cases() -> list[Case]:
+    from transformers.models.auto import modeling_auto
+
+    names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    default = ((3, 12), (5, 17))
+    return [
+        Case(GROUP, name, partial(make, name), _SHAPES.get(name, default), serves=True)
+        for name in names
+    ]
+
+
+def make(name: str) -> Subject:
+    """Return a family's model, with batches that have padding where it takes a mask."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = shrunk(CONFIG_MAPPING[name])
+    for own in (config, config.get_text_config(decoder=True)):
+        if "is_decoder" in vars(own):
+            own.is_decoder = True  # without it, BERT and the like look ahead
+    model: Any = lively(AutoModelForCausalLM.from_config(config))
+    taken = set(inspect.signature(model.forward).parameters)
+    return Subject(model.train(), partial(tokens, "attention_mask" in taken))
+
+
+def tokens(mask: bool, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Return tokens of all the vocabulary but the special ones, the last of some rows padding."""
+    ids = torch.randint(7, VOCABULARY - 21, (rows, length))
+    labels = ids.clone()
+    if not mask:
+        return {"input_ids": ids, "labels": labels}
+    seen = torch.ones_like(ids)
+    seen[0, -3:] = 0
+    labels[0, -3:] = -100
+    return {"input_ids": ids, "attention_mask": seen, "labels": labels}

@@ -1,0 +1,59 @@
+"""What the zoo finds out of one model: a row of its table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dagflow.errors import DagflowError, ResultsDiffer
+
+
+class Record(dict[str, Any]):
+    """A row: column names to plain values. Each note is reported, so that a killed model leaves them.
+
+    ``training`` and ``serving`` hold the verdict: right, refused, wrong (by how much), warned
+    (wrong, as a warning says), crash, late (dagflow's own check took a batch that the captured
+    operators don't), stopped (took too long), or not run.
+    """
+
+    def __init__(self, group: str, name: str, report: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__(group=group, name=name)
+        self._report = report
+
+    def note(self, **columns: Any) -> None:
+        self.update(columns)
+        self._report(dict(self))
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Note an exception of dagflow's: a refusal if it is one of its errors."""
+        verdict = "refused" if isinstance(error, DagflowError) else "crash"
+        if verdict == "refused" and type(error).__name__ == "TaskFailed":
+            verdict = "late"
+        cause = "cause" if what == "training" else "serving_cause"
+        self.note(**{what: verdict, cause: f"{type(error).__name__}: {short(error)}"})
+        if isinstance(error, ResultsDiffer):
+            self.note(**{f"{what}_found_by_check": True})
+
+    def conclude_training(self) -> None:
+        """Derive training's verdict from what has been compared."""
+        if self.get("training"):
+            return
+        uncut, cut = str(self.get("uncut")), str(self.get("cut"))
+        if uncut.startswith("off"):
+            self.note(training="warned" if self.get("warned") else "wrong")
+        elif cut.startswith("off"):
+            self.note(training="wrong cut")
+        elif self.get("uncut") is None:
+            self.note(training="not run")
+        elif self.get("left_as_it_was") is False:
+            self.note(training="wrong")
+        else:
+            self.note(training="right")
+
+
+def short(error: object) -> str:
+    """Return the first line of a message."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, Exception) and not isinstance(error, DagflowError):
+        text = f"{type(error).__name__}: {text}"
+    return " ".join(text.splitlines()[0].split())[:300]

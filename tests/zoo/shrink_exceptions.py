@@ -1,0 +1,100 @@
+"""What a tiny configuration needs that doesn't follow from its fields' names, by model type.
+
+Patterns of layers that are no list (a period, indices) are here, so that one layer of each kind stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_BY_SECTION = {**_ROPE, "mrope_section": [2, 1, 1]}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+_SLIDING = {
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_hidden_layers": 2,
+}
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}
+
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": _BY_SECTION, "full_attention": _BY_SECTION},
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"]},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {
+        "num_key_value_heads": 4,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 12,
+        "swa_qk_nope_head_dim": 8,
+        "swa_qk_rope_head_dim": 4,
+        "swa_v_head_dim": 8,
+    },
+    "gemma4_text": {"global_head_dim": 16, "num_kv_shared_layers": 0},
+    "gemma4_unified_text": {"global_head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
+    "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"]},
+    "inkling2_text": {"layer_types": ["hybrid_sliding", "hybrid"]},
+    "laguna": {"layer_types": ["sliding_attention", "full_attention"]},
+    "mellum": {"layer_types": ["sliding_attention", "full_attention"]},
+    "mixtral": {"sliding_window": 8},
+    "phi3": {"sliding_window": 8},
+    "phimoe": {"sliding_window": 8},
+    "qwen2": _SLIDING,
+    "qwen3": _SLIDING,
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "starcoder2": {"sliding_window": 8},
+    "zaya": {"layer_types": ["hybrid_sliding", "hybrid"], "sliding_window": 8},
+    "deepseek_v2": {"first_k_dense_replace": 1},
+    "deepseek_v3": {"first_k_dense_replace": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2},
+    "olmo_hybrid": {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "qwen4_exp_text": {**_INDEXER, "ple_layer_ids": []},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [16, 16],
+        "attn_layers": ["local", "lsh"],
+        "num_hidden_layers": 2,
+        "lsh_attn_chunk_length": 4,
+        "local_attn_chunk_length": 4,
+    },
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "n_mamba_heads": 2,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 4,
+    },
+}
