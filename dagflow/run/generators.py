@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.mtrand import get_bit_generator, set_bit_generator
 from torch.utils.data import DataLoader, IterableDataset
 
 from dagflow_tasks.interpreter import RANDOM_LOCK
@@ -56,14 +57,14 @@ class Generators:
             theirs = [_state(generator) for generator in self._held]
             torch.set_rng_state(self._torch)
             random.setstate(self._python)
-            np.random.set_bit_generator(self._numpy)
+            set_bit_generator(self._numpy)
             _set_states(self._held, self.held_states)
             try:
                 yield
             finally:
                 self._torch = torch.get_rng_state()
                 self._python = random.getstate()
-                self._numpy = np.random.get_bit_generator()
+                self._numpy = get_bit_generator()
                 self.held_states = [_state(generator) for generator in self._held]
                 _set_states(self._held, theirs)
 
@@ -73,13 +74,13 @@ def _left_as_they_are() -> Iterator[None]:
     """Leave the process's generators as they were before the block."""
     torchs, pythons = torch.get_rng_state(), random.getstate()
     # Another object instead of another state: copying NumPy's takes ten times as long as the others.
-    numpys, state = np.random.get_bit_generator(), np.random.get_state(legacy=False)
+    numpys, state = get_bit_generator(), np.random.get_state(legacy=False)
     try:
         yield
     finally:
         torch.set_rng_state(torchs)
         random.setstate(pythons)
-        np.random.set_bit_generator(numpys)
+        set_bit_generator(numpys)
         if state["has_gauss"]:  # the second of a pair of normal numbers, forgotten on the way
             np.random.set_state(state)
 
@@ -120,7 +121,7 @@ def generators_in(data: Any) -> list[Any]:
     1
     """
     # Those of the process have a seed for every epoch.
-    numpys = (np.random.mtrand._rand, np.random.get_bit_generator())
+    numpys = (np.random.mtrand._rand, get_bit_generator())
     shared = (torch.default_generator, random._inst, *numpys)
     return [
         found
@@ -170,7 +171,8 @@ def is_ordered_by_indices(data: Any) -> bool:
 
 def pass_over_indices(loader: Any) -> int:
     """Draw an epoch's random numbers as a loader does that reads it; return its number of batches."""
-    torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # for its worker processes
+    # The seed of its worker processes, which it draws without them, too.
+    torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     return sum(1 for _ in sampler)
 
@@ -178,10 +180,11 @@ def pass_over_indices(loader: Any) -> int:
 def parts_of(data: Any) -> Iterator[Any]:
     """Yield the objects that some data is made of, but no tensors, models and long sequences.
 
-    Attributes, items of short lists, tuples, sets and dictionaries, and what a function is bound to.
-    Runs no code of the user's.
+    Attributes, items of short lists, tuples, sets and dictionaries, what a function is bound to, and
+    generators that are global variables of methods. Runs no code of the user's.
     """
-    waiting, seen = [data], set()
+    waiting: list[Any] = [data]
+    seen: set[int] = set()
     while waiting and len(seen) < _MOST_OBJECTS:
         part = waiting.pop()
         if part is None or isinstance(part, _LEAVES) or id(part) in seen:
@@ -193,22 +196,41 @@ def parts_of(data: Any) -> Iterator[Any]:
 
 
 def _inside(part: Any) -> list[Any]:
-    for kind in (list, tuple, set, frozenset):
-        # Not the user's own __iter__, where there is one: that may draw.
-        if isinstance(part, kind):
-            return [*kind.__iter__(part)] if kind.__len__(part) <= _MOST_ITEMS else []
-    if isinstance(part, dict):
-        return [*dict.values(part)] if dict.__len__(part) <= _MOST_ITEMS else []
     if isinstance(part, FunctionType):
-        return [cell.cell_contents for cell in part.__closure__ or () if _is_filled(cell)]
+        closed_over = [c.cell_contents for c in part.__closure__ or () if _is_filled(c)]
+        return [*closed_over, *_global_generators(part)]
     if isinstance(part, (MethodType, BuiltinMethodType)):
-        return [part.__self__]
+        return [part.__self__, *_inside(getattr(part, "__func__", None))]
     if isinstance(part, partial):
         return [part.func, *part.args, *part.keywords.values()]
     attributes = dict(getattr(part, "__dict__", {}))
     if isinstance(part, DataLoader):
         attributes.pop("_iterator", None)  # of an epoch that is being read
-    return list(attributes.values())
+    of_classes = [value for kind in type(part).__mro__ for value in vars(kind).values()]
+    methods = [value for value in of_classes if isinstance(value, FunctionType)]
+    return [
+        *_items(part),
+        *attributes.values(),
+        *(value for value in of_classes if isinstance(value, _KINDS)),
+        *(generator for method in methods for generator in _global_generators(method)),
+    ]
+
+
+def _items(part: Any) -> list[Any]:
+    # Not by the user's own __iter__, where there is one: that may draw.
+    kinds: tuple[Any, ...] = (list, tuple, set, frozenset)
+    for kind in kinds:
+        if isinstance(part, kind):
+            return [*kind.__iter__(part)] if kind.__len__(part) <= _MOST_ITEMS else []
+    if isinstance(part, dict):
+        return [*dict.values(part)] if dict.__len__(part) <= _MOST_ITEMS else []
+    return []
+
+
+def _global_generators(function: FunctionType) -> list[Any]:
+    """Return the generators among the global variables that a function's own code names."""
+    named = [function.__globals__.get(name) for name in function.__code__.co_names]
+    return [value for value in named if isinstance(value, _KINDS)]
 
 
 def _is_filled(cell: Any) -> bool:

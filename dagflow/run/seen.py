@@ -68,5 +68,5 @@ def fingerprint(batch: Any) -> str:
         data = tensor.detach().cpu().contiguous().reshape(-1)
         described = f"{name} {tensor.dtype} {list(tensor.shape)}"
         checksum = zlib.crc32(described.encode(), checksum)
-        checksum = zlib.crc32(data.view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(data.view(torch.uint8).numpy().data, checksum)
     return f"{checksum:08x}"

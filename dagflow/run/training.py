@@ -43,7 +43,7 @@ from dagflow.run.membership import Membership
 from dagflow.run.runs import foreign
 from dagflow.run.seen import SeenBatches, fingerprint
 from dagflow.run.settings import Config, Mathematics
-from dagflow.run.weights import Leftovers, initial_shard, read_state_dict
+from dagflow.run.weights import Leftovers, initial_shard, initial_weights, read_state_dict
 from dagflow.run.workers import WorkerFacts
 from dagflow_storage import (
     Lease,
@@ -148,7 +148,10 @@ def train(
         It is put into training mode and not changed otherwise.
     data
         Iterable or map-style dataset of batches (mappings, tuples, tensors), a torch `DataLoader`,
-        a Hugging Face dataset, or a `TokenDataset`.
+        a Hugging Face dataset, or a `TokenDataset`. It is read in the same order when the run goes
+        back or is resumed: what it draws from torch's, Python's and NumPy's global generators depends
+        on `seed` and the epoch; generators that it holds are set back; ``set_epoch`` is called. All
+        generators are left as they were. Batches that are read again and differ are an error.
     loss : callable, optional
         ``loss(output, target)``; without it the model returns its loss, or something with ``.loss``.
     optimizer : Optimizer
@@ -228,7 +231,8 @@ def train(
             module.training = training
     names = tuple(model.state_dict())
     with hold_lease(where, on_wait=_waiting_for_the_other(line)) as lease:
-        run = _open_run(where, dag, mathematics, fingerprint(first), names, config, line)
+        weights = initial_weights(dag, model, state_dict)
+        run = _open_run(where, dag, mathematics, weights, fingerprint(first), names, config, line)
         if not list_snapshots(where):
             shard = initial_shard(where, dag, model, state_dict)
             meta = {"decision": None, "run_id": run.run_id, "loss": None}
@@ -575,6 +579,7 @@ def _open_run(
     store: Store,
     dag: OperatorDag,
     mathematics: Mathematics,
+    weights: str | None,
     first_batch: str,
     names: Sequence[str],
     config: Config,
@@ -589,7 +594,7 @@ def _open_run(
     """
     run = RunDirectory(store)
     wanted = {
-        "model": _model_settings(dag),
+        "model": {**_model_settings(dag), **({"initial_weights": weights} if weights else {})},
         "data": {"first_batch": first_batch},
         **mathematics.to_json(),
     }
@@ -598,7 +603,13 @@ def _open_run(
         facts = model_facts(names, _aliases(dag))
         run.create(wanted, {**facts, "origin": dict(config.origin) if config.origin else None})
         return run
-    difference = settings_diff(run.settings(), wanted)
+    known = run.settings()
+    for one, other in ((known, wanted), (wanted, known)):
+        if "initial_weights" not in one.get(
+            "model", {}
+        ):  # begun by an older dagflow, or unknown now
+            other.get("model", {}).pop("initial_weights", None)
+    difference = settings_diff(known, wanted)
     if difference and not config.force:
         raise StoreHoldsAnotherRun(
             f"{store.url} holds a run with other settings, which change what is computed:\n  "

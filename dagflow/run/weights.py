@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +98,12 @@ def initial_shard(
     SettingsInvalid
         If a parameter has no value: it is on the meta device, and no file holds it.
     """
-    read = _reader(dag, model, state_dict)
+    given = _reader(dag, model, state_dict)
+
+    def read(role: str, name: str) -> torch.Tensor:
+        tensor, dtype = given(name)
+        return tensor.to(dtype)
+
     items: list[tuple[str, str, torch.dtype, tuple[int, ...]]] = [
         (PARAMETER, p.name, dtype_of(p.dtype), p.shape) for p in dag.parameters
     ]
@@ -108,7 +114,8 @@ def initial_shard(
 
 def _reader(
     dag: OperatorDag, model: torch.nn.Module, state_dict: str | Path | None
-) -> Callable[[str, str], torch.Tensor]:
+) -> Callable[[str], tuple[torch.Tensor, torch.dtype]]:
+    """Return what reads a tensor by name, as it is stored, and tells the dtype that the model wants."""
     files = WeightFiles(state_dict) if state_dict is not None else None
     names = {p.name: (p.name, *p.aliases) for p in dag.parameters}
     given = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -129,19 +136,50 @@ def _reader(
             )
         )
 
-    def read(role: str, name: str) -> torch.Tensor:
+    def read(name: str) -> tuple[torch.Tensor, torch.dtype]:
         source = found(name)
         if files is None or source is None:
-            return given[name]
+            return given[name], given[name].dtype
         tensor = files.read(source)
         if tuple(tensor.shape) != tuple(given[name].shape):
             raise SettingsInvalid(
                 f"{state_dict} has {name!r} with shape {list(tensor.shape)}; the model wants "
                 f"{list(given[name].shape)}."
             )
-        return tensor.to(given[name].dtype)
+        return tensor, given[name].dtype
 
     return read
+
+
+def initial_weights(
+    dag: OperatorDag, model: torch.nn.Module, state_dict: str | Path | None
+) -> str | None:
+    """Return a fingerprint of the parameters that a run begins with; None if they have no values.
+
+    Of each parameter as many elements as `_sample` takes, since a file of many gigabytes is read
+    for this whenever a run is resumed. Buffers don't count: a forward pass changes some.
+    """
+    try:
+        read = _reader(dag, model, state_dict)
+        checksum = 0
+        for parameter in sorted(dag.parameters, key=lambda p: p.name):
+            tensor, dtype = read(parameter.name)
+            described = f"{parameter.name} {dtype} {list(tensor.shape)}"
+            checksum = zlib.crc32(described.encode(), checksum)
+            sample = _sample(tensor.detach()).to(dtype).cpu().contiguous()
+            checksum = zlib.crc32(sample.view(torch.uint8).numpy().data, checksum)
+    except SettingsInvalid:
+        return None  # whoever needs them will say so; a run that is resumed doesn't
+    return f"{checksum:08x}"
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all elements of a tensor, flat, or 64 blocks of 1024 evenly spread over a large one."""
+    flat, blocks, size = tensor.reshape(-1), 64, 1024
+    if flat.numel() <= blocks * size:
+        return flat
+    starts = [(flat.numel() - size) * block // (blocks - 1) for block in range(blocks)]
+    return torch.cat([flat[start : start + size] for start in starts])
 
 
 class Leftovers:

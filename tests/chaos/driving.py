@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 import dagflow
 import dagflow.run.training  # imported before the process is copied
@@ -69,7 +70,9 @@ class Recipe:
         generator = torch.Generator().manual_seed(7)
         shape = (self.extent.num_steps, self.size.rows, self.size.context + 1)
         tokens = torch.randint(0, VOCABULARY, shape, generator=generator)
-        return [{"input_ids": t[:, :-1], "labels": t[:, 1:].contiguous()} for t in tokens]
+        batches = [{"input_ids": t[:, :-1], "labels": t[:, 1:].contiguous()} for t in tokens]
+        # The generator's state is the data's own: whoever goes back must set it back, too.
+        return DataLoader(batches, batch_size=None, shuffle=True, generator=generator)  # type: ignore[arg-type]
 
     def train(self, store: str, **more: Any) -> dagflow.TrainResult:
         return dagflow.train(

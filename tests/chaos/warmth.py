@@ -21,4 +21,4 @@ import dagflow
 
 torch.set_num_threads(1)
 _recipe = chaos.driving.Recipe()
-dagflow.capture(_recipe.model(), _recipe.data()[0])
+dagflow.capture(_recipe.model(), next(iter(_recipe.data())))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,15 @@ def test_a_store_that_holds_another_run(refused: Refused, client: Client, tmp_pa
     wider = Example(TwoBranches(48), of.batch, of.loss)
     with refused(dagflow.StoreHoldsAnotherRun, "model.parameters"):
         train(wider, data, run, client=client)
+    trained = Example(copy.deepcopy(of.model), of.batch, of.loss)
+    with torch.no_grad():
+        next(trained.model.parameters()).view(-1)[-1] += 1e-3
+    with refused(dagflow.StoreHoldsAnotherRun, "model.initial_weights"):
+        train(trained, data, run, client=client)
+    settings = json.loads((run / "run.json").read_text())
+    del settings["settings"]["model"]["initial_weights"]  # as an older dagflow wrote it
+    (run / "run.json").write_text(json.dumps(settings))
+    assert train(trained, data, run, client=client, steps=2).step == 2
     force = dagflow.Config(force=True)
     assert train(of, data, run, client=client, optimizer=other, config=force).step == 4
 

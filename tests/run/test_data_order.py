@@ -56,6 +56,18 @@ class HoldsPython(Noisy):
         super().__init__(self.generator.random)
 
 
+SCRIPTS = random.Random()  # a global variable of the user's script
+
+
+class DrawsFromTheScripts(Noisy):
+    def __init__(self) -> None:
+        SCRIPTS.seed(3)
+        super().__init__(lambda: 0.0)
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.tensor([float(index), SCRIPTS.random()])
+
+
 class Shuffling(IterableDataset[Any]):
     """Shuffles by epoch, as Hugging Face's iterable datasets do."""
 
@@ -104,6 +116,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "a dataset's own": lambda: DataLoader(ConcatDataset([HoldsPython(), rows(2)]), shuffle=True),
     "NumPy's newer": lambda: DataLoader(Noisy(np.random.default_rng(3).random), shuffle=True),
     "Python's own": lambda: DataLoader(Noisy(random.Random(3).random), shuffle=True),
+    "the script's": lambda: DataLoader(DrawsFromTheScripts(), shuffle=True),
     "a collator's": lambda: DataLoader(rows(), 3, collate_fn=collate_with_noise()),
     "without a loader": HoldsPython,
 }
@@ -150,6 +163,27 @@ def test_a_generator_of_the_users_own_gives_the_order_of_a_plain_loop(kind: str)
     assert prints(BatchStream(LOADERS[kind](), 3, 0, None)) == plain
 
 
+class HuggingFace(Shuffling):
+    """As `datasets.IterableDataset` is used."""
+
+    def with_format(self, kind: str) -> HuggingFace:
+        assert kind == "torch"
+        return self
+
+    def iter(self, batch_size: int, drop_last_batch: bool) -> Iterator[torch.Tensor]:
+        assert drop_last_batch
+        rows = torch.stack(list(self))
+        return iter(rows.split(batch_size)[: len(rows) // batch_size])
+
+
+def test_a_hugging_face_dataset_is_told_the_epoch() -> None:
+    whole = prints(BatchStream(HuggingFace(), 2, 0, 4))
+    assert len(set(whole)) == 4
+    resumed = BatchStream(HuggingFace(), 2, 0, 4)
+    resumed.seek(3)
+    assert prints(resumed) == whole[3:]
+
+
 def test_ten_samples_stopped_at_step_13_of_20_are_seen_twice_each() -> None:
     def loader() -> DataLoader[Any]:
         return DataLoader(rows(), shuffle=True, generator=seeded())
@@ -190,7 +224,9 @@ def test_old_epochs_of_a_loader_are_passed_over_without_reading_their_samples() 
     loader = DataLoader(Counted(torch.arange(10.0)), shuffle=True, generator=seeded())
     stream = BatchStream(loader, 5, 0, None)
     stream.seek(43)
-    assert len(read) == 10 + 3  # the first epoch, which has been opened, and what is left of the last
+    assert (
+        len(read) == 10 + 3
+    )  # the first epoch, which has been opened, and what is left of the last
     stream.seek(30)
     stream.take()
     assert len(read) == 13 + 1
