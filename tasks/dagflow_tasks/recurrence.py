@@ -8,6 +8,8 @@ A state has the same size however long its session is.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from dagflow_tasks.attention import Span, current_spans
@@ -134,26 +136,101 @@ def _scanned(
     groups: int,
     factors: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token by token: outputs (T, H, V) and the state (G, H / G, K, V)."""
+    """Return outputs (T, H, V) and the state (G, H / G, K, V) after tokens' inputs."""
     query, key, value, log_decay, *rest = (tensor.float() for tensor in inputs)
     count, heads, width = value.shape
     shared = heads // groups
-    queries, keys = query[:, :, None, None], key[:, :, None, None]  # (T, G, 1, 1, K)
-    values = value.reshape(count, groups, shared, 1, width)
-    logs = log_decay.reshape(count, groups, shared, -1, 1)
-    betas = rest[0].reshape(count, groups, shared, 1, 1) if rest else None
+    row = _Row(
+        query=query[:, :, None],
+        key=key[:, :, None],
+        value=value.reshape(count, groups, shared, width),
+        log_decay=log_decay.reshape(count, groups, shared, -1),
+        beta=rest[0].reshape(count, groups, shared, 1) if rest else None,
+    )
     if state is None:
         state = value.new_zeros(groups, shared, key.shape[2], width)
-    output = value.new_empty(count, groups, shared, 1, width)
-    for t in range(count):
-        log = logs[t] if factors is None else logs[t] * factors
-        state = state * log.exp()
-        new = values[t]
-        if betas is not None:
-            new = (new - keys[t] @ state) * betas[t]
-        state = state + keys[t].transpose(-1, -2) * new
-        torch.matmul(queries[t], state, out=output[t])
+    at_once = factors is None and row.log_decay.shape[-1] == 1
+    if at_once and count >= _LEAST_AT_ONCE and key.shape[2] * width >= _LEAST_STATE:
+        outputs = []
+        for begin in range(0, count, _CHUNK_TOKENS):
+            output, state = _chunk(state, row.part(begin, begin + _CHUNK_TOKENS))
+            outputs.append(output)
+        output = cat_rows(outputs)
+    else:
+        output, state = _one_by_one(state, row, factors)
     return output.reshape(count, heads, width), state
+
+
+# From so many tokens on, and so many elements of a head's state, matrix products over chunks take less
+# than a product a token. Chunks are as in Mamba 2 and flash-linear-attention.
+_LEAST_AT_ONCE, _LEAST_STATE, _CHUNK_TOKENS = 8, 64, 64
+# exp of it is nothing, and its sums over a chunk are exact enough in float64.
+_LEAST_LOG = -1e4
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Inputs of tokens: query, key (T, G, 1, K), value (T, G, H / G, V), the rest by (T, G, H / G)."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    log_decay: torch.Tensor
+    beta: torch.Tensor | None
+
+    def part(self, begin: int, end: int) -> _Row:
+        return _Row(
+            self.query[begin:end],
+            self.key[begin:end],
+            self.value[begin:end],
+            self.log_decay[begin:end],
+            self.beta[begin:end] if self.beta is not None else None,
+        )
+
+
+def _one_by_one(
+    state: torch.Tensor, row: _Row, factors: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logs = row.log_decay[..., None]
+    output = torch.empty_like(row.value[..., None, :])
+    for t in range(row.value.shape[0]):
+        key, new = row.key[t, ..., None, :], row.value[t, ..., None, :]
+        decay = (logs[t] if factors is None else logs[t] * factors).exp()
+        # The first product makes a tensor of its own: the state before may be marked.
+        state = state * decay if t == 0 else state.mul_(decay)
+        if row.beta is not None:
+            new = (new - key @ state) * row.beta[t, ..., None]
+        state.addcmul_(key.transpose(-1, -2), new)
+        torch.matmul(row.query[t, ..., None, :], state, out=output[t])
+    return output.squeeze(-2), state
+
+
+def _chunk(state: torch.Tensor, row: _Row) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of tokens at once: what is left of token j at i is ``exp(sum of logs from j + 1 to i)``.
+
+    With the delta rule, what the tokens add (beta (value - S^T key)) solves a triangular system.
+    """
+    # (G, H / G, T, ...)
+    query, key, value = (t.movedim(0, -2) for t in (row.query, row.key, row.value))
+    sums = row.log_decay.double().clamp(min=_LEAST_LOG).movedim(0, -2).cumsum(-2)
+    left = (sums - sums.transpose(-1, -2)).masked_fill_(_later(value), -torch.inf).exp().float()
+    before = sums.exp().float()
+    new = value
+    if row.beta is not None:
+        beta = row.beta.movedim(0, -2)
+        system = beta * (key @ key.transpose(-1, -2)) * left
+        wanted = beta * (value - before * (key @ state))
+        new = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+    output = before * (query @ state) + (query @ key.transpose(-1, -2) * left) @ new
+    at_end = left[..., -1:, :].transpose(-1, -2)
+    state = before[..., -1:, :] * state + key.transpose(-1, -2) @ (at_end * new)
+    return output.movedim(-2, 0), state
+
+
+def _later(value: torch.Tensor) -> torch.Tensor:
+    """Tell of each token (T, T) which come after it."""
+    count = value.shape[-2]
+    return torch.ones(count, count, dtype=torch.bool, device=value.device).triu(1)
 
 
 def running_max(

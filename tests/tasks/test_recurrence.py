@@ -12,13 +12,13 @@ from dagflow_tasks.recurrence import running_max, scan, window
 from dagflow_tasks.states import REACH_TOKENS
 
 LENGTH = 3 * REACH_TOKENS + 7
-HEADS, GROUPS, KEY, VALUE = 4, 2, 3, 5
+HEADS, GROUPS, KEY, VALUE = 4, 2, 8, 9
 
 Operator = Callable[[slice], torch.Tensor]
 
 
 def _gated(delta: bool, by_key: bool) -> Operator:
-    query, key = torch.randn(2, 1, LENGTH, GROUPS, KEY)
+    query, key = torch.randn(2, 1, LENGTH, GROUPS, KEY) * KEY**-0.5
     value = torch.randn(1, LENGTH, HEADS, VALUE)
     decay = -torch.rand(1, LENGTH, HEADS, *([KEY] if by_key else []))
     beta = torch.rand(1, LENGTH, HEADS)
@@ -76,9 +76,10 @@ def test_a_sequence_in_pieces_equals_the_whole(kind: str, cuts: list[int]) -> No
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("by_key", [False, True])
 def test_a_scan_is_the_recurrence_in_its_definition(delta: bool, by_key: bool) -> None:
-    query, key = torch.randn(2, 1, 9, GROUPS, KEY)
+    query, key = torch.randn(2, 1, 9, GROUPS, KEY) * KEY**-0.5
     value, beta = torch.randn(1, 9, HEADS, VALUE), torch.rand(1, 9, HEADS)
     decay = -torch.rand(1, 9, HEADS, *([KEY] if by_key else []))
+    decay[0, 4], decay[0, 6] = -200.0, -torch.inf  # what is past is over
     found = scan(query, key, value, decay, 0, beta=beta if delta else None)
     for head in range(HEADS):
         state = torch.zeros(KEY, VALUE)
