@@ -220,6 +220,12 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--weights", type=click.Choice(["fp32", "bf16"]), help="fp32 by default."),
         click.option(
+            "--check/--no-check",
+            default=True,
+            show_default=True,
+            help="Compare a folder's model with transformers before it is served.",
+        ),
+        click.option(
             "--scheduler", help="Address of a dask scheduler; a local cluster by default."
         ),
         click.option(
@@ -295,7 +301,11 @@ def serve(api_key: tuple[str, ...], max_running: int, max_queue: int, **options:
 @main.command()
 @_model_options
 @click.option("--system", help="What the model is told before the conversation.")
-@click.option("--temperature", type=click.FloatRange(0, 2), default=0.7, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 2),
+    help="What the model's generation_config.json says by default, or 0.7.",
+)
 @click.option(
     "--max-tokens",
     type=click.IntRange(1),

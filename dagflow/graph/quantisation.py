@@ -82,7 +82,9 @@ def quantised(dag: OperatorDag, quantiser: Quantiser) -> tuple[OperatorDag, froz
         new
         for parameter in dag.parameters
         for new in (
-            _parameters(parameter, quantiser) if parameter.uses[0] in chosen else [parameter]
+            _parameters(parameter, quantiser)
+            if chosen.keys() & set(parameter.uses)
+            else [parameter]
         )
     )
     nodes = tuple(_rewritten(node, chosen, quantiser.op) for node in dag.nodes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from dagflow.errors import SettingsInvalid
 from dagflow.graph.dag import OperatorDag
@@ -61,31 +62,126 @@ class _EmptyOnMeta(torch.overrides.TorchFunctionMode):
 class WeightFiles:
     """Tensors in safetensors files, read one at a time.
 
+    Of a folder, the index says which files count; without one ``model.safetensors`` alone does, where
+    it is, and otherwise all are read. Other files beside them (another format, an older save) hold
+    nothing of the model.
+
     Parameters
     ----------
     path
         A file, or a folder with one or several ``*.safetensors``.
+
+    Raises
+    ------
+    SettingsInvalid
+        If files or tensors that the index names are missing, a file can't be read, or two of them hold
+        the same tensor.
     """
 
     def __init__(self, path: str | Path) -> None:
-        folder = Path(path)
-        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
-        if not files or not all(file.is_file() for file in files):
-            raise SettingsInvalid(
-                f"state_dict= must be a .safetensors file or a folder with some; found none at {path}."
-            )
+        self.path = Path(path)
+        index = self.path / _INDEX
+        named = _read_index(index) if index.is_file() else {}
         self._file_of: dict[str, Path] = {}
-        for file in files:
-            with safe_open(str(file), framework="pt") as opened:
-                self._file_of.update(dict.fromkeys(opened.keys(), file))
+        for file in _files_that_count(self.path, named):
+            for name in self._names_in(file):
+                known = self._file_of.setdefault(name, file)
+                if known != file and name not in named:
+                    raise SettingsInvalid(
+                        f"Both {known} and {file.name} hold {name!r}, and no {_INDEX} says which one "
+                        "counts: leave the files in the folder that belong to one model."
+                    )
+        self._follow(named)
 
     def names(self) -> set[str]:
         return set(self._file_of)
 
     def read(self, name: str) -> torch.Tensor:
-        with safe_open(str(self._file_of[name]), framework="pt") as opened:
+        with _opened(self._file_of[name]) as opened:
             tensor: torch.Tensor = opened.get_tensor(name)
             return tensor
+
+    def agree(self, one: str, other: str) -> bool:
+        """Tell whether two tensors are the same; most that aren't differ in their first rows."""
+        with _opened(self._file_of[one]) as first, _opened(self._file_of[other]) as second:
+            if first.get_slice(one).get_shape() != second.get_slice(other).get_shape():
+                return False
+            if not torch.equal(first.get_slice(one)[:1], second.get_slice(other)[:1]):
+                return False
+        return torch.equal(self.read(one), self.read(other))
+
+    @staticmethod
+    def _names_in(file: Path) -> list[str]:
+        with _opened(file) as opened:
+            return list(opened.keys())
+
+    def _follow(self, named: Mapping[str, str]) -> None:
+        """Take tensors from where the index says that they are."""
+        inside: dict[str, set[str]] = {}
+        for name, file_name in named.items():
+            file = self.path / file_name
+            if file_name not in inside:
+                inside[file_name] = set(self._names_in(file))
+            if name not in inside[file_name]:
+                raise SettingsInvalid(
+                    f"{file} doesn't hold {name!r}, which {_INDEX} says it does: fetch both again; "
+                    "they are of different models, or one is incomplete."
+                )
+            self._file_of[name] = file
+
+
+_INDEX = "model.safetensors.index.json"
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Return in which file each tensor is."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        named = {str(name): str(file) for name, file in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SettingsInvalid(
+            f"{index} is damaged, so nobody knows where the weights are ({type(error).__name__}: "
+            f"{error}): fetch it again."
+        ) from error
+    wanted = sorted(set(named.values()))
+    missing = [name for name in wanted if not (index.parent / name).is_file()]
+    if missing:
+        raise SettingsInvalid(
+            f"{index.parent} lacks {len(missing)} of its {len(wanted)} files: {', '.join(missing[:5])}. "
+            "Fetch them, and load again: what is stored already isn't stored twice."
+        )
+    return named
+
+
+def _files_that_count(path: Path, named: Mapping[str, str]) -> list[Path]:
+    if named:
+        return [path / name for name in sorted(set(named.values()))]
+    single = path / "model.safetensors"
+    if single.is_file():
+        return [single]
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        others = sorted(f.name for f in path.glob("*.bin")) if path.is_dir() else []
+        raise SettingsInvalid(
+            f"Weights come from a .safetensors file or a folder with some; found none at {path}."
+            + (
+                f" It has {others[0]}: load it with transformers, and save_pretrained it."
+                if others
+                else ""
+            )
+        )
+    return files
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise SettingsInvalid(
+            f"{file} can't be read: it is truncated or damaged ({error}). Fetch it again."
+        ) from error
 
 
 def initial_shard(

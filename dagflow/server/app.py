@@ -28,6 +28,7 @@ from dagflow.server.idempotency import name_of, take_up, with_names, with_seed
 from dagflow.server.metrics import CONTENT_TYPE, Metrics
 from dagflow.server.replies import ChatReply, CompletionReply, Reply, Usage
 from dagflow.sessions.answers import Request as Wanted
+from dagflow.sessions.defaults import served_defaults
 from dagflow.sessions.deployment import Deployment
 from dagflow.sessions.kept import close
 
@@ -77,6 +78,9 @@ class Service:
         # Read now: the first request shouldn't wait for it, and two shouldn't at the same time.
         self.tokenizer = self.deployment.model.tokenizer
         self.vocabulary = int(self.deployment.model.config["vocab_size"])
+        generation = self.deployment.model.generation
+        self.defaults = served_defaults(generation)
+        self._default_new_tokens: int | None = generation.get("max_new_tokens")
 
     def check_key(self, request: Request) -> None:
         """Raise 401 unless the request has one of the keys."""
@@ -148,7 +152,7 @@ class Service:
                     "answer."
                 )
                 raise ApiError(400, message, "context_length_exceeded", param)
-            default = min(body.default_new_tokens, limit - len(tokens))
+            default = min(self._default_new_tokens or body.default_new_tokens, limit - len(tokens))
             try:
                 found += [
                     self.deployment.request(
@@ -158,7 +162,7 @@ class Service:
                         logprobs=body.num_logprobs,
                         **sampling,
                     )
-                    for sampling in body.sampling(self.vocabulary)
+                    for sampling in body.sampling(self.vocabulary, self.defaults)
                 ]
             except RequestTooLarge as error:
                 raise ApiError(400, str(error), "context_length_exceeded", param) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -43,6 +44,15 @@ _List = Annotated[list[_Item], Field(fail_fast=True)]
 _Prompts = Annotated[_List[_Item], Field(max_length=MAX_CHOICES)]
 _MOST_BIASES = 4096
 
+_OF_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 _Tokens = Annotated[_List[int], Field(min_length=1)]
@@ -103,18 +113,21 @@ class Common(_Strict):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def sampling(self, vocabulary: int) -> list[dict[str, Any]]:
-        """Return the sampling options of each choice; they differ in their seeds."""
-        options = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
-            "logit_bias": {_token_id(t, vocabulary): b for t, b in self.logit_bias.items()},
-        }
+    def sampling(
+        self, vocabulary: int, defaults: Mapping[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the sampling options of each choice; they differ in their seeds.
+
+        Parameters
+        ----------
+        defaults : mapping, optional
+            The model's own, for those that the request doesn't give.
+        """
+        options = {name: getattr(self, name) for name in _OF_SAMPLING}
+        for name, value in (defaults or {}).items():
+            if name not in self.model_fields_set:
+                options[name] = value
+        options["logit_bias"] = {_token_id(t, vocabulary): b for t, b in self.logit_bias.items()}
         seed = random.getrandbits(63) if self.seed is None else self.seed
         return [{**options, "seed": seed + choice} for choice in range(self.n)]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dagflow.sessions.tokenizing import encode_text
+
 _FIRST_CHARACTERS = 2**16
 # Tokens at the end of a part may be others than those of the whole.
 _UNCERTAIN = 64
@@ -16,7 +18,7 @@ def encode(tokenizer: Any, text: str, limit: int | None, **options: Any) -> list
     """
     size = max(_FIRST_CHARACTERS, 4 * limit) if limit is not None else len(text)
     while True:
-        tokens = list(tokenizer(text[:size], **options)["input_ids"])
+        tokens = encode_text(tokenizer, text[:size], **options)
         if size >= len(text) or (limit is not None and len(tokens) > limit + _UNCERTAIN):
             return tokens
         size *= 4

@@ -10,13 +10,15 @@ from dagflow.sessions.models import Model
 from dagflow_storage import Store
 
 
-def open_model(model: str, store: str, weights: str | None = None) -> Model:
+def open_model(model: str, store: str, weights: str | None = None, check: bool = True) -> Model:
     """Return a model of a Hugging Face folder, brought into the store, or one that the store has.
 
     Parameters
     ----------
     weights : {"fp32", "bf16"}, optional
         fp32 by default; a model that is in the store keeps what it has.
+    check : bool
+        Whether a folder's model is compared with transformers.
 
     Raises
     ------
@@ -24,7 +26,7 @@ def open_model(model: str, store: str, weights: str | None = None) -> Model:
         If there is no such model.
     """
     if Path(model).is_dir():
-        return load(model, store=store, weights=weights or "fp32")
+        return load(model, store=store, weights=weights or "fp32", check=check)
     place = Store(store)
     try:
         found = Model.open(place, model)

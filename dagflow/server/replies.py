@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from dagflow.server.errors import as_api_error
 from dagflow.sessions.answers import Token
+from dagflow.sessions.text import TokenTexts
 
 _DONE = "data: [DONE]\n\n"
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -88,7 +89,7 @@ class Reply(ABC):
         key: str | None = None,
     ) -> None:
         self.usage = usage
-        self._tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer)
         self._choices = [_Choice() for _ in range(num_choices)]
         self._head = {
             "id": f"{self.prefix}-{key or uuid.uuid4().hex}",
@@ -150,10 +151,6 @@ class Reply(ABC):
     def _json(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {**self._head, "object": kind, "choices": choices, **more}
 
-    def _decode(self, token: int) -> str:
-        text: str = self._tokenizer.decode([token])
-        return text
-
     @abstractmethod
     def _opening(self) -> list[dict[str, Any]]:
         """What a stream begins with."""
@@ -194,9 +191,9 @@ class CompletionReply(Reply):
         for token in tokens:
             if token.token is None or token.logprobs is None:
                 return None
-            found["tokens"].append(self._decode(token.token))
+            found["tokens"].append(self._texts[token.token])
             found["token_logprobs"].append(max(token.logprobs.chosen, _LEAST_LOGPROB))
-            top = {self._decode(t): max(value, _LEAST_LOGPROB) for t, value in token.logprobs.top}
+            top = {self._texts[t]: max(value, _LEAST_LOGPROB) for t, value in token.logprobs.top}
             found["top_logprobs"].append(top)
             found["text_offset"].append(offset)
             offset += len(token.text)
@@ -228,7 +225,7 @@ class ChatReply(Reply):
         return {"content": found, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._decode(token)
+        text = self._texts[token]
         # A token may be a part of a character; then its text isn't its bytes.
         data = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": data}

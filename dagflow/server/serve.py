@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
 import uvicorn
 
@@ -15,7 +16,9 @@ from dagflow.run.clusters import ClusterSettings
 from dagflow.server.app import ServerSettings, Service, make_app
 from dagflow.server.connection import PATIENCE_SECONDS
 from dagflow.server.opening import open_model, public_name
+from dagflow.sessions.defaults import shown
 from dagflow.sessions.deployment import Deployment
+from dagflow.sessions.models import Model
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _LAST_WORDS_SECONDS = 3
@@ -42,6 +45,7 @@ def serve(
     port: int,
     stages: int | str,
     weights: str | None,
+    check: bool = True,
     workers: int | None,
     cache_memory: int | None,
     prefix_reuse: bool,
@@ -68,8 +72,8 @@ def serve(
     # A service manager ends with SIGTERM what a terminal ends with Ctrl-C: workers end with us.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), listen(host, port) as listening:
-        found = open_model(model, store, weights)
-        small = open_model(draft, store) if draft else None
+        found = open_model(model, store, weights, check)
+        small = open_model(draft, store, check=check) if draft else None
         cluster = ClusterSettings(num_workers=workers)
         with Deployment(
             found,
@@ -96,11 +100,44 @@ def serve(
                 f"{service.name} in {count} stages, with room for {room} tokens at a time: {url}/v1 "
                 f"for programs, {url} for people."
             )
+            for said in describe(found, service.defaults):
+                note(said)
             if host not in _LOOPBACK and not settings.api_keys:
                 note(
                     "Whoever reaches this machine can use the model: --api-key KEY keeps others out."
                 )
             _Server(config, service).run(sockets=[listening])
+
+
+def describe(model: Model, defaults: Mapping[str, Any]) -> list[str]:
+    """Return what somebody who starts a server is told of its model.
+
+    Parameters
+    ----------
+    defaults : mapping
+        Options of requests that don't give them.
+    """
+    told = list(model.notes)
+    if defaults:
+        told.append(
+            f"Unless a request says otherwise: {shown(defaults)} (the model's generation_config.json)."
+        )
+    checked = model.description.get("check")
+    if checked and checked["against"] is not None:
+        told.append(
+            f"It was compared with transformers on {checked['against']}, in "
+            f"{checked['seconds']:.1f} s."
+        )
+    elif "check" in model.description:
+        told.append(
+            "It wasn't compared with transformers: "
+            + (
+                "memory doesn't hold a copy of it."
+                if checked
+                else "check was off when it was loaded."
+            )
+        )
+    return told
 
 
 def listen(host: str, port: int, patience_seconds: float = PATIENCE_SECONDS) -> socket.socket:

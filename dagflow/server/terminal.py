@@ -11,9 +11,11 @@ from dagflow.run.clusters import ClusterSettings
 from dagflow.server.conversation import Message, to_prompt
 from dagflow.server.opening import open_model
 from dagflow.sessions.answers import LENGTH
+from dagflow.sessions.defaults import served_defaults
 from dagflow.sessions.deployment import Deployment
 
 _PROMPT = "> "
+_TEMPERATURE = 0.7
 
 
 def chat(
@@ -23,10 +25,11 @@ def chat(
     scheduler: str | None,
     stages: int | str,
     weights: str | None,
+    check: bool = True,
     workers: int | None,
     draft: str | None = None,
     system: str | None,
-    temperature: float,
+    temperature: float | None,
     max_tokens: int,
     write: Callable[[str], None],
 ) -> None:
@@ -34,11 +37,13 @@ def chat(
 
     Parameters
     ----------
+    temperature : float, optional
+        By default what the model's generation_config.json says, or 0.7.
     write : callable
         Shows text at once, without a line's end.
     """
-    found = open_model(model, store, weights)
-    small = open_model(draft, store) if draft else None
+    found = open_model(model, store, weights, check)
+    small = open_model(draft, store, check=check) if draft else None
     cluster = ClusterSettings(num_workers=workers)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     with Deployment(
@@ -66,19 +71,22 @@ def chat(
 def _answer(
     deployment: Deployment,
     messages: list[Message],
-    temperature: float,
+    temperature: float | None,
     max_tokens: int,
     write: Callable[[str], None],
 ) -> str:
     """Show an answer as it comes, and return what there was of it; say so if it isn't all."""
     prompt, stops = to_prompt(deployment.model.tokenizer, messages)
     given = deployment.model.encode(prompt)
+    options = {"temperature": _TEMPERATURE, **served_defaults(deployment.model.generation)}
+    if temperature is not None:
+        options["temperature"] = temperature
     request = deployment.request(
         given,
         max_new_tokens=max(1, min(max_tokens, deployment.max_tokens - len(given))),
         stop=stops,
-        temperature=temperature,
         seed=random.getrandbits(63),
+        **options,
     )
     answer = ""
     try:

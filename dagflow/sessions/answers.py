@@ -165,7 +165,7 @@ class Telling:
         self._num_cached = num_cached
         self._count = 0
         has_text = bool(request.stop) or model.has_tokenizer
-        self._detokenizer = Detokenizer(model.tokenizer) if has_text else None
+        self._detokenizer = Detokenizer(model.tokenizer, request.prompt) if has_text else None
         self._stops = StopStrings(request.stop)
 
     @property

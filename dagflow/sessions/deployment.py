@@ -193,7 +193,8 @@ class Deployment:
                 "answer: shorten it."
             )
         if max_new_tokens is None:
-            wanted = max(1, min(_DEFAULT_NEW_TOKENS, self.max_tokens - len(tokens)))
+            default = int(self.model.generation.get("max_new_tokens") or _DEFAULT_NEW_TOKENS)
+            wanted = max(1, min(default, self.max_tokens - len(tokens)))
         else:
             wanted = max_new_tokens
         if wanted < 1:
@@ -205,7 +206,7 @@ class Deployment:
         if stops:
             _ = self.model.tokenizer  # stop strings need one: said now rather than later
         ends = () if ignore_end else self.model.end_tokens
-        chosen = Sampling.of(sampling)
+        chosen = Sampling.of({**self.model.sampling_defaults, **sampling})
         unknown = self.model.first_unknown(chosen.logit_bias)
         if unknown is not None:
             raise SettingsInvalid(

@@ -23,6 +23,9 @@ from dagflow.sessions.kept import named
 from dagflow.sessions.models import Model
 from dagflow_storage import Store
 
+# Beam search follows the most likely tokens, whatever a model's own defaults are for sampling.
+_CHOOSING_NOTHING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -83,8 +86,8 @@ def generate(
     prompts
         A string, several, or token ids (B, T), ragged or not.
     max_new_tokens : int
-        128 by default; at most what the model's longest sequence leaves. Requests wait in their order
-        until the workers' caches have room for prompt and answer.
+        By default what the model's generation_config.json says, or 128; at most what the model's
+        longest sequence leaves. Requests wait in their order until the workers' caches have room for prompt and answer.
     client
         As for `train`.
     stop
@@ -108,7 +111,8 @@ def generate(
         Folder or URL that keeps this call's answers, for good: a new one for each call.
     sampling
         As for `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty,
-        presence_penalty, logit_bias, seed.
+        presence_penalty, logit_bias, seed. What isn't given is as the model's generation_config.json
+        says (`Model.sampling_defaults`), and greedy without one.
 
     Raises
     ------
@@ -127,6 +131,8 @@ def generate(
     _check_together(beams is not None, stream, return_logits, store is not None)
     if isinstance(model, Deployment) and draft is not None:
         raise SettingsInvalid("The deployment is open: give it its draft= when it is opened.")
+    if beams is not None:
+        sampling = {**_CHOOSING_NOTHING, **sampling}
     owned = ExitStack()
     try:
         keeper = None if store is None else owned.enter_context(keeping(store))
@@ -210,15 +216,22 @@ def _searched(deployment: Deployment, requests: Sequence[Request], beams: Beams)
         return [task.result() for task in tasks]
 
     try:
-        found = [answer for of in deployment.engine.call(all_of_them()) for answer in of]
+        of_each = deployment.engine.call(all_of_them())
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
+    answers = [(r, answer) for r, some in zip(requests, of_each, strict=True) for answer in some]
+    found = [answer for _, answer in answers]
     return Generation(
         [torch.tensor(answer.tokens, dtype=torch.int64) for answer in found],
-        [model.decode(answer.tokens) for answer in found],
+        [model.decode(_without_end(r, answer), r.prompt) for r, answer in answers],
         [answer.finish_reason for answer in found],
         torch.tensor([answer.score for answer in found]),
     )
+
+
+def _without_end(request: Request, answer: Hypothesis) -> Sequence[int]:
+    tokens = answer.tokens
+    return tokens[:-1] if tokens and tokens[-1] in request.ends else tokens
 
 
 def separate(prompts: Any) -> list[Any]:

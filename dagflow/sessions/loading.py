@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import re
-import uuid
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +15,34 @@ from dagflow.errors import SettingsInvalid
 from dagflow.graph.dag import Buffer, OperatorDag, Parameter
 from dagflow.graph.decoder import capture_decoder
 from dagflow.graph.quantisation import QUANTISERS, Quantiser, quantised, scale_name
-from dagflow.run.weights import WeightFiles, empty_weights
+from dagflow.sessions.checking import check_capture
+from dagflow.sessions.defaults import end_tokens, not_applied, read_generation
+from dagflow.sessions.groups import groups_of, write_groups
 from dagflow.sessions.models import Model, ModelRef
-from dagflow_storage import ArraySpec, NotFound, Store, write_arrays
+from dagflow.sessions.source import Source, of_folder, of_module
+from dagflow.sessions.tokenizing import open_tokenizer, tokenizer_files
+from dagflow_storage import Store
 from dagflow_tasks.operators import dtype_of
-from dagflow_tasks.state import to_array
 
 FORMAT, FORMAT_VERSION = "dagflow-model", 1
 # What is computed with: next to quantised weights, what torch's kernels for them are fast in.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16} | dict.fromkeys(QUANTISERS, torch.bfloat16)
-_LAYER = re.compile(r"^.*?\.\d+(?=\.)")
-_TOKENIZER_FILES = (
-    "tokenizer",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-)
+# Of config.json: they say where a model was, and change nothing that it computes.
+_NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 
 
 def load(
-    source: str | Path | torch.nn.Module, *, store: str | Path = "models", weights: str = "fp32"
+    source: str | Path | torch.nn.Module,
+    *,
+    store: str | Path = "models",
+    weights: str = "fp32",
+    check: bool = True,
 ) -> Model:
     """Bring a causal language model into a store, from where workers read their stages' weights.
 
     Nobody holds the whole model: it is captured without weights, and these go through one group of
-    tensors at a time.
+    tensors at a time. Before anything is written, what was captured is compared with the model as
+    transformers runs it, over a prefill and token by token (see `dagflow.sessions.checking`).
 
     Parameters
     ----------
@@ -58,94 +55,81 @@ def load(
         linear operators take a byte each (a scale for every output channel), or half of one (a scale
         for every 32 inputs), in the store, on the wire and in workers' memory; everything else is
         bfloat16.
+    check : bool
+        False leaves the comparison out.
 
     Raises
     ------
     SettingsInvalid
         If the folder isn't complete, naming what is missing, or nothing in it can be quantised.
     CaptureFailed
+    ResultsDiffer
+        If what was captured computes something else than the model by itself.
     """
     if weights not in DTYPES:
         raise SettingsInvalid(f"weights is one of {', '.join(DTYPES)}; found {weights!r}.")
     place = Store(str(store))
     place.probe()
     if isinstance(source, torch.nn.Module):
-        read = dict(source.state_dict(keep_vars=True)).__getitem__
-        return _bring_in(place, _Source(type(source).__name__.lower(), source, read), weights)
-    return _bring_in(place, _from_folder(Path(source)), weights)
+        found = of_module(source)
+    else:
+        found = of_folder(Path(source), DTYPES[weights])
+    return _bring_in(place, found, weights, check)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a model comes from; nothing of it is changed.
-
-    Attributes
-    ----------
-    model : torch.nn.Module
-        Its parameters may be on the meta device.
-    read : callable
-        Returns a parameter's, or a stored buffer's, values.
-    """
-
-    name: str
-    model: torch.nn.Module
-    read: Callable[[str], torch.Tensor]
-    folder: Path | None = None
-
-
-def _from_folder(folder: Path) -> _Source:
-    if not (folder / "config.json").is_file():
-        raise SettingsInvalid(
-            f"{folder} is no model folder: it has no config.json. Expected a folder as transformers' "
-            "save_pretrained writes it."
-        )
-    _check_shards(folder)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise SettingsInvalid(f"{folder / 'config.json'} can't be read: {error}") from error
-    with empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    name = folder.resolve().name
-    files = WeightFiles(folder)
-    wanted = {name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if wanted - files.names() - tied:
-        # Stored in another layout than the model has: let transformers convert it.
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return _Source(name, model, dict(model.state_dict(keep_vars=True)).__getitem__, folder)
-    kept = {n: t for n, t in model.state_dict(keep_vars=True).items() if not t.is_meta}
-    return _Source(name, model, lambda n: kept[n] if n in kept else files.read(n), folder)
-
-
-def _check_shards(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    missing = [name for name in wanted if not (folder / name).is_file()]
-    if missing:
-        raise SettingsInvalid(
-            f"{folder} lacks {len(missing)} of its {len(wanted)} files: {', '.join(missing[:5])}. "
-            "Fetch them, and load again: what is stored already isn't stored twice."
-        )
-
-
-def _bring_in(store: Store, source: _Source, weights: str) -> Model:
+def _bring_in(store: Store, source: Source, weights: str, check: bool) -> Model:
+    generation = read_generation(source.model, source.folder)
+    files = tokenizer_files(source.folder) if source.folder is not None else {}
+    contents = {name: file.read_bytes() for name, file in files.items()}
+    tokenizer = open_tokenizer(source.name, contents) if contents else None
     captured = capture_decoder(_outline(source.model, DTYPES[weights]))
     conversion = _Conversion(source, captured, QUANTISERS.get(weights))
-    groups = _write_groups(store, _groups(conversion.names), conversion.read)
-    fingerprint = blake2b(json.dumps(groups).encode(), digest_size=4).hexdigest()
-    name = f"{source.name}-{weights}-{fingerprint}"
-    description = {**_describe(source.model), "weights": weights, "groups": groups}
-    store.write_bytes(f"models/{name}/decoder.json", conversion.dag.to_json().encode())
-    for file in sorted(source.folder.iterdir()) if source.folder is not None else ():
-        if file.is_file() and file.name.startswith(_TOKENIZER_FILES):
-            store.write_bytes(f"models/{name}/tokenizer/{file.name}", file.read_bytes())
+    checked = None
+    if check:
+        checked = check_capture(source, captured, conversion.original, DTYPES[weights])
+    text_config = source.model.config.get_text_config(decoder=True)
+    description = {
+        **_describe(source.model),
+        "weights": weights,
+        "groups": write_groups(store, groups_of(conversion.names), conversion.read),
+        "generation": generation,
+        "end_tokens": end_tokens(generation, text_config, tokenizer),
+        "tokenizer_files": list(files),
+        "notes": [*source.notes, *not_applied(generation)],
+        "check": checked,
+    }
+    dag = conversion.dag.to_json().encode()
+    name = f"{source.name}-{weights}-{_fingerprint(description, dag, contents)}"
+    store.write_bytes(f"models/{name}/decoder.json", dag)
+    for file, data in contents.items():
+        store.write_bytes(f"models/{name}/tokenizer/{file}", data)
     store.write_bytes(f"models/{name}/model.json", json.dumps(description).encode())
-    return Model(ModelRef(store, name), description)
+    model = Model(ModelRef(store, name), description)
+    if tokenizer is not None:
+        vars(model)["tokenizer"] = tokenizer  # large ones take a second to open
+    return model
+
+
+def _fingerprint(description: Mapping[str, Any], dag: bytes, tokenizer: Mapping[str, bytes]) -> str:
+    """Return a hash of all that decides a model's answers."""
+    digest = blake2b(digest_size=4)
+    config = {n: v for n, v in description["config"].items() if n not in _NOT_OF_THE_MODEL}
+    # A group's path begins with a hash of what it holds, and ends at random.
+    groups = [group["path"].rpartition("-")[0] for group in description["groups"]]
+    for part in (config, description["generation"], groups, _computed(dag)):
+        digest.update(json.dumps(part, sort_keys=True).encode())
+    for file, data in sorted(tokenizer.items()):
+        digest.update(f"{file} {len(data)} ".encode() + data)
+    return digest.hexdigest()
+
+
+def _computed(dag: bytes) -> Any:
+    """Return an operator DAG without where its operators are written, and by which torch."""
+    body = json.loads(dag)
+    del body["torch"]
+    for node in body["nodes"]:
+        del node["info"]
+    return body
 
 
 def _outline(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -175,7 +159,7 @@ class _Conversion:
 
     Parameters
     ----------
-    source : _Source
+    source : Source
     captured : OperatorDag
         In the dtype that is computed with.
     quantiser : Quantiser or None
@@ -186,10 +170,12 @@ class _Conversion:
         The captured one, reading quantised weights.
     """
 
-    def __init__(self, source: _Source, captured: OperatorDag, quantiser: Quantiser | None) -> None:
+    def __init__(self, source: Source, captured: OperatorDag, quantiser: Quantiser | None) -> None:
         self.dag = captured
         self._source = source
-        self._buffers = dict(source.model.named_buffers())
+        stored = source.model.state_dict(keep_vars=True).keys()
+        # Buffers that a model computes when it is built; no file holds them.
+        self._computed = {n: b for n, b in source.model.named_buffers() if n not in stored}
         self._shapes = {t.name: tuple(t.shape) for t in _tensors(captured)}
         self._quantiser = quantiser
         self._quantised: dict[str, tuple[str, int]] = {}
@@ -208,11 +194,12 @@ class _Conversion:
         """Return a tensor as it is stored."""
         if self._quantiser is not None and name in self._quantised:
             weight, which = self._quantised[name]
-            return self._quantiser.quantise(self._original(weight))[which]
-        return self._original(name).to(self._dtypes[name])
+            return self._quantiser.quantise(self.original(weight))[which]
+        return self.original(name).to(self._dtypes[name])
 
-    def _original(self, name: str) -> torch.Tensor:
-        value = self._buffers[name] if name in self._buffers else self._source.read(name)
+    def original(self, name: str) -> torch.Tensor:
+        """Return a parameter or buffer as the model has it."""
+        value = self._computed[name] if name in self._computed else self._source.read(name)
         if tuple(value.shape) != self._shapes[name]:
             raise SettingsInvalid(
                 f"{self._source.folder or self._source.name} has {name!r} with shape "
@@ -228,68 +215,10 @@ def _tensors(dag: OperatorDag) -> list[Parameter | Buffer]:
 def _describe(model: Any) -> dict[str, Any]:
     """Return what is to be known of a model besides its weights."""
     text_config = model.config.get_text_config(decoder=True)
-    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    end = end if end is not None else text_config.eos_token_id
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "config": json.loads(model.config.to_json_string(use_diff=False)),
         "max_tokens": getattr(text_config, "max_position_embeddings", None)
         or getattr(text_config, "n_positions", None),
-        "end_tokens": [] if end is None else list(end) if isinstance(end, list) else [end],
     }
-
-
-def _groups(names: Iterable[str]) -> list[list[str]]:
-    """Group tensors by layer: workers read whole layers, and fine-tunes change some of them."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        match = _LAYER.match(name)
-        found.setdefault(match[0] if match else "", []).append(name)
-    return list(found.values())
-
-
-def _write_groups(
-    store: Store, groups: Sequence[Sequence[str]], read: Callable[[str], torch.Tensor]
-) -> list[dict[str, Any]]:
-    """Write groups of tensors unless the store has them; return where they are.
-
-    Two at a time: while one is hashed, or waits for the disk to sync, the other is written.
-    """
-    with ThreadPoolExecutor(2, "dagflow-import") as pool:
-        return list(pool.map(lambda names: _write_group(store, names, read), groups))
-
-
-def _write_group(
-    store: Store, names: Sequence[str], read: Callable[[str], torch.Tensor]
-) -> dict[str, Any]:
-    digest, specs = _contents(names, read)
-    index = f"weights/{digest}.json"
-    try:
-        known: dict[str, Any] = json.loads(store.read_bytes(index))
-        return known
-    except NotFound:
-        pass
-    path = f"weights/{digest}-{uuid.uuid4().hex[:8]}"
-    arrays = write_arrays(store, path, specs, lambda name: to_array(read(name)))
-    store.flush(path)
-    group = {"path": path, "arrays": [array.to_json() for array in arrays]}
-    store.write_bytes(index, json.dumps(group).encode())
-    return group
-
-
-def _contents(
-    names: Sequence[str], read: Callable[[str], torch.Tensor]
-) -> tuple[str, list[ArraySpec]]:
-    """Return a hash of tensors, and what they are."""
-    digest = sha256()  # which processors have instructions for, and which no other hash beats then
-    specs = []
-    for name in names:
-        tensor = read(name)
-        spec = ArraySpec(
-            name, "weight", str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-        )
-        specs.append(spec)
-        digest.update(f"{name} {spec.dtype} {spec.shape}".encode())
-        digest.update(to_array(tensor).reshape(-1).view("uint8").data)
-    return digest.hexdigest()[:32], specs

@@ -9,17 +9,16 @@
     models/<name>/tokenizer/...      as they were found
 
 Groups are named by a hash of what they hold: importing the same weights again writes nothing, and
-fine-tunes share what they haven't changed.
+fine-tunes share what they haven't changed. A model's name ends with a hash of all that decides its
+answers, so a model in the store never changes.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,9 @@ import torch
 from dagflow.errors import BatchInvalid, SettingsInvalid
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.decoder import without_head
+from dagflow.sessions.defaults import sampling_defaults
+from dagflow.sessions.text import Detokenizer
+from dagflow.sessions.tokenizing import encode_text, is_tokenizer, open_tokenizer
 from dagflow_storage import Store, StoredArray, read_arrays
 from dagflow_tasks.decoding import DecoderStage
 from dagflow_tasks.packing import pack_linears
@@ -99,11 +101,29 @@ class Model:
         return tuple(self.description["end_tokens"])
 
     @property
+    def generation(self) -> Mapping[str, Any]:
+        """What the model's generation_config.json sets; a model loaded by an older dagflow has none."""
+        found: Mapping[str, Any] = self.description.get("generation", {})
+        return found
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Options of `Sampling` that apply unless a call says otherwise: the model's own."""
+        return sampling_defaults(self.generation)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was said when the model was loaded."""
+        return tuple(self.description.get("notes", ()))
+
+    @property
     def has_tokenizer(self) -> bool:
-        return bool(self._tokenizer_files)
+        return is_tokenizer(self._tokenizer_files)
 
     @cached_property
     def _tokenizer_files(self) -> list[str]:
+        if "tokenizer_files" in self.description:
+            return list(self.description["tokenizer_files"])
         return self.ref.store.list(f"models/{self.ref.name}/tokenizer")
 
     @cached_property
@@ -113,20 +133,16 @@ class Model:
         Raises
         ------
         SettingsInvalid
-            If the model has none.
+            If the model has none, or it can't be opened.
         """
         if not self.has_tokenizer:
             raise SettingsInvalid(
                 f"The model {self.ref.name!r} has no tokenizer: its folder had none. Pass prompts as "
                 "token ids, or load it from a folder with tokenizer.json."
             )
-        from transformers import AutoTokenizer
-
-        with tempfile.TemporaryDirectory() as temporary:
-            for name in self._tokenizer_files:
-                data = self.ref.store.read_bytes(f"models/{self.ref.name}/tokenizer/{name}")
-                Path(temporary, name).write_bytes(data)
-            return AutoTokenizer.from_pretrained(temporary)
+        place = f"models/{self.ref.name}/tokenizer"
+        files = {n: self.ref.store.read_bytes(f"{place}/{n}") for n in self._tokenizer_files}
+        return open_tokenizer(self.ref.name, files)
 
     def encode(self, text: str | Sequence[int] | torch.Tensor) -> tuple[int, ...]:
         """Return a text's token ids; ids themselves are checked.
@@ -137,8 +153,9 @@ class Model:
             If an id isn't in the vocabulary.
         """
         if isinstance(text, str):
-            return tuple(self.tokenizer(text)["input_ids"]) if text else ()
-        tokens = tuple(int(token) for token in text)
+            tokens = tuple(encode_text(self.tokenizer, text)) if text else ()
+        else:
+            tokens = tuple(int(token) for token in text)
         wrong = self.first_unknown(tokens)
         if wrong is not None:
             raise BatchInvalid(
@@ -146,12 +163,15 @@ class Model:
             )
         return tokens
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return an answer's text, without end tokens; empty without a tokenizer."""
+    def decode(self, tokens: Sequence[int], after: Sequence[int] = ()) -> str:
+        """Return the text of tokens that follow on others, without end tokens.
+
+        The same as an answer's pieces together; empty without a tokenizer.
+        """
         if not self.has_tokenizer:
             return ""
-        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return text
+        detokenizer = Detokenizer(self.tokenizer, after)
+        return "".join([*map(detokenizer.add, tokens), detokenizer.rest()])
 
     def first_unknown(self, tokens: Iterable[int]) -> int | None:
         """Return the first token that isn't in the vocabulary."""

@@ -6,37 +6,108 @@ from collections.abc import Sequence
 from typing import Any
 
 _UNFINISHED = "\ufffd"
+# A character has at most four bytes: the last three may belong to one that isn't complete.
+_MOST_UNFINISHED = 3
+_CONTEXT = 8
 
 
 class Detokenizer:
-    """Turns tokens into text piece by piece; a character may take several tokens."""
+    """Turns tokens into text piece by piece; a character may take several tokens.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Tokens are decoded with those before them, the prompt's to begin with: what a token says depends on
+    its place (SentencePiece's first word of a text has no space before it). The window of tokens that
+    are decoded together is short, so a token costs the same wherever it is. What isn't a character
+    (bytes that are no UTF-8) is told as U+FFFD, as soon as nothing that follows can complete it.
+
+    `tokenizers.decoders.DecodeStream` isn't used: it takes tokenizers of its own library only, holds
+    a run of broken bytes back for as long as it lasts, decoding all of it with every token, and fails
+    where a token changes the text before it.
+
+    Parameters
+    ----------
+    tokenizer
+        Of transformers, fast or not.
+    before : sequence of int
+        The tokens that those to come follow on.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        # Decoded together with what follows: a tokenizer may join words differently at the start.
-        self._context, self._told = 0, 0
+        self._window = list(before[-_CONTEXT:])
+        self._text = self._decode(self._window) if self._window else ""
+        self._told = len(self._text)
+        # What follows the last complete character: tokens, and how much of their text was told.
+        self._fresh, self._fresh_told = len(self._window), 0
 
     def add(self, token: int) -> str:
         """Return the text that is certain now."""
-        self._tokens.append(token)
-        before = self._decode(self._tokens[self._context : self._told])
-        after = self._decode(self._tokens[self._context :])
-        if len(after) <= len(before) or after.endswith(_UNFINISHED):
+        self._window.append(token)
+        before, self._text = self._text, self._decode(self._window)
+        if self._text == before and not before.endswith(_UNFINISHED):
+            self._window.pop()  # it says nothing: a special one
             return ""
-        self._context, self._told = self._told, len(self._tokens)
-        return after[len(before) :]
+        if self._text[: self._told] != before[: self._told]:
+            self._begin_again()
+        found = self._tell(len(self._text) - self._num_unfinished())
+        if self._told == len(self._text):
+            self._fresh, self._fresh_told = len(self._window), 0
+        if len(self._window) > 2 * _CONTEXT:
+            self._shorten()
+        return found
 
     def rest(self) -> str:
         """Return what was held back, at the end."""
-        before = self._decode(self._tokens[self._context : self._told])
-        after = self._decode(self._tokens[self._context :])
-        self._context = self._told = len(self._tokens)
-        return after[len(before) :]
+        return self._tell(len(self._text))
+
+    def _tell(self, end: int) -> str:
+        found = self._text[self._told : end]
+        self._told = max(self._told, end)
+        self._fresh_told += len(found)
+        return found
+
+    def _num_unfinished(self) -> int:
+        kept = len(self._text.rstrip(_UNFINISHED))
+        return min(len(self._text) - kept, _MOST_UNFINISHED)
+
+    def _begin_again(self) -> None:
+        """Leave out tokens whose text is another with those behind them; it has been told.
+
+        A run of byte tokens is decoded whole by some tokenizers, and one broken byte breaks all.
+        """
+        self._window = self._window[self._fresh :]
+        self._text = self._decode(self._window)
+        self._told = min(self._fresh_told, max(0, len(self._text) - 1))
+        self._fresh = 0
+
+    def _shorten(self) -> None:
+        """Leave out the window's first tokens, if the text at its end stays the same without them."""
+        window = self._window[-_CONTEXT:]
+        text = self._decode(window)
+        held = self._text[self._told :]
+        told = len(text) - len(held)
+        if told > 0 and text[told:] == held:
+            left_out = len(self._window) - len(window)
+            self._window, self._text, self._told = window, text, told
+            self._fresh = max(0, self._fresh - left_out)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
+
+
+class TokenTexts:
+    """What single tokens say in the middle of a text, spaces before them and all."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] | None = None
+
+    def __getitem__(self, token: int) -> str:
+        if self._before is None:
+            self._before = list(self._tokenizer("a", add_special_tokens=False)["input_ids"])[-1:]
+        text = self._tokenizer.decode(self._before) if self._before else ""
+        both: str = self._tokenizer.decode([*self._before, token])
+        return both[len(text) :] if both.startswith(text) else self._tokenizer.decode([token])
 
 
 class StopStrings:

@@ -1,0 +1,319 @@
+"""Compares a captured decoder with the model that it was captured from, as transformers runs it.
+
+Two things are compared: the logits of a prefill, and those of tokens that follow one by one. A mask
+that isn't causal shows in the first; positions that aren't taken, or a state that isn't kept from token
+to token, in the second alone.
+
+Capture is judged here, and not precision: whatever the weights are stored in, both sides compute in
+float32, where a wrong mask stands out from rounding even in a model that hasn't learnt anything. What
+rounding is, the model says itself: how much its own logits differ between a prefill and tokens one by
+one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+import torch
+from distributed.system import MEMORY_LIMIT
+
+from dagflow.errors import CaptureFailed, ResultsDiffer
+from dagflow.graph.dag import OperatorDag
+from dagflow.graph.decoder import capture_decoder
+from dagflow.plan.partition import partition
+from dagflow.sessions.shrinking import shrunk, windows
+from dagflow.sessions.source import Source, quiet_transformers
+from dagflow_tasks.decoding import ALL, TOKENS, DecoderStage, Part
+from dagflow_tasks.program import Constant
+
+_PREFILL, _STEPS = 24, 4
+# A prompt that reaches beyond a window or chunk shows whether it is kept to; more tokens would take
+# more than the check may.
+_LONGEST_PREFILL = 128
+_BEYOND_WINDOW = 8
+# Products of other shapes and another order of sums: some times what they make in the model itself,
+# and a few roundings of float32 (6e-8) a layer where that happens to be nothing.
+_TIMES_NOISE = 20
+_LEAST_SHARE, _MOST_SHARE = 1e-5, 1e-3
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """What one side computes.
+
+    Attributes
+    ----------
+    prefill : Tensor (P, V)
+    steps : Tensor (K, V)
+        Of tokens that follow on the prefill one by one.
+    """
+
+    prefill: torch.Tensor
+    steps: torch.Tensor
+
+
+def check_capture(
+    source: Source,
+    captured: OperatorDag,
+    read: Callable[[str], torch.Tensor],
+    dtype: torch.dtype,
+    room_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Compare a captured decoder with its model, and return what was compared, and how long it took.
+
+    On the model's own weights if memory holds them, in float32; otherwise on random weights in a
+    model of the same configuration with two layers of each kind.
+
+    Parameters
+    ----------
+    captured
+        Before quantisation.
+    read : callable
+        Returns the values of a parameter or buffer as the model has them.
+    dtype
+        What the DAG computes in.
+    room_bytes : int, optional
+        What the comparison may take; by default half of the memory that is free.
+
+    Raises
+    ------
+    ResultsDiffer
+    CaptureFailed
+        If one of the two can't compute at all.
+    """
+    begin = time.perf_counter()
+    room = (
+        min(psutil.virtual_memory().available, MEMORY_LIMIT) // 2
+        if room_bytes is None
+        else room_bytes
+    )
+    if 2 * _float32_bytes(source.model) <= room:
+        against = "its own weights"
+        with quiet_transformers():
+            eager = source.eager()
+        worst = _check_own(eager, captured, read, dtype)
+    else:
+        eager = shrunk(source.model, room)
+        if eager is None:
+            return {"seconds": time.perf_counter() - begin, "against": None}
+        against = f"random weights in {eager.config.get_text_config(decoder=True).num_hidden_layers} layers"
+        worst = _check(eager, capture_decoder(eager), _tensors_of(eager))
+    return {
+        "seconds": round(time.perf_counter() - begin, 3),
+        "against": against,
+        "largest_difference": worst,
+    }
+
+
+def _float32_bytes(model: torch.nn.Module) -> int:
+    return 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_own(
+    eager: Any,
+    captured: OperatorDag,
+    read: Callable[[str], torch.Tensor],
+    dtype: torch.dtype,
+) -> float:
+    exact = dtype == torch.float32
+    dag = captured if exact else _in_float32(captured)
+    # Buffers that are computed when the model is built are rounded where it is built in half precision.
+    built = {} if exact else dict(eager.named_buffers())
+    computed = {b.name for b in dag.buffers if not b.persistent and b.name in built}
+    names = [*(p.name for p in dag.parameters), *(b.name for b in dag.buffers)]
+    weights = {n: (built[n] if n in computed else read(n)).detach() for n in names}
+    floating = {n: t.float() if t.is_floating_point() else t for n, t in weights.items()}
+    try:
+        return _check(eager, dag, weights if exact else floating)
+    except ResultsDiffer:
+        if exact:
+            raise
+    # The model may compute something in half precision whatever its weights are in, which was taken
+    # for a consequence of these: then only a capture in float32 can tell.
+    return _check(eager, capture_decoder(eager), _tensors_of(eager))
+
+
+def _in_float32(dag: OperatorDag) -> OperatorDag:
+    """Return a DAG that was captured in bfloat16 as it is in float32."""
+    constants = tuple(
+        Constant.of(c.name, c.tensor().float()) if c.dtype == "bfloat16" else c
+        for c in dag.constants
+    )
+    text = replace(dag, constants=constants).to_json()
+    return OperatorDag.from_json(text.replace(json.dumps("bfloat16"), json.dumps("float32")))
+
+
+def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _check(eager: Any, dag: OperatorDag, weights: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference as a share of the largest logit.
+
+    Raises
+    ------
+    ResultsDiffer, CaptureFailed
+    """
+    name = type(eager).__name__
+    tokens, num_prefill = _prompt(eager)
+    with _evaluated(eager):
+        wanted, noise = _eager_logits(eager, tokens, num_prefill)
+    found = _captured_logits(name, dag, weights, tokens, num_prefill)
+    scale = float(torch.cat([wanted.prefill, wanted.steps]).nan_to_num(0, 0, 0).abs().max())
+    allowed = min(max(_TIMES_NOISE * noise, _LEAST_SHARE * scale), _MOST_SHARE * scale)
+    worst = 0.0
+    for what, ours, theirs, start in (
+        (f"a prefill of {num_prefill} tokens", found.prefill, wanted.prefill, 0),
+        (f"decoding token by token after {num_prefill}", found.steps, wanted.steps, num_prefill),
+    ):
+        by_position = _difference(ours, theirs).amax(-1)
+        worst = max(worst, float(by_position.max()))
+        wrong = (by_position > allowed).nonzero()
+        if len(wrong):
+            raise ResultsDiffer(
+                _refusal(name, what, start, by_position, int(wrong[0]), scale, allowed)
+            )
+    return worst / scale if scale else 0.0
+
+
+def _refusal(
+    name: str,
+    what: str,
+    start: int,
+    by_position: torch.Tensor,
+    first: int,
+    scale: float,
+    allowed: float,
+) -> str:
+    return (
+        f"{name} would answer otherwise here than by itself, so it isn't loaded: in {what}, logits "
+        f"differ from transformers' from position {start + first} on, by up to "
+        f"{float(by_position.max()):.2g} where they are up to {scale:.2g} and rounding explains "
+        f"{allowed:.1g}. dagflow doesn't know something that {name} does between tokens (a mask, "
+        "positions, a bias, a state). Serve it with transformers' generate, or another model here; "
+        "check=False loads it all the same, for wrong answers."
+    )
+
+
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    return (ours - theirs).abs().nan_to_num(float("inf"), float("inf")).masked_fill(same, 0.0)
+
+
+def _prompt(model: Any) -> tuple[torch.Tensor, int]:
+    """Return tokens without meaning (P + K,), and how many of them, P, are the prefill."""
+    config = model.config.get_text_config(decoder=True)
+    beyond = [w + _BEYOND_WINDOW for w in windows(config)]
+    num_prefill = max([_PREFILL, *(n for n in beyond if n <= _LONGEST_PREFILL)])
+    longest = getattr(config, "max_position_embeddings", None) or num_prefill + _STEPS
+    num_prefill = max(1, min(num_prefill, longest - _STEPS))
+    special = _special_tokens(config)
+    ordinary = [t for t in range(min(config.vocab_size, 2**16)) if t not in special] or [0]
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(ordinary), (num_prefill + _STEPS,), generator=generator)
+    return torch.tensor(ordinary)[chosen], num_prefill
+
+
+def _special_tokens(config: Any) -> set[int]:
+    """Return tokens that a configuration gives a meaning (padding, an image, an end)."""
+    said = [value for name, value in config.to_dict().items() if name.endswith("token_id")]
+    return {t for v in said for t in (v if isinstance(v, list) else [v]) if isinstance(t, int)}
+
+
+@contextmanager
+def _evaluated(model: torch.nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _eager_logits(model: Any, tokens: torch.Tensor, num_prefill: int) -> tuple[_Logits, float]:
+    """Return a model's own logits, and how much rounding there is in them."""
+    try:
+        whole = model(input_ids=tokens[None], use_cache=False).logits[0].float()
+    except Exception as error:
+        raise CaptureFailed(
+            f"{type(model).__name__} can't be compared with what was captured of it, because it doesn't "
+            f"run by itself on this machine: {type(error).__name__}: {error}. check=False loads it "
+            "without comparing."
+        ) from error
+    try:
+        steps = _generated(model, tokens, num_prefill)
+    except (
+        Exception
+    ):  # a model that can't generate here; what it computes of a whole text stands for that
+        return _Logits(whole[:num_prefill], whole[num_prefill:]), 0.0
+    noise = float(_difference(steps, whole[num_prefill - 1 :]).max())
+    return _Logits(whole[:num_prefill], steps[1:]), noise
+
+
+def _generated(model: Any, tokens: torch.Tensor, num_prefill: int) -> torch.Tensor:
+    """Return the logits (1 + K, V) of `generate`, made to choose the tokens that are given."""
+    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+    class Given(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            at = min(input_ids.shape[1], len(tokens) - 1)
+            return torch.full_like(scores, -torch.inf).index_fill(1, tokens[at], 0.0)
+
+    with (
+        quiet_transformers(),
+        patch.object(
+            model,
+            "generation_config",
+            GenerationConfig(),  # type: ignore[no-untyped-call]
+        ),
+    ):
+        found = model.generate(
+            tokens[None, :num_prefill],
+            attention_mask=torch.ones(1, num_prefill, dtype=torch.int64),
+            max_new_tokens=len(tokens) - num_prefill + 1,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
+            logits_processor=LogitsProcessorList([Given()]),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return torch.cat(found.logits).float()
+
+
+def _captured_logits(
+    name: str,
+    dag: OperatorDag,
+    weights: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+    num_prefill: int,
+) -> _Logits:
+    end = num_prefill
+    try:
+        stage = DecoderStage(partition(dag, 1)[0], _CPU, weights)
+        found = [_fed(stage, tokens, 0, num_prefill)]
+        for end in range(num_prefill + 1, len(tokens) + 1):
+            found.append(_fed(stage, tokens, end - 1, end))
+    except Exception as error:
+        what = f"a prefill of {end} tokens" if end == num_prefill else f"token {end - 1} by itself"
+        raise CaptureFailed(
+            f"{name} was captured, and what was captured fails on {what}: {type(error).__name__}: "
+            f"{error}. dagflow can't serve it; use transformers' generate, or another model."
+        ) from error
+    return _Logits(found[0], torch.cat(found[1:]))
+
+
+def _fed(stage: DecoderStage, tokens: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    part = Part("check", 0, begin, end - begin, begin, ALL)
+    return stage.run([part], {TOKENS: tokens[begin:end]})[1]["logits"]

@@ -1,0 +1,73 @@
+"""Groups of tensors in the store, named by what they hold."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from typing import Any
+
+import torch
+
+from dagflow_storage import ArraySpec, NotFound, Store, write_arrays
+from dagflow_tasks.state import to_array
+
+_LAYER = re.compile(r"^.*?\.\d+(?=\.)")
+
+
+def groups_of(names: Iterable[str]) -> list[list[str]]:
+    """Group tensors by layer: workers read whole layers, and fine-tunes change some of them."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        match = _LAYER.match(name)
+        found.setdefault(match[0] if match else "", []).append(name)
+    return list(found.values())
+
+
+def write_groups(
+    store: Store, groups: Sequence[Sequence[str]], read: Callable[[str], torch.Tensor]
+) -> list[dict[str, Any]]:
+    """Write groups of tensors unless the store has them; return where they are.
+
+    Two at a time: while one is hashed, or waits for the disk to sync, the other is written.
+    """
+    with ThreadPoolExecutor(2, "dagflow-import") as pool:
+        return list(pool.map(lambda names: _write_group(store, names, read), groups))
+
+
+def _write_group(
+    store: Store, names: Sequence[str], read: Callable[[str], torch.Tensor]
+) -> dict[str, Any]:
+    digest, specs = _contents(names, read)
+    index = f"weights/{digest}.json"
+    try:
+        known: dict[str, Any] = json.loads(store.read_bytes(index))
+        return known
+    except NotFound:
+        pass
+    path = f"weights/{digest}-{uuid.uuid4().hex[:8]}"
+    arrays = write_arrays(store, path, specs, lambda name: to_array(read(name)))
+    store.flush(path)
+    group = {"path": path, "arrays": [array.to_json() for array in arrays]}
+    store.write_bytes(index, json.dumps(group).encode())
+    return group
+
+
+def _contents(
+    names: Sequence[str], read: Callable[[str], torch.Tensor]
+) -> tuple[str, list[ArraySpec]]:
+    """Return a hash of tensors, and what they are."""
+    digest = sha256()  # which processors have instructions for, and which no other hash beats then
+    specs = []
+    for name in names:
+        tensor = read(name)
+        spec = ArraySpec(
+            name, "weight", str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        )
+        specs.append(spec)
+        digest.update(f"{name} {spec.dtype} {spec.shape}".encode())
+        digest.update(to_array(tensor).reshape(-1).view("uint8").data)
+    return digest.hexdigest()[:32], specs
