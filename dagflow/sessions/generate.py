@@ -87,7 +87,8 @@ def generate(
         A string, several, or token ids (B, T), ragged or not.
     max_new_tokens : int
         By default what the model's generation_config.json says, or 128; at most what the model's
-        longest sequence leaves. Requests wait in their order until the workers' caches have room for prompt and answer.
+        longest sequence leaves. Requests wait in their order until the workers' caches have room
+        for prompt and answer.
     client
         As for `train`.
     stop

@@ -17,7 +17,8 @@ class Detokenizer:
     Tokens are decoded with those before them, the prompt's to begin with: what a token says depends on
     its place (SentencePiece's first word of a text has no space before it). The window of tokens that
     are decoded together is short, so a token costs the same wherever it is. What isn't a character
-    (bytes that are no UTF-8) is told as U+FFFD, as soon as nothing that follows can complete it.
+    (bytes that are no UTF-8) is told as U+FFFD, as soon as nothing that follows can complete it (or not at all, if the tokenizer is one that
+    leaves it out).
 
     `tokenizers.decoders.DecodeStream` isn't used: it takes tokenizers of its own library only, holds
     a run of broken bytes back for as long as it lasts, decoding all of it with every token, and fails
@@ -43,8 +44,8 @@ class Detokenizer:
         """Return the text that is certain now."""
         self._window.append(token)
         before, self._text = self._text, self._decode(self._window)
-        if self._text == before and not before.endswith(_UNFINISHED):
-            self._window.pop()  # it says nothing: a special one
+        if self._text == before and self._is_special(token):
+            self._window.pop()
             return ""
         if self._text[: self._told] != before[: self._told]:
             self._begin_again()
@@ -80,15 +81,24 @@ class Detokenizer:
         self._fresh = 0
 
     def _shorten(self) -> None:
-        """Leave out the window's first tokens, if the text at its end stays the same without them."""
+        """Leave out the window's first tokens, if the text at its end stays the same without them.
+
+        A window that has grown long all the same (its tokens say nothing) is cut in any case.
+        """
         window = self._window[-_CONTEXT:]
         text = self._decode(window)
         held = self._text[self._told :]
         told = len(text) - len(held)
-        if told > 0 and text[told:] == held:
+        is_same = told > 0 and text[told:] == held
+        if is_same or len(self._window) > 4 * _CONTEXT:
+            told = max(0, told)
             left_out = len(self._window) - len(window)
             self._window, self._text, self._told = window, text, told
             self._fresh = max(0, self._fresh - left_out)
+
+    def _is_special(self, token: int) -> bool:
+        """Tell whether a token is left out of texts, whatever is around it."""
+        return not self._decode([token]) and bool(self._tokenizer.decode([token]))
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)

@@ -177,5 +177,5 @@ class _Failing(hf.LlamaForCausalLM):
 
 
 def test_a_model_that_fails_by_itself_is_named() -> None:
-    with pytest.raises(CaptureFailed, match="_Failing can't be compared.*only on a GPU"):
+    with pytest.raises(CaptureFailed, match=r"_Failing can't be compared.*only on a GPU"):
         _eager_logits(_llama(_Failing), torch.arange(28), 24)
