@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,32 @@ def split_target(batch: Any) -> tuple[Any, Any]:
         "Labels are missing: loss= needs a target, and the batch is a single tensor. Yield tuples "
         "(input, target) or a mapping with 'labels'."
     )
+
+
+def unknown_columns(model: torch.nn.Module, batch: Any, has_loss: bool) -> tuple[str, ...]:
+    """Return the entries of a mapping that the model's forward doesn't take.
+
+    Parameters
+    ----------
+    has_loss : bool
+        Whether the target goes to a loss function instead of the model.
+    """
+    if not isinstance(batch, Mapping):
+        return ()
+    taken = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken):
+        return ()
+    known = {parameter.name for parameter in taken}
+    if has_loss:
+        known |= set([name for name in TARGET_NAMES if name in batch][:1])
+    return tuple(name for name in batch if name not in known)
+
+
+def without_columns(batch: Any, names: Sequence[str]) -> Any:
+    """Return a batch without some of a mapping's entries."""
+    if not names or not isinstance(batch, Mapping):
+        return batch
+    return {name: value for name, value in batch.items() if name not in names}
 
 
 def call_model(model: torch.nn.Module, batch: Any) -> Any:

@@ -6,27 +6,39 @@ that the DAG runs the same kernels as the model did, to the same bits.
 
 from __future__ import annotations
 
-import sys
-import traceback
+import hashlib
+import random
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch.export import Dim
-from torch.overrides import TorchFunctionMode
+from torch.export import Dim, ExportedProgram
 
 from dagflow.errors import BatchInvalid, CaptureFailed
-from dagflow.graph.batch import call_model, flatten_batch, rebuilder, split_target
+from dagflow.graph.batch import flatten_batch, rebuilder, unknown_columns, without_columns
 from dagflow.graph.dag import OperatorDag, input_value
+from dagflow.graph.effects import (
+    Change,
+    RandomStates,
+    Snapshot,
+    Uses,
+    gradient_hooks,
+    watch_attributes,
+    watch_generators,
+    without_gradient_hooks,
+)
+from dagflow.graph.loss import LossFunction, LossModule, check_loss
+from dagflow.graph.trace import OWN_FILES, Trace, explain, follow
 from dagflow.graph.translate import translate
 from dagflow_tasks.program import ValueSpec
 
-LossFunction = Callable[[Any, Any], torch.Tensor]
-
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
+# torch.export changes the model and torch itself while it traces: one trace at a time in a process.
+_TRACING = threading.RLock()
 
 
 def capture(
@@ -38,8 +50,13 @@ def capture(
 ) -> OperatorDag:
     """Return the model's operator DAG, loss included, with the batch and sequence sizes left open.
 
-    The model is captured in its current mode (`train()` or `eval()`) and isn't changed. Parameters
-    may be on the meta device.
+    The model is captured in its current mode (`train()` or `eval()`) and is left as it was: its
+    attributes, buffers, hooks and flags, and the random states of torch, Python and NumPy. Parameters
+    may be on the meta device. Any thread may call this; captures wait for one another.
+
+    What the graph can't hold is refused by name or warned of. What it holds is what forward computes
+    for this batch's dtypes and names, for all sizes for which `dagflow.graph.signature.match_batch`
+    accepts a batch; a hand-written backward isn't in it.
 
     Parameters
     ----------
@@ -48,7 +65,9 @@ def capture(
         A mapping (passed by keyword), a tuple (by position) or a tensor. Sizes of 1 are taken as
         fixed; show a batch of at least two rows to leave the batch size open.
     loss : callable, optional
-        ``loss(output, target)``. Without it the model returns a scalar or something with ``.loss``.
+        ``loss(output, target)``: a function, a module, a bound method; tensors it holds become
+        constants. Without it the model returns a scalar, something with a ``loss``, or a tuple that
+        begins with it.
     dynamic : mapping, optional
         Dimensions to leave open by tensor name. By default the first of every tensor, and the
         second of integer matrices (B, T) and of float (B, T, D) sequences.
@@ -56,33 +75,73 @@ def capture(
     Raises
     ------
     CaptureFailed
-        If the model's control flow depends on its data, or uses operators that no worker would
-        run; names module, source line and operator.
+        If the model's control flow depends on its data, it uses operators that no worker would
+        run, or keeps state that is no buffer; names module, source line and what to do.
     BatchInvalid
         If the batch isn't made of tensors, or holds no target though `loss` needs one.
 
     Warns
     -----
     UserWarning
-        If the model calls a `torch.autograd.Function`: its forward is captured, its backward isn't.
+        If the model calls a `torch.autograd.Function` (its forward is captured, its backward isn't)
+        or has hooks on gradients; if it sets attributes that stay as they are in training; if the
+        batch has columns that forward doesn't take, which are dropped.
     """
-    tensors, constants = flatten_batch(example_batch)
-    wrapper = _LossModule(model, loss, rebuilder(example_batch))
-    dims = {name: _dynamic_dims(name, tensor, dynamic) for name, tensor in tensors.items()}
-    exported, position = export_module(wrapper, model, tensors, dims)
-    for function, module in position.functions.items():
+    check_loss(loss, model)
+    dropped = unknown_columns(model, example_batch, loss is not None)
+    if dropped:
         warnings.warn(
-            f"Module {module or 'the model itself'!r} calls {function.__qualname__}, a "
-            "torch.autograd.Function with a backward of its own. A graph holds operators only: "
-            "dagflow will use the derivative of its forward instead. If they differ by more than "
-            "rounding (straight-through estimators, clipped gradients), write it with detach().",
+            f"The batch's columns {', '.join(map(repr, dropped))} are dropped: the forward of "
+            f"{type(model).__name__} doesn't take them.",
             stacklevel=2,
         )
+    batch = without_columns(example_batch, dropped)
+    tensors, constants = flatten_batch(batch)
+    wrapper = LossModule(model, loss, rebuilder(batch))
+    dims = {name: _dynamic_dims(name, tensor, dynamic) for name, tensor in tensors.items()}
+    exported, trace = export_module(wrapper, model, tensors, dims)
+    for text in _warnings(trace, model):
+        warnings.warn(text, stacklevel=2)
     inputs = [
         ValueSpec(input_value(name), str(t.dtype).removeprefix("torch."), tuple(t.shape))
         for name, t in tensors.items()
     ]
-    return translate(exported, model, inputs, constants)
+    dag = translate(exported, model, inputs, constants, decisions=trace.decisions)
+    return replace(dag, dropped_columns=dropped)
+
+
+def _warnings(trace: Trace, model: torch.nn.Module) -> Iterator[str]:
+    for function, module in trace.functions.items():
+        yield (
+            f"Module {module or 'the model itself'!r} calls {function.__qualname__}, a "
+            "torch.autograd.Function with a backward of its own. A graph holds operators only: "
+            "dagflow will use the derivative of its forward instead. If they differ by more than "
+            "rounding (straight-through estimators, clipped gradients), write it with detach()."
+        )
+    hooks = [f"module {module!r} ({line})" for module, line in trace.hooks]
+    hooks += gradient_hooks(model)
+    if hooks:
+        yield (
+            f"Hooks on gradients aren't run: {', '.join(dict.fromkeys(hooks))}. Workers make the "
+            "gradients, and programs hold no Python code. If a hook changes gradients, the model "
+            "will train differently: write the change into forward, with detach()."
+        )
+    if trace.clock:
+        yield (
+            f"Forward reads the clock at {', '.join(dict.fromkeys(trace.clock))}: what it computes "
+            "from that is the same in every step."
+        )
+    if trace.drawn:
+        yield (
+            f"Forward draws from Python's or NumPy's random numbers at {trace.drawn}. Other numbers "
+            "gave the same graph, so it is taken to make no use of them. If it does (skipping a "
+            "layer now and then), draw with torch."
+        )
+    if trace.attributes:
+        yield (
+            f"Forward sets {'; '.join(map(str, trace.attributes))}. They stay as they are while "
+            "dagflow trains: workers run operators, not the model's code."
+        )
 
 
 def export_module(
@@ -90,14 +149,45 @@ def export_module(
     model: torch.nn.Module,
     tensors: Mapping[str, torch.Tensor],
     dims: Mapping[str, Sequence[int]],
-) -> tuple[torch.export.ExportedProgram, _Position]:
+) -> tuple[ExportedProgram, Trace]:
     """Export a module around a model (its child ``model``) over tensors with open sizes.
+
+    The model is left as it was, whether this succeeds or not.
 
     Raises
     ------
     BatchInvalid, CaptureFailed
     """
-    with _on_one_device(model, tensors) as leaves, _watch(wrapper) as position:
+    with _TRACING, _left_as_it_was(model) as states:
+        exported, trace = _export(wrapper, model, tensors, dims)
+        drawn = states.changed()
+    if trace.changes or drawn:
+        with _TRACING, _left_as_it_was(model):
+            _examine(wrapper, model, tensors, dims, (exported, trace))
+    return exported, trace
+
+
+@contextmanager
+def _left_as_it_was(model: torch.nn.Module) -> Iterator[RandomStates]:
+    states, snapshot = RandomStates(), Snapshot(model)
+    try:
+        yield states
+    finally:
+        snapshot.restore()
+        states.restore()
+
+
+def _export(
+    wrapper: torch.nn.Module,
+    model: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    dims: Mapping[str, Sequence[int]],
+) -> tuple[ExportedProgram, Trace]:
+    with (
+        _on_one_device(model, tensors) as leaves,
+        without_gradient_hooks(model),
+        follow(wrapper) as trace,
+    ):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -110,54 +200,79 @@ def export_module(
         except (BatchInvalid, CaptureFailed):
             raise
         except Exception as error:
-            raise CaptureFailed(_explain(error, position)) from error
-    return exported, position
+            raise CaptureFailed(explain(error, trace)) from error
+    return exported, trace
 
 
-class _LossModule(torch.nn.Module):
-    """The model and its loss as one module over the batch's tensors."""
+def _examine(
+    wrapper: torch.nn.Module,
+    model: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    dims: Mapping[str, Sequence[int]],
+    first: tuple[ExportedProgram, Trace],
+) -> None:
+    """Trace a second call, with other random numbers, to see what becomes of what the first changed.
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        loss: LossFunction | None,
-        rebuild: Callable[[Sequence[torch.Tensor]], Any],
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = loss
-        self._rebuild = rebuild
-        self.training = model.training
+    A state that the second call leaves alone, and that gives the same graph, does no harm: every
+    later call is like the second.
 
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        batch = self._rebuild(tensors)
-        if self._loss is not None:
-            batch, target = split_target(batch)
-            return _scalar(
-                self._loss(call_model(self.model, batch), target), "loss(output, target)"
+    Raises
+    ------
+    CaptureFailed
+        If attributes carry something from one call to the next, or random numbers of Python's or
+        NumPy's decide what is computed.
+    """
+    exported, trace = first
+    trace.make_changes()
+    random.seed(random.getrandbits(64))
+    np.random.seed(random.getrandbits(32))
+    with watch_attributes(model, trace.changes) as uses, watch_generators() as lines:
+        again, later = _export(wrapper, model, tensors, dims)
+    is_same = _fingerprint(again) == _fingerprint(exported)
+    _refuse_state(model, trace.changes if later.changes or not is_same else (), uses)
+    trace.attributes = [change for change in trace.changes if uses.is_only_written(change)]
+    lines = [line for line in lines if line.rpartition(":")[0] not in OWN_FILES]
+    if lines:
+        trace.drawn = ", ".join(dict.fromkeys(lines))
+        if not is_same:
+            raise CaptureFailed(
+                f"Forward draws from Python's or NumPy's random numbers ({trace.drawn}), and what it "
+                "computes depends on them. A graph would hold the first draw for ever. What to do: "
+                "draw with torch (torch.rand), which is drawn anew in every step, or augment in "
+                "the data loader."
             )
-        output = call_model(self.model, batch)
-        value = output if isinstance(output, torch.Tensor) else getattr(output, "loss", None)
-        if value is None:
-            raise BatchInvalid(
-                f"The model returned a {type(output).__name__} without a loss. Are labels missing "
-                "from the batch? Add them, or pass loss=function(output, target)."
+
+
+def _refuse_state(model: torch.nn.Module, changes: Sequence[Change], uses: Uses) -> None:
+    for change in changes:
+        module = model.get_submodule(change.module)
+        if change.attribute in module._parameters or change.attribute in module._modules:
+            raise CaptureFailed(
+                f"Forward replaces a parameter or submodule ({change}), and stages train those that "
+                "the model was built with. What to do: write into the parameter in place, under "
+                "torch.no_grad(), or build the module in __init__."
             )
-        return _scalar(value, "the model")
+        line = uses.carried_over(change)
+        if line:
+            raise CaptureFailed(
+                f"Forward changes a plain attribute and reads at {line} what an earlier call left "
+                f"in it ({change}). A graph holds tensor operators only, and would read the same in "
+                "every step. What to do: keep it in a buffer (register_buffer) and change it with "
+                "tensor operators. If it is a table that the first call makes, call the model once "
+                "on a batch before."
+            )
 
 
-def _scalar(value: Any, origin: str) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor) or value.dim() != 0:
-        found = (
-            f"shape {list(value.shape)}"
-            if isinstance(value, torch.Tensor)
-            else f"a {type(value).__name__}"
-        )
-        raise BatchInvalid(
-            f"A loss is a scalar tensor; {origin} returned {found}. Reduce it, with .mean() say, "
-            "or pass loss=function(output, target)."
-        )
-    return value
+def _fingerprint(exported: ExportedProgram) -> str:
+    """Return a digest of a graph, its regions and its constants."""
+    digest = hashlib.blake2b()
+    for module in exported.graph_module.modules():
+        digest.update(str(getattr(module, "code", "")).encode())
+    for name, constant in sorted(exported.constants.items()):
+        data = constant.detach() if isinstance(constant, torch.Tensor) else constant
+        is_real = isinstance(data, torch.Tensor) and not data.is_meta
+        digest.update(f"{name} {data.tolist() if is_real else type(data)}".encode())
+    return digest.hexdigest()
 
 
 def _dynamic_dims(
@@ -200,105 +315,3 @@ def _on_one_device(
     finally:
         for module, name, buffer in swapped:
             module._buffers[name] = buffer
-
-
-class _Position(TorchFunctionMode):
-    """Remembers which module and torch function the trace is in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.modules: list[str] = []
-        self.operator = ""
-        self.functions: dict[type[torch.autograd.Function], str] = {}
-
-    @property
-    def module(self) -> str:
-        """Path of the innermost module, in words where there is none."""
-        if not self.modules:
-            return "none, outside the model's forward"
-        return self.modules[-1] or "the model itself"
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.operator = getattr(func, "__name__", str(func))
-        function = _enclosing_function()
-        if function is not None:
-            self.functions.setdefault(function, self.modules[-1] if self.modules else "")
-        return func(*args, **(kwargs or {}))
-
-
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-
-
-def _enclosing_function() -> type[torch.autograd.Function] | None:
-    """Return the user's `torch.autograd.Function` whose forward is being traced, if any.
-
-    Found on the stack rather than by replacing `apply`: models often keep `apply` itself under
-    another name, and other threads may call it meanwhile.
-    """
-    frame = sys._getframe(2)
-    while frame.f_back is not None:
-        if frame.f_code is _APPLY:
-            found: type[torch.autograd.Function] = frame.f_locals["cls"]
-            # torch's own keep to the derivative (activation checkpointing, custom operators).
-            return None if found.__module__.startswith("torch.") else found
-        frame = frame.f_back
-    return None
-
-
-@contextmanager
-def _watch(wrapper: Any) -> Iterator[_Position]:
-    """Follow the trace through the modules, so that a failure can say where it was."""
-    position = _Position()
-    handles = []
-
-    def leave(*_: Any) -> None:
-        position.modules.pop()
-
-    for path, module in wrapper.model.named_modules():
-
-        def enter(*_: Any, path: str = path) -> None:
-            position.modules.append(path)
-
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave))
-    forward = wrapper.forward
-
-    def watched(*tensors: torch.Tensor) -> Any:
-        with position:
-            return forward(*tensors)
-
-    wrapper.forward = watched
-    try:
-        yield position
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _explain(error: Exception, position: _Position) -> str:
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(_TORCH_FOLDER) and frame.filename != __file__
-    ]
-    where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "unknown"
-    reason = " ".join(str(error).split())[:400]
-    return (
-        f"The model can't be captured. Module: {position.module!r}. Source: {where}. "
-        f"Operator: {position.operator or 'unknown'}. torch says: {type(error).__name__}: {reason} "
-        f"What to do: {_advice(error)}"
-    )
-
-
-def _advice(error: Exception) -> str:
-    text = f"{type(error).__name__} {error}"
-    if "data-dependent" in text or "DataDependent" in text or "Unbacked" in text:
-        return (
-            "the line decides by a tensor's value, which a graph can't; write it with torch.where "
-            "or a mask, or take the decision outside of forward()."
-        )
-    if "torch._dynamo" in text or "Constraint" in text:
-        return "the model fixes a size that varies; pass dynamic={'tensor': [dims that vary]}."
-    return "make that line work under torch.export.export(model, ..., strict=False)."

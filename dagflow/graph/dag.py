@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from dagflow_tasks.errors import ProgramInvalid
-from dagflow_tasks.operators import Node, dtype_of, evaluate_size
+from dagflow_tasks.operators import Node, dtype_of
 from dagflow_tasks.program import Constant, ValueSpec, check_nodes, read_format
+from dagflow_tasks.sizes import evaluate_size
 
 FORMAT = "dagflow-operator-dag"
 FORMAT_VERSION = 1
@@ -39,6 +40,23 @@ class Symbol:
     hint: int
     minimum: int
     maximum: int | None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch's sizes must meet for the captured operators to be those of the model.
+
+    Attributes
+    ----------
+    expression
+        A size expression that is true then.
+    source : str
+        The line of the model's code that decides by it. Empty for what an operator assumed of its
+        result's shape; if that isn't met, the shapes are worked out anew and compared.
+    """
+
+    expression: Any
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,13 @@ class OperatorDag:
 
     Knows neither devices nor dask. ``print`` shows a table by module, `to_graphviz` a picture,
     `save` and `load` go through JSON.
+
+    Attributes
+    ----------
+    conditions : tuple of Condition
+        What `dagflow.graph.signature.match_batch` checks of every batch besides its form.
+    dropped_columns : tuple of str
+        Entries of a batch that the model's forward doesn't take, and `match_batch` passes over.
     """
 
     symbols: tuple[Symbol, ...]
@@ -107,6 +132,13 @@ class OperatorDag:
     info: Mapping[str, OperatorInfo]
     loss: str
     batch_constants: Mapping[str, Any]
+    conditions: tuple[Condition, ...] = ()
+    dropped_columns: tuple[str, ...] = ()
+
+    @cached_property
+    def checked_sizes(self) -> dict[tuple[int, ...], str]:
+        """Answers of the check of sizes so far: "" or what is wrong, by the symbols' values."""
+        return {}
 
     @cached_property
     def hints(self) -> dict[str, int]:
@@ -162,6 +194,8 @@ class OperatorDag:
             ],
             "loss": self.loss,
             "batch_constants": dict(self.batch_constants),
+            "conditions": [asdict(condition) for condition in self.conditions],
+            "dropped_columns": list(self.dropped_columns),
         }
         return json.dumps(body)
 
@@ -195,6 +229,8 @@ class OperatorDag:
             info={raw["name"]: _info_from_json(raw["info"]) for raw in body["nodes"]},
             loss=body["loss"],
             batch_constants=body["batch_constants"],
+            conditions=tuple(Condition(**condition) for condition in body.get("conditions", ())),
+            dropped_columns=tuple(body.get("dropped_columns", ())),
         )
 
     def defined_values(self) -> set[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dagflow_tasks.operators import Node, size_text
+from dagflow_tasks.operators import Node
+from dagflow_tasks.sizes import size_text
 
 if TYPE_CHECKING:
     from dagflow.graph.dag import OperatorDag

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
-import sympy
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.dag import (
     Buffer,
+    Condition,
     OperatorDag,
     OperatorInfo,
     Parameter,
@@ -25,16 +25,22 @@ from dagflow.graph.dag import (
     dtype_bytes,
 )
 from dagflow.graph.flops import is_view, operator_flops
+from dagflow.graph.rnn import TRACED_AS
+from dagflow.graph.sizes import SIZE_CALLS, Decision, SizeUnknown, SizeWriter, conditions
+from dagflow.graph.trace import OWN_FILES
+from dagflow.graph.writes import check_writes, early
 from dagflow_tasks.operators import (
     Argument,
     Node,
     encode_literal,
-    evaluate_size,
     is_allowed,
     mutated_arguments,
+    storages,
 )
 from dagflow_tasks.program import Constant, ValueSpec
+from dagflow_tasks.sizes import evaluate_size
 
+_SYMBOLIC = (torch.SymInt, torch.SymBool, torch.SymFloat)
 # Nodes that only say what the ranges of the symbols say already.
 _RANGE_CHECKS = ("sym_constrain_range", "_assert_scalar", "sym_constrain_range_for_size")
 
@@ -46,6 +52,7 @@ def translate(
     batch_constants: Mapping[str, Any],
     *,
     scalar: bool = True,
+    decisions: Sequence[Decision] = (),
 ) -> OperatorDag:
     """Build the operator DAG of an exported module whose model is its child `model`.
 
@@ -53,8 +60,21 @@ def translate(
     ----------
     scalar : bool
         Whether the result is a loss; a decoder's logits otherwise. Either is the DAG's `loss`.
+    decisions
+        What the model's code decided by sizes while it was traced.
     """
-    return _Translator(exported, model, inputs, batch_constants, scalar).dag()
+    dag = _Translator(exported, model, inputs, batch_constants, scalar, decisions).dag()
+    check_writes(dag)
+    return dag
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Flags of the nodes in a region of the model's code."""
+
+    grad: bool = True
+    autocast: bool = True
+    autocast_dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,13 +98,16 @@ class _Translator:
         inputs: Sequence[ValueSpec],
         batch_constants: Mapping[str, Any],
         scalar: bool,
+        decisions: Sequence[Decision],
     ) -> None:
         self.scalar = scalar
+        self.decisions = decisions
         self.exported = exported
         self.model = model
         self.inputs = inputs
         self.batch_constants = dict(batch_constants)
         self.environment: dict[torch.fx.Node, Any] = {}
+        self.sizes = SizeWriter(nodes=self.environment)
         self.symbols: dict[str, Symbol] = {}
         self.uses: dict[str, list[str]] = {}
         self.nodes: list[Node] = []
@@ -97,7 +120,8 @@ class _Translator:
         specs = self._placeholders()
         for node in self.exported.graph.nodes:
             if node.op == "call_function":
-                self._call(node, "", grad=True, autocast=True)
+                self._call(node, "", _Setting())
+        self.nodes = early(self.nodes)
         loss = self._loss()
         mutated = self._mutated_buffers()
         return OperatorDag(
@@ -110,23 +134,19 @@ class _Translator:
             info=self.info,
             loss=loss,
             batch_constants=self.batch_constants,
+            conditions=self._conditions(),
         )
 
     def _placeholders(self) -> list[ValueSpec]:
         graph_nodes = {node.name: node for node in self.exported.graph.nodes}
         batch = iter(self.inputs)
-        specs = []
+        given: list[tuple[ValueSpec, torch.Tensor]] = []
         for spec in self.exported.graph_signature.input_specs:
             node = graph_nodes[spec.arg.name]
             target = str(spec.target or "").removeprefix("model.")
             if spec.kind == InputKind.USER_INPUT:
-                given = next(batch)
-                shape = tuple(
-                    self._input_size(size, given.name, dim, given.shape[dim])
-                    for dim, size in enumerate(node.meta["val"].shape)
-                )
-                specs.append(ValueSpec(given.name, given.dtype, shape))
-                self.environment[node] = given.name
+                given.append((next(batch), node.meta["val"]))
+                self.environment[node] = given[-1][0].name
             elif spec.kind == InputKind.PARAMETER:
                 self.environment[node] = ("parameter", self.canonical[target])
             elif spec.kind == InputKind.BUFFER:
@@ -136,27 +156,48 @@ class _Translator:
                 self.environment[node] = buffer_value(name)
             else:
                 self.environment[node] = self._constant(self.exported.constants[str(spec.target)])
-        return specs
+        for value, traced in given:
+            for dim, size in enumerate(traced.shape):
+                self._open_size(size, value.name, dim, value.shape[dim])
+        return [
+            ValueSpec(value.name, value.dtype, self._input_shape(value.name, traced))
+            for value, traced in given
+        ]
 
-    def _input_size(self, size: Any, input_name: str, dim: int, hint: int) -> Any:
-        if isinstance(size, int):
-            return size
+    def _open_size(self, size: Any, input_name: str, dim: int, hint: int) -> None:
+        """Make a symbol of a dimension that torch has left open."""
+        if isinstance(size, int) or not size.node.expr.is_symbol:
+            return
         expression = size.node.expr
-        if expression.is_Integer:
-            return int(expression)
         name = str(expression)
-        if not expression.is_symbol:
-            raise CaptureFailed(
-                f"Dimension {dim} of {input_name.removeprefix('in.')!r} must be {expression} for "
-                "this model; sizes of the batch that depend on each other aren't supported. Pass "
-                "dynamic={...} to fix one of them."
-            )
         if name not in self.symbols:
             bounds = self.exported.range_constraints.get(expression)
             upper = None if bounds is None or not bounds.upper.is_Integer else int(bounds.upper)
             lower = 2 if bounds is None else int(bounds.lower)
             self.symbols[name] = Symbol(name, input_name, dim, int(hint), lower, upper)
-        return name
+            self.sizes.symbols.add(name)
+
+    def _input_shape(self, input_name: str, traced: torch.Tensor) -> tuple[Any, ...]:
+        """Return an input's shape; sizes that follow from others' are expressions over these."""
+        try:
+            return tuple(self.sizes.of_value(size) for size in traced.shape)
+        except SizeUnknown as error:
+            raise CaptureFailed(
+                f"A dimension of {input_name.removeprefix('in.')!r} must be {error} for this model, "
+                "which no other size of the batch gives. Pass dynamic={...} to fix one of them."
+            ) from error
+
+    def _conditions(self) -> tuple[Condition, ...]:
+        sizes = [s for spec in self.exported.graph.nodes for s in _symbolic_sizes(spec)]
+        environment = sizes[0].node.shape_env if sizes else None
+        try:
+            return conditions(environment, list(self.decisions), self.sizes)
+        except SizeUnknown as error:
+            raise CaptureFailed(
+                f"The model's code decides by {error}, which can't be checked for other batches. "
+                "What to do: pass dynamic={'tensor': []} to fix the tensor's sizes to those of the "
+                "example batch."
+            ) from error
 
     def _constant(self, tensor: torch.Tensor) -> str:
         name = f"c.{len(self.constants)}"
@@ -175,28 +216,28 @@ class _Translator:
 
     # Nodes
 
-    def _call(self, node: torch.fx.Node, prefix: str, *, grad: bool, autocast: bool) -> None:
+    def _call(self, node: torch.fx.Node, prefix: str, setting: _Setting) -> None:
         name = prefix + node.name
         target = str(getattr(node.target, "__name__", node.target))
         if "wrap_with_set_grad_enabled" in target:
             enabled, region, *operands = node.args
-            self._region(node, region, operands, name, grad and bool(enabled), autocast)
+            grad = setting.grad and bool(enabled)
+            self._region(node, region, operands, name, replace(setting, grad=grad))
             return
         if "wrap_with_autocast" in target:
-            _, _, enabled, _, region, *operands = node.args
-            self._region(node, region, operands, name, grad, autocast and bool(enabled))
+            _, dtype, enabled, _, region, *operands = node.args
+            own = str(dtype).removeprefix("torch.") if enabled else ""
+            autocast = replace(setting, autocast=bool(enabled), autocast_dtype=own)
+            self._region(node, region, operands, name, autocast)
             return
         if node.target is operator.getitem:
             source, index = cast("tuple[torch.fx.Node, int]", node.args)
             if isinstance(self.environment.get(source), tuple):  # a region's results
                 self.environment[node] = self.environment[source][index]
                 return
-        value = node.meta.get("val")
-        if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat, int)) or any(
-            word in target for word in _RANGE_CHECKS
-        ):
+        if _is_number(node) or any(word in target for word in _RANGE_CHECKS):
             return  # sizes are carried as expressions where they are used
-        self._operator(node, name, grad, autocast)
+        self._operator(node, name, setting)
 
     def _region(
         self,
@@ -204,8 +245,7 @@ class _Translator:
         region: Any,
         operands: Sequence[Any],
         prefix: str,
-        grad: bool,
-        autocast: bool,
+        setting: _Setting,
     ) -> None:
         """Inline a region's nodes; its settings become flags of its nodes."""
         graph_module = getattr(node.graph.owning_module, region.target)
@@ -214,13 +254,15 @@ class _Translator:
             self.environment[placeholder] = self.environment.get(operand, operand)
         for inner in graph_module.graph.nodes:
             if inner.op == "call_function":
-                self._call(inner, f"{prefix}__", grad=grad, autocast=autocast)
+                self._call(inner, f"{prefix}__", setting)
             elif inner.op == "output":
+                # A size that a region returns is the node that computes it.
                 results = inner.args[0]
-                self.environment[node] = tuple(self.environment[result] for result in results)
+                self.environment[node] = tuple(self.environment.get(r, r) for r in results)
 
-    def _operator(self, node: torch.fx.Node, name: str, grad: bool, autocast: bool) -> None:
+    def _operator(self, node: torch.fx.Node, name: str, setting: _Setting) -> None:
         op = "getitem" if node.target is operator.getitem else str(node.target)
+        op = TRACED_AS.get(op, op)
         origin = _origin(node, op)
         if not is_allowed(op):
             raise CaptureFailed(
@@ -236,19 +278,19 @@ class _Translator:
         }
         outputs = self._outputs(node.meta.get("val"), origin)
         self.environment[node] = name
-        self.nodes.append(Node(name, op, args, kwargs, grad, autocast, origin.module))
+        flags = (setting.grad, setting.autocast, origin.module, setting.autocast_dtype)
+        self.nodes.append(Node(name, op, args, kwargs, *flags))
         self.info[name] = self._info(node, outputs, origin)
 
     def _argument(self, argument: Any, origin: _Origin) -> Argument:
         if isinstance(argument, torch.fx.Node):
-            value = argument.meta.get("val")
-            if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):
-                return self._size(value, origin)
+            if _is_number(argument):
+                return self._size(lambda: self.sizes.of_node(argument), origin)
             return self._reference(self.environment[argument])
         if isinstance(argument, (list, tuple)):
             return [self._argument(item, origin) for item in argument]
-        if isinstance(argument, (torch.SymInt, torch.SymBool, torch.SymFloat)):
-            return self._size(argument, origin)
+        if isinstance(argument, _SYMBOLIC):
+            return self._size(lambda: self.sizes.of_value(argument), origin)
         try:
             return encode_literal(argument)
         except TypeError as error:
@@ -265,29 +307,25 @@ class _Translator:
             return {"ref": uses[-1]}
         return {"ref": value}
 
-    def _size(self, size: Any, origin: _Origin) -> Argument:
-        expression = self._expression(size.node.expr, origin)
-        return expression if isinstance(expression, int) else {"size": expression}
+    def _size(self, write: Callable[[], Any], origin: _Origin) -> Argument:
+        expression = self._written(write, origin)
+        plain = isinstance(expression, (bool, int, float))
+        return encode_literal(expression) if plain else {"size": expression}
 
-    def _expression(self, expression: Any, origin: _Origin) -> Any:
-        if expression.is_Integer:
-            return int(expression)
-        if expression.is_symbol:
-            if str(expression) in self.symbols:
-                return str(expression)
+    def _written(self, write: Callable[[], Any], origin: _Origin) -> Any:
+        try:
+            return write()
+        except SizeUnknown as error:
+            if error.depends_on_data:
+                raise CaptureFailed(
+                    f"The number {error} depends on the data, not on the batch's shape. {origin} "
+                    "What to do: use masks instead of selecting by value (nonzero, boolean "
+                    "indexing), and tensors instead of .item()."
+                ) from error
             raise CaptureFailed(
-                f"The number {expression} depends on the data, not on the batch's shape. {origin} "
-                "What to do: use masks instead of selecting by value (nonzero, boolean indexing), "
-                "and tensors instead of .item()."
-            )
-        operands = [self._expression(operand, origin) for operand in expression.args]
-        for kind, operation in _OPERATIONS:
-            if isinstance(expression, kind):
-                return [operation, *operands]
-        raise CaptureFailed(
-            f"The size {expression} can't be written in a program. {origin} What to do: pass "
-            "dynamic={'tensor': []} to fix the tensor's sizes to those of the example batch."
-        )
+                f"The size {error} can't be written in a program. {origin} What to do: pass "
+                "dynamic={'tensor': []} to fix the tensor's sizes to those of the example batch."
+            ) from error
 
     # What is known of an operator
 
@@ -297,7 +335,7 @@ class _Translator:
             (
                 str(tensor.dtype).removeprefix("torch."),
                 tuple(
-                    size if isinstance(size, int) else self._expression(size.node.expr, origin)
+                    self._written(partial(self.sizes.of_value, size), origin)
                     for size in tensor.shape
                 ),
             )
@@ -312,7 +350,7 @@ class _Translator:
             if isinstance(item, torch.Tensor):
                 shape = [self._hint(size, origin) for size in item.shape]
                 return torch.empty(shape, dtype=item.dtype, device="meta")
-            if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if isinstance(item, _SYMBOLIC):
                 return self._hint(item, origin)
             if isinstance(item, (list, tuple)):
                 return [concrete(element) for element in item]
@@ -325,11 +363,9 @@ class _Translator:
         moved = 0 if is_view(origin.op) else _bytes([args, list(kwargs.values()), result])
         return OperatorInfo(outputs, flops, moved, origin.source)
 
-    def _hint(self, size: Any, origin: _Origin) -> int:
-        if isinstance(size, int):
-            return size
+    def _hint(self, size: Any, origin: _Origin) -> Any:
         hints = {symbol.name: symbol.hint for symbol in self.symbols.values()}
-        return evaluate_size(self._expression(size.node.expr, origin), hints)
+        return evaluate_size(self._written(lambda: self.sizes.of_value(size), origin), hints)
 
     # Parameters and buffers
 
@@ -356,7 +392,8 @@ class _Translator:
         return Buffer(name, dtype, tuple(tensor.shape), persistent, mutated)
 
     def _mutated_buffers(self) -> set[str]:
-        written = {name for node in self.nodes for name in mutated_arguments(node)}
+        root = storages(self.nodes)
+        written = {root.get(name, name) for node in self.nodes for name in mutated_arguments(node)}
         return {name for name in self.buffer_names if buffer_value(name) in written}
 
     def _loss(self) -> str:
@@ -370,15 +407,17 @@ class _Translator:
         raise CaptureFailed("The model's result isn't computed by any operator: is it a constant?")
 
 
-_OPERATIONS: tuple[tuple[Any, str], ...] = (
-    (sympy.Add, "add"),
-    (sympy.Mul, "mul"),
-    (sympy.Pow, "pow"),
-    (FloorDiv, "floordiv"),
-    ((Mod, PythonMod, sympy.Mod), "mod"),
-    ((Max, sympy.Max), "max"),
-    ((Min, sympy.Min), "min"),
-)
+def _is_number(node: torch.fx.Node) -> bool:
+    """Tell whether a node computes a size, or a number from sizes, and no tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, (*_SYMBOLIC, int, float)) or node.target in SIZE_CALLS
+
+
+def _symbolic_sizes(node: torch.fx.Node) -> list[Any]:
+    value = node.meta.get("val")
+    if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+        return []
+    return [size for size in value.shape if isinstance(size, torch.SymInt)]
 
 
 def _tied_names(model: torch.nn.Module) -> tuple[dict[str, str], dict[str, list[str]]]:
@@ -402,6 +441,7 @@ def _origin(node: torch.fx.Node, op: str) -> _Origin:
     path = list(stack.values())[-1][0] if stack else ""
     path = re.sub(r"^L\['self'\]\.?", "", path).removeprefix("model").removeprefix(".")
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    lines = [line for line in lines if line[0] not in OWN_FILES] or lines
     source = f"{lines[-1][0]}:{lines[-1][1]}" if lines else ""
     return _Origin(path, source, op)
 

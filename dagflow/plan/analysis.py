@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from dagflow.graph.dag import OperatorDag
-from dagflow_tasks.operators import Node, aliased_arguments, dtype_of, mutated_arguments
+from dagflow_tasks.operators import Node, dtype_of, has_gradients, mutated_arguments, storages
 
 # Roughly one volunteer's CPU core; only ratios between operators matter.
 NOMINAL_FLOPS_PER_SECOND = 50e9
@@ -22,12 +22,10 @@ class DagAnalysis:
 
     @cached_property
     def storage(self) -> dict[str, str]:
-        """For every value the first value whose memory it may share."""
-        root: dict[str, str] = {}
-        for node in self.dag.nodes:
-            shared = aliased_arguments(node)
-            root[node.name] = root.get(shared[0], shared[0]) if shared else node.name
-        return root
+        """For every value the first value whose memory it may share; one for a parameter's uses."""
+        first = {use: parameter.uses[0] for use, parameter in self.parameter_uses.items()}
+        root = storages(self.dag.nodes)
+        return first | {name: first.get(value, value) for name, value in root.items()}
 
     @cached_property
     def writers(self) -> dict[str, list[Node]]:
@@ -68,15 +66,35 @@ class DagAnalysis:
     def differentiable(self) -> set[str]:
         """Values through which a gradient may flow to a trainable parameter."""
         found = {use for use, parameter in self.parameter_uses.items() if parameter.trainable}
-        for node in self.dag.nodes:
-            if not node.grad or node.op.startswith("aten.detach"):
-                continue
-            outputs = self.dag.info[node.name].outputs
-            if any(name in found for name in node.references()) and any(
-                dtype_of(dtype).is_floating_point for dtype, _ in outputs
-            ):
-                found.add(node.name)
-        return found
+        while True:
+            before = len(found)
+            for node in self.dag.nodes:
+                if self._carries_gradients(node, found):
+                    found.add(node.name)
+            # What is written into memory shows in all its views.
+            written = {
+                storage
+                for storage, writers in self.writers.items()
+                if any(node.name in found and node.grad for node in writers)
+            }
+            found |= {
+                node.name
+                for node in self.dag.nodes
+                if self.storage[node.name] in written and self._has_gradients(node)
+            }
+            if len(found) == before:
+                return found
+
+    def _carries_gradients(self, node: Node, found: set[str]) -> bool:
+        if node.op.startswith("aten.detach") or not self._has_gradients(node):
+            return False
+        if not node.grad:
+            # What is written in place under no_grad, a parameter above all, is still itself.
+            return any(name in found for name in mutated_arguments(node))
+        return any(name in found for name in node.references())
+
+    def _has_gradients(self, node: Node) -> bool:
+        return any(has_gradients(dtype_of(d)) for d, _ in self.dag.info[node.name].outputs)
 
     @cached_property
     def last_reader(self) -> dict[str, int]:
@@ -92,7 +110,7 @@ class DagAnalysis:
         """Positions c such that nodes c-1 and c must stay in one stage.
 
         A tuple and the operators that take it apart; memory and the operators that write it;
-        a buffer that is written and everything that reads it.
+        a buffer, parameter or input that is written and everything that reads it.
         """
         spans: list[tuple[int, int]] = []
         for node in self.dag.nodes:
@@ -103,10 +121,23 @@ class DagAnalysis:
             touching = [self.position[node.name] for node in writers]
             if storage in self.position:
                 touching.append(self.position[storage])
-            elif storage.startswith("b."):
-                touching += [i for i, n in enumerate(self.dag.nodes) if storage in n.references()]
+            elif not self._is_rewritten_anywhere(storage, writers):
+                touching += self._touching(storage)
             spans.append((min(touching), max(touching)))
         return {cut for first, last in spans for cut in range(first + 1, last + 1)}
+
+    def _is_rewritten_anywhere(self, storage: str, writers: list[Node]) -> bool:
+        """Tell whether each stage can do the writes itself: to its own copy of the batch."""
+        return storage.startswith(("in.", "c.")) and all(
+            node.name in self.free_of_parameters for node in writers
+        )
+
+    def _touching(self, storage: str) -> list[int]:
+        return [
+            position
+            for position, node in enumerate(self.dag.nodes)
+            if any(self.storage.get(name, name) == storage for name in node.references())
+        ]
 
     @cached_property
     def crossing_bytes(self) -> list[int]:

@@ -58,21 +58,28 @@ class _Assembler:
             if storage.startswith("b."):
                 wanted += [node.name for node in writers if self.stage_of(node.name) == stage]
         members: set[str] = set()
+        seen: set[str] = set()
         while wanted:
             name = wanted.pop()
-            if name in members or name not in self.analysis.position:
+            if name in members:
+                continue
+            if name not in self.analysis.position:
+                if name not in seen:  # a batch's tensor, a parameter: whoever reads it sees writes
+                    seen.add(name)
+                    wanted.extend(self._writers(name, stage))
                 continue
             if self.stage_of(name) != stage and name not in self.analysis.free_of_parameters:
                 self.readers.setdefault(name, set()).add(stage)
                 continue
             members.add(name)
             wanted.extend(self._node(name).references())
-            wanted.extend(
-                companion.name
-                for companion in self.analysis.companions(name)
-                if self.stage_of(companion.name) <= stage
-            )
+            wanted.extend(self._writers(name, stage))
         return members
+
+    def _writers(self, value: str, stage: int) -> list[str]:
+        """Name the nodes that write a value's memory before or in a stage."""
+        writers = self.analysis.companions(value)
+        return [node.name for node in writers if self.stage_of(node.name) <= stage]
 
     def _node(self, name: str) -> Node:
         return self.dag.nodes[self.analysis.position[name]]

@@ -13,7 +13,7 @@ import torch
 from distributed import Client
 
 from dagflow.errors import BatchInvalid, WorkersLost
-from dagflow.graph.batch import flatten_batch
+from dagflow.graph.batch import flatten_batch, without_columns
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.signature import match_batch
 from dagflow.plan.loss_weight import TargetCount, target_count
@@ -263,7 +263,7 @@ def split_batch(
         If the batch doesn't fit the captured signature.
     """
     where = f"step {step}"
-    tensors, constants = flatten_batch(batch)
+    tensors, constants = flatten_batch(without_columns(batch, dag.dropped_columns))
     bounds = split_rows(num_rows(tensors, where), num_microbatches, smallest_rows(dag))
     parts = [take_rows(tensors, begin, end) for begin, end in bounds]
     sizes = [match_batch(dag, part, constants, where) for part in parts]

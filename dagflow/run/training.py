@@ -26,8 +26,9 @@ from dagflow.errors import (
     TransientError,
 )
 from dagflow.graph.batch import flatten_batch, rebuilder
-from dagflow.graph.capture import LossFunction, capture
+from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
+from dagflow.graph.loss import LossFunction
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
 from dagflow.run.clusters import ask_workers, open_cluster, reconnect, roster

@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
@@ -24,12 +25,16 @@ from dagflow_tasks.operators import (
     decode_literal,
     device_parameters,
     draws_random_numbers,
+    dtype_of,
+    mentions_size,
     multiplies,
     mutated_arguments,
     resolve,
+    storages,
 )
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.weight_gradients import WeightGradients
+from dagflow_tasks.writes import parameter_writes
 
 # Seeding torch's generator and drawing from it must not be torn apart by another thread of this
 # process: whoever does either holds this.
@@ -98,7 +103,8 @@ class _Instruction:
         self.holes = tuple((at, t.index) for at, t in templates if type(t) is _Slot)
         self.nested = tuple((at, t) for at, t in templates if type(t) is list and _has_slot(t))
         self.keyword_holes = tuple(h for h in self.keywords.items() if _has_slot(h[1]))
-        self.plain = self.node.grad and self.node.autocast and not self.random
+        node = self.node
+        self.plain = node.grad and node.autocast and not node.autocast_dtype and not self.random
 
     def filled(self, slots: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments of the call."""
@@ -124,12 +130,6 @@ def _has_slot(template: Any) -> bool:
     return type(template) is _Slot or (type(template) is list and any(map(_has_slot, template)))
 
 
-def _mentions_size(argument: Argument) -> bool:
-    if isinstance(argument, Mapping):
-        return "size" in argument
-    return isinstance(argument, (list, tuple)) and any(map(_mentions_size, argument))
-
-
 class Executable:
     """A stage program made ready to run on one device.
 
@@ -146,6 +146,7 @@ class Executable:
     ) -> None:
         self.program = program
         self.device = device
+        self.precision = precision
         self.autocast_dtype = AUTOCAST_DTYPES.get(precision)
         self.constants = {c.name: c.tensor().to(device) for c in program.constants}
         self._nodes = [node for node in program.nodes if node.op not in ASSERTIONS]
@@ -154,21 +155,57 @@ class Executable:
             self._slots[node.name] = len(self._slots)
         self._free = self._last_reads()
         self._draws = any(draws_random_numbers(node.op) for node in self._nodes)
-        written = {name for node in self._nodes for name in mutated_arguments(node)}
+        # Whatever a node writes, if only through a view of it.
+        root = storages(self._nodes)
+        written = {root.get(name, name) for n in self._nodes for name in mutated_arguments(n)}
         inputs = {i.value.name for i in program.inputs} | set(self.constants)
         self._written_inputs = [self._slots[name] for name in sorted(written & inputs)]
-        parameters = {use.value for use in program.parameters}
+        self.written_parameters = frozenset(
+            use.parameter for use in program.parameters if use.value in written
+        )
+        unwritten = {
+            use.value for use in program.parameters if use.parameter not in self.written_parameters
+        }
         # Parameters that autocast would cast in every micro-batch; each use has one reader.
         self.cast_uses = {
             name
             for node in self._nodes
-            if node.autocast and multiplies(node)
+            if node.autocast and not node.autocast_dtype and multiplies(node)
             for name in node.references()
-        } & parameters
+        } & unwritten
         self._trainable = {use.value for use in program.parameters if use.trainable}
         # In the order of their last use.
         self._compiled: dict[tuple[int, ...], list[_Instruction]] = {}
         self._without_sizes: dict[str, _Instruction] = {}
+
+    @cached_property
+    def _writes(self) -> Executable:
+        uses = {use.value: use for use in self.program.parameters}
+        nodes = parameter_writes(self._nodes, uses)
+        read = {name for node in nodes for name in node.references()}
+        program = replace(
+            self.program,
+            symbols=(),
+            inputs=(),
+            outputs=(),
+            parameters=tuple(use for name, use in uses.items() if name in read),
+            buffers=tuple(use for use in self.program.buffers if use.value in read),
+            constants=tuple(c for c in self.program.constants if c.name in read),
+            nodes=tuple(nodes),
+            loss=None,
+        )
+        return Executable(program, self.device, self.precision)
+
+    @torch.no_grad()
+    def write_parameters(
+        self, parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Do to a stage's parameters, by name, what its program writes into them in place."""
+        if self.written_parameters:
+            program = self._writes.program
+            values = {use.value: parameters[use.parameter] for use in program.parameters}
+            values |= {use.value: buffers[use.buffer] for use in program.buffers}
+            self._writes.run(values, {}, RandomAddress(0, 0, 0))
 
     def _last_reads(self) -> dict[str, list[int]]:
         keep = {output.value.name for output in self.program.outputs} | {self.program.loss}
@@ -239,10 +276,19 @@ class Executable:
             return instruction.function(*arguments, **keywords)
         node = instruction.node
         grad = nullcontext() if node.grad else torch.no_grad()
-        cast = nullcontext() if node.autocast else torch.autocast(self.device.type, enabled=False)
+        cast = self._own_autocast(node)
         draw = _seeded(self.device, random.of(node.name)) if instruction.random else nullcontext()
         with grad, cast, draw:
             return instruction.function(*arguments, **keywords)
+
+    def _own_autocast(self, node: Node) -> AbstractContextManager[Any]:
+        """Return the setting of the model's own autocast region that the node is in."""
+        if not node.autocast:
+            return torch.autocast(self.device.type, enabled=False)
+        if node.autocast_dtype:
+            dtype = dtype_of(node.autocast_dtype)
+            return torch.autocast(self.device.type, dtype=dtype, cache_enabled=False)
+        return nullcontext()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:
@@ -262,7 +308,7 @@ class Executable:
         return found
 
     def _instruction(self, node: Node, sizes: Mapping[str, int]) -> _Instruction:
-        if _mentions_size([*node.args, *node.kwargs.values()]):
+        if mentions_size([*node.args, *node.kwargs.values()]):
             return self._compile(node, sizes)
         if node.name not in self._without_sizes:
             self._without_sizes[node.name] = self._compile(node, sizes)

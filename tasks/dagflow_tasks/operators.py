@@ -21,6 +21,7 @@ from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid
 from dagflow_tasks.onednn import LINEAR_PACKED, linear_packed
 from dagflow_tasks.quantised import LINEAR_INT4, LINEAR_INT8, linear_int4, linear_int8
 from dagflow_tasks.recurrence import RUNNING_MAX, SCAN, WINDOW, running_max, scan, window
+from dagflow_tasks.sizes import evaluate_size
 
 Argument = Any
 """JSON: None, bool, int, float, str, a list, or a one-key mapping (`ref`, `size`, `dtype`, ...)."""
@@ -70,6 +71,8 @@ class Node:
         False inside regions that switch autocast off.
     module : str
         Path of the module whose forward called the operator, "" for the model itself.
+    autocast_dtype : str
+        The dtype of an autocast region of the model's own, "" outside of these.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Node:
     grad: bool = True
     autocast: bool = True
     module: str = ""
+    autocast_dtype: str = ""
 
     def references(self) -> Iterator[str]:
         """Names of the values the node reads, in argument order, repeated if read twice."""
@@ -95,6 +99,8 @@ class Node:
             body["autocast"] = False
         if self.module:
             body["module"] = self.module
+        if self.autocast_dtype:
+            body["autocast_dtype"] = self.autocast_dtype
         return body
 
     @classmethod
@@ -108,6 +114,7 @@ class Node:
                 grad=body.get("grad", True),
                 autocast=body.get("autocast", True),
                 module=body.get("module", ""),
+                autocast_dtype=body.get("autocast_dtype", ""),
             )
         except (KeyError, TypeError) as error:
             raise ProgramInvalid(
@@ -125,6 +132,13 @@ def argument_references(argument: Argument) -> Iterator[str]:
             yield from argument_references(item)
 
 
+def mentions_size(argument: Argument) -> bool:
+    """Tell whether an encoded argument depends on the batch's sizes."""
+    if isinstance(argument, Mapping):
+        return "size" in argument
+    return isinstance(argument, (list, tuple)) and any(map(mentions_size, argument))
+
+
 def encode_literal(value: Any) -> Argument:
     """Encode a Python or torch constant that appears as an operator's argument.
 
@@ -137,6 +151,8 @@ def encode_literal(value: Any) -> Argument:
         return value
     if isinstance(value, float):
         return value if value - value == 0.0 else {"float": str(value)}
+    if isinstance(value, complex):
+        return {"complex": [encode_literal(value.real), encode_literal(value.imag)]}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
@@ -151,8 +167,8 @@ def encode_literal(value: Any) -> Argument:
 # fmt: off
 _DTYPES = (
     "float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64",
-    "uint8", "uint16", "uint32", "uint64", "bool", "complex64", "complex128",
-    "float8_e4m3fn", "float8_e5m2",
+    "uint8", "uint16", "uint32", "uint64", "bool", "complex32", "complex64", "complex128",
+    "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
 )
 # fmt: on
 
@@ -181,8 +197,13 @@ def decode_literal(
             return device
         if kind == "float":
             return float(value)
+        if kind == "complex":
+            parts = (
+                decode_literal(p, sizes, device) if isinstance(p, Mapping) else p for p in value
+            )
+            return complex(*parts)
         return _TORCH_CONSTANTS[kind][value]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         raise ProgramInvalid(f"A program holds the unknown argument {argument!r:.200}.") from None
 
 
@@ -192,54 +213,6 @@ def dtype_of(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ProgramInvalid(f"A program holds the unknown dtype {name!r:.80}.")
     return dtype
-
-
-_SIZE_OPERATIONS: dict[str, Callable[[int, int], int]] = {
-    "add": operator.add,
-    "mul": operator.mul,
-    "floordiv": operator.floordiv,
-    "mod": operator.mod,
-    "max": max,
-    "min": min,
-    "pow": operator.pow,
-}
-
-
-def evaluate_size(expression: Any, sizes: Mapping[str, int]) -> int:
-    """Evaluate a size expression: an int, a symbol, or ``[operation, operand, ...]``.
-
-    >>> evaluate_size(["mul", 2, ["add", "s0", 1]], {"s0": 4})
-    10
-    """
-    if isinstance(expression, int):
-        return expression
-    if isinstance(expression, str):
-        return sizes[expression]
-    operation, first, *rest = expression
-    result = evaluate_size(first, sizes)
-    for operand in rest:
-        result = _SIZE_OPERATIONS[operation](result, evaluate_size(operand, sizes))
-    return result
-
-
-def size_text(expression: Any) -> str:
-    """Write a size expression the way people do.
-
-    >>> size_text(["mul", 2, ["add", "s0", 1]])
-    '2*(s0 + 1)'
-    """
-    if isinstance(expression, (int, str)):
-        return str(expression)
-    operation, *operands = expression
-    texts = [size_text(operand) for operand in operands]
-    if operation in ("max", "min"):
-        return f"{operation}({', '.join(texts)})"
-    sign = {"add": " + ", "mul": "*", "floordiv": "//", "mod": "%", "pow": "**"}[operation]
-    grouped = [
-        f"({text})" if operation != "add" and not isinstance(operand, (int, str)) else text
-        for text, operand in zip(texts, operands, strict=True)
-    ]
-    return sign.join(grouped)
 
 
 class _GroupedMatmul(torch.autograd.Function):
@@ -398,6 +371,16 @@ def device_parameters(op: str) -> frozenset[int | str]:
     return frozenset(key for pair in found for key in pair)
 
 
+def has_gradients(dtype: torch.dtype) -> bool:
+    """Tell whether autograd differentiates tensors of this dtype: floating-point or complex ones."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def countable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in a dtype whose numbers torch can look at: float8 has few operators."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+
+
 def draws_random_numbers(op: str) -> bool:
     """Tell whether the operator may draw from the random generator."""
     function = resolve(op)
@@ -407,10 +390,14 @@ def draws_random_numbers(op: str) -> bool:
     )
 
 
+_NORMS = ("aten.batch_norm.default", "aten.instance_norm.default")
+
+
 def mutated_arguments(node: Node) -> list[str]:
     """Names of the values that the node writes in place, by its schema.
 
-    ATen's schema says nothing of batch normalisation's running statistics, which it does write.
+    ATen's schemas say nothing of the running statistics of batch and instance normalisation, which
+    they do write.
     """
     schema = schema_of(node.op)
     if schema is None:
@@ -418,7 +405,7 @@ def mutated_arguments(node: Node) -> list[str]:
     names: list[str] = []
     for position, formal in enumerate(schema.arguments):
         writes = formal.alias_info is not None and formal.alias_info.is_write
-        if writes or (node.op == "aten.batch_norm.default" and position in (3, 4) and node.args[5]):
+        if writes or (node.op in _NORMS and position in (3, 4) and node.args[5]):
             actual = (
                 node.args[position] if position < len(node.args) else node.kwargs.get(formal.name)
             )
@@ -442,10 +429,27 @@ def aliased_arguments(node: Node) -> list[str]:
     return names
 
 
+def storages(nodes: Iterable[Node]) -> dict[str, str]:
+    """Return, for every node's result, the first value whose memory it may share.
+
+    >>> nodes = [Node("v", "aten.t.default", ({"ref": "x"},)), Node("w", "aten.neg.default", ({"ref": "v"},))]
+    >>> storages(nodes)
+    {'v': 'x', 'w': 'w'}
+    """
+    root: dict[str, str] = {}
+    for node in nodes:
+        shared = aliased_arguments(node)
+        root[node.name] = root.get(shared[0], shared[0]) if shared else node.name
+    return root
+
+
 # Composite operators that return their input itself when there is nothing to do, which their
 # schemas don't say (position of that input).
 _MAYBE_VIEW = {
     "aten.dropout.default": 0,
+    "aten.feature_dropout.default": 0,
+    "aten.alpha_dropout.default": 0,
+    "aten.feature_alpha_dropout.default": 0,
     "aten.flatten.using_ints": 0,
     "aten.type_as.default": 0,
 }

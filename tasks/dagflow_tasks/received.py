@@ -8,10 +8,11 @@ import torch
 
 from dagflow_tasks.cache import CACHE
 from dagflow_tasks.errors import GarbageReceived
-from dagflow_tasks.operators import evaluate_size
+from dagflow_tasks.operators import countable, has_gradients
 from dagflow_tasks.program import ValueSpec
 from dagflow_tasks.references import Microbatch, StageRef
 from dagflow_tasks.results import ForwardResult
+from dagflow_tasks.sizes import evaluate_size
 
 
 def check_received(
@@ -105,5 +106,5 @@ def check_numbers(ref: StageRef, tensor: torch.Tensor, message: str, source: int
     """Refuse NaN."""
     # Infinities are no garbage (masks have them); under loss scaling, NaN isn't either.
     scaled = ref.settings.precision == "fp16"
-    if tensor.is_floating_point() and not scaled and bool(torch.isnan(tensor).any()):
+    if has_gradients(tensor.dtype) and not scaled and bool(torch.isnan(countable(tensor)).any()):
         raise GarbageReceived(message, source, True)

@@ -9,6 +9,7 @@ import torch
 from dagflow_storage import ShardRecord
 from dagflow_tasks.cache import CACHE
 from dagflow_tasks.errors import StateLost, WeightsNotFinite
+from dagflow_tasks.operators import countable, has_gradients
 from dagflow_tasks.references import StageRef, StateRef
 from dagflow_tasks.state import frozen_parameters, state_tensors, write_tensors
 
@@ -63,7 +64,7 @@ def save_state(ref: StageRef, state: StateRef) -> ShardRecord:
 def _tensors_to_save(ref: StageRef, state: StateRef) -> dict[tuple[str, str], torch.Tensor]:
     current = CACHE.state(ref, state.step)
     for name, parameter in current.parameters.items():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        if has_gradients(parameter.dtype) and not bool(torch.isfinite(countable(parameter)).all()):
             raise WeightsNotFinite(
                 f"After step {state.step} the parameter {name!r} of stage {ref.stage} isn't finite. "
                 "The weights of the last snapshot are good. Lower the learning rate or clip gradients "

@@ -20,6 +20,7 @@ from dagflow_storage import (
     write_shard,
 )
 from dagflow_tasks.errors import StateLost
+from dagflow_tasks.operators import dtype_of
 from dagflow_tasks.optimizer import restore_slots, slots
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import StageRef
@@ -161,11 +162,20 @@ def read_tensors(snapshot: Snapshot, role: str, names: Iterable[str]) -> dict[st
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Return the tensor as NumPy sees it; bfloat16, which NumPy lacks, as 16-bit integers."""
+    """Return the tensor as NumPy sees it; what NumPy lacks, bfloat16 say, as integers of its size."""
     tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
+    if not _known_to_numpy(tensor.dtype):
+        tensor = tensor.view(_INTEGERS[tensor.itemsize])
     return tensor.numpy()
+
+
+# Stand-ins by size in bytes: float8, bfloat16, complex32.
+_INTEGERS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+
+
+def _known_to_numpy(dtype: torch.dtype) -> bool:
+    has_other_form = dtype in (torch.bfloat16, torch.complex32)
+    return not has_other_form and not (dtype.is_floating_point and dtype.itemsize == 1)
 
 
 def from_array(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
@@ -177,7 +187,8 @@ def from_array(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
     tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
     if tensor.data_ptr() % ALIGNMENT_BYTES:
         tensor = tensor.clone()
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+    wanted = dtype_of(dtype)
+    return tensor if _known_to_numpy(wanted) else tensor.view(wanted)
 
 
 def in_memory_order(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:

@@ -28,6 +28,7 @@ from dagflow_tasks.gradient_sums import (
 )
 from dagflow_tasks.interpreter import Executable, RandomAddress
 from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
+from dagflow_tasks.operators import countable, has_gradients
 from dagflow_tasks.received import (
     check_gradient,
     check_numbers,
@@ -283,9 +284,9 @@ def _forward_result(
 ) -> ForwardResult:
     boundary = _apart_from_weights(graph.outputs, CACHE.state(ref, state.step))
     finite = all(
-        bool(torch.isfinite(tensor).all())
+        bool(torch.isfinite(countable(tensor)).all())
         for tensor in boundary.values()
-        if tensor.is_floating_point()
+        if has_gradients(tensor.dtype)
     )
     place = (microbatch.step, microbatch.index)
     loss = CACHE.executable(ref).program.loss
@@ -373,6 +374,10 @@ def _leaves(executable: Executable, state: StageState, tied: Tensors) -> dict[st
     """Make a leaf for each parameter use, in half precision where its operator would cast it."""
     dtype = executable.autocast_dtype
     leaves = {}
+    # The program may write these, and a task may run again: all uses see one copy.
+    copies = {
+        name: state.parameters[name].detach().clone() for name in executable.written_parameters
+    }
     for use in executable.program.parameters:
         if use.parameter in state.parameters:
             cast = (
@@ -381,7 +386,7 @@ def _leaves(executable: Executable, state: StageState, tied: Tensors) -> dict[st
             tensor = (
                 state.cast(use.parameter, dtype)
                 if cast and dtype
-                else state.parameters[use.parameter]
+                else copies.get(use.parameter, state.parameters[use.parameter])
             )
         else:
             tensor = tied[use.parameter].to(executable.device)
@@ -475,6 +480,7 @@ def update(
             return _updated(ref, state, gradients)
     current = CACHE.state(ref, state.step)
     try:
+        CACHE.executable(ref).write_parameters(current.parameters, current.buffers)
         if decision is None or decision.apply:
             _step(current, own_gradients(ref, gradients, borrowed), learning_rate_factor, decision)
     except BaseException:

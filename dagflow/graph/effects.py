@@ -1,0 +1,410 @@
+"""What a model's forward does beside computing: attributes it sets, random numbers of Python's.
+
+A graph holds tensor operators only. What forward leaves in plain Python attributes, and what it draws
+from Python's or NumPy's generators, happens once, while the model is traced; these effects are found
+here, undone, and refused or warned of.
+"""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import pickle
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import nn
+
+from dagflow_tasks.interpreter import RANDOM_LOCK
+
+# What every module has, and torch itself keeps: parameters, submodules, hooks.
+_MODULES_OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
+_TORCH_FOLDER = str(Path(torch.__file__).parent)
+_DEEPEST = 4
+_CHANGERS = ("append", "extend", "add", "insert", "update", "appendleft", "setdefault", "clear")
+
+
+@dataclass(frozen=True)
+class Change:
+    """An attribute of a module that isn't what it was: by the module's path and its own name."""
+
+    module: str
+    attribute: str
+
+    def __str__(self) -> str:
+        return f"{self.module or 'the model itself'}: self.{self.attribute}"
+
+
+class Snapshot:
+    """A model's attributes, all the way through containers and plain objects.
+
+    `changes` tells what is different now, `restore` puts everything back, in place: whoever holds
+    one of the model's lists holds it still.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._by_path = dict(model.named_modules())
+        self._attributes: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        self._owner: dict[int, Change] = {}
+        for path, module in self._by_path.items():
+            own = module.__dict__
+            self._attributes.append((path, own, dict(own)))
+            for name, value in own.items():
+                if name not in _MODULES_OWN:
+                    self._keep(value, Change(path, name), 0)
+
+    def _keep(self, value: Any, owner: Change, depth: int) -> None:
+        contents = _contents(value)
+        if contents is None or id(value) in self._contents or depth > _DEEPEST:
+            return
+        self._contents[id(value)] = (value, contents)
+        self._owner[id(value)] = owner
+        for item in contents.values() if isinstance(contents, dict) else contents:
+            self._keep(item, owner, depth + 1)
+
+    def changes(self) -> list[Change]:
+        """Return the attributes that differ, and the parameters, buffers and submodules."""
+        found = []
+        for path, own, before in self._attributes:
+            now, then = _without_own(own), _without_own(before)
+            found += [Change(path, name) for name in _differing(now, then)]
+        for key, (value, before) in self._contents.items():
+            owner = self._owner[key]
+            if owner.attribute in _TABLES and value is self._table(owner):
+                names = _differing(value, before)
+                found += [Change(owner.module, name) for name in names]
+            elif not _same(_contents(value), before):
+                found.append(owner)
+        return [change for change in dict.fromkeys(found) if not self._is_torchs(change)]
+
+    def _is_torchs(self, change: Change) -> bool:
+        """Tell whether torch itself keeps an attribute: recurrent layers list their weights."""
+        kind = type(self._by_path[change.module])
+        return kind.__module__.startswith("torch.") or change.attribute.startswith("_flat_weight")
+
+    def now(self) -> Callable[[], None]:
+        """Return what gives the changed attributes and contents the values that they have now.
+
+        Without those that hold tensors or sizes: these belong to a trace.
+        """
+        attributes = [
+            (own, name, own[name])
+            for _, own, before in self._attributes
+            for name in _differing(_without_own(own), _without_own(before))
+            if name in own and not _holds_tensors(own[name])
+        ]
+        contents = [
+            (value, _contents(value))
+            for key, (value, before) in self._contents.items()
+            if self._owner[key].attribute not in _TABLES
+            and not _same(_contents(value), before)
+            and not _holds_tensors(value)
+        ]
+
+        def give() -> None:
+            for own, name, value in attributes:
+                own[name] = value
+            for value, kept in contents:
+                _refill(value, kept)
+
+        return give
+
+    def _table(self, owner: Change) -> Any:
+        return next(own[owner.attribute] for p, own, _ in self._attributes if p == owner.module)
+
+    def restore(self) -> None:
+        """Put all attributes and contents back."""
+        for _, own, before in self._attributes:
+            if own.keys() != before.keys() or any(own[name] is not before[name] for name in before):
+                own.clear()
+                own.update(before)
+        for value, before in self._contents.values():
+            if not _same(_contents(value), before):
+                _refill(value, before)
+
+
+class RandomStates:
+    """The random states of Python, NumPy and torch in this process."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._torch = torch.get_rng_state()
+
+    def changed(self) -> bool:
+        """Tell whether Python's or NumPy's generator has moved, here or in another thread."""
+        return random.getstate() != self._python or not all(
+            np.array_equal(a, b) for a, b in zip(np.random.get_state(), self._numpy, strict=True)
+        )
+
+    def restore(self) -> None:
+        """Put the states back."""
+        if self.changed():
+            random.setstate(self._python)
+            np.random.set_state(self._numpy)
+        with RANDOM_LOCK:
+            torch.set_rng_state(self._torch)
+
+
+_MISSING = object()
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _without_own(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {n: value for n, value in attributes.items() if n not in _MODULES_OWN}
+
+
+def _differing(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """Return the names under which two tables hold different things."""
+    return [
+        name
+        for name in sorted(now.keys() | before.keys())
+        if now.get(name, _MISSING) is not before.get(name, _MISSING)
+        and not _equal(now.get(name, _MISSING), before.get(name, _MISSING))
+    ]
+
+
+def _contents(value: Any) -> Any:
+    """Return what can change inside of a value without its identity, or None."""
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, (list, tuple, set, deque)):
+        return list(value)
+    if isinstance(value, random.Random):
+        return {"state": pickle.dumps(value.getstate())}
+    if isinstance(value, np.random.RandomState):
+        return {"state": pickle.dumps(value.get_state(legacy=False))}
+    if isinstance(value, np.random.Generator):
+        return {"state": pickle.dumps(value.bit_generator.state)}
+    if isinstance(value, (nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType)):
+        return None
+    if type(value).__module__.split(".")[0] in ("torch", "numpy", "builtins"):
+        return None
+    own = getattr(value, "__dict__", None)
+    return dict(own) if isinstance(own, dict) else None
+
+
+def _holds_tensors(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return True
+    contents = _contents(value) if depth <= _DEEPEST else None
+    items = contents.values() if isinstance(contents, dict) else contents or ()
+    return any(_holds_tensors(item, depth + 1) for item in items)
+
+
+def _same(found: Any, before: Any) -> bool:
+    if isinstance(found, dict):
+        return found.keys() == before.keys() and all(
+            found[name] is before[name] or _equal(found[name], before[name]) for name in before
+        )
+    return len(found) == len(before) and all(
+        a is b or _equal(a, b) for a, b in zip(found, before, strict=True)
+    )
+
+
+def _equal(found: Any, before: Any) -> bool:
+    """Compare numbers, strings and containers by value; all else is equal to itself only."""
+    if type(found) is not type(before):
+        return False
+    if isinstance(found, (dict, list, tuple, set, deque)):  # torch.export puts copies into place
+        return _same(_contents(found), _contents(before))
+    return isinstance(found, (bool, int, float, str, bytes)) and bool(found == before)
+
+
+def _refill(value: Any, before: Any) -> None:
+    if isinstance(value, (dict, set)):
+        value.clear()
+        value.update(before)
+    elif isinstance(value, (list, deque)):
+        value.clear()
+        value.extend(before)
+    elif isinstance(value, random.Random):
+        value.setstate(pickle.loads(before["state"]))
+    elif isinstance(value, np.random.RandomState):
+        value.set_state(pickle.loads(before["state"]))
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = pickle.loads(before["state"])
+    elif hasattr(value, "__dict__") and not isinstance(value, tuple):
+        vars(value).clear()
+        vars(value).update(before)
+
+
+@dataclass
+class Uses:
+    """How forward uses attributes, in order: "read", "update" or "write", with the line of code."""
+
+    of: dict[Change, list[tuple[str, str]]] = field(default_factory=dict)
+
+    def carried_over(self, change: Change) -> str:
+        """Return the line that reads what an earlier call of forward left, or ""."""
+        events = self.of.get(change, [])
+        if not events or events[0][0] == "write":
+            return ""
+        return next((line for kind, line in events if kind == "read"), "")
+
+    def is_only_written(self, change: Change) -> bool:
+        return all(kind != "read" for kind, _ in self.of.get(change, []))
+
+
+@contextmanager
+def watch_attributes(model: nn.Module, changed: list[Change]) -> Iterator[Uses]:
+    """Note every use of some attributes while the model runs."""
+    uses = Uses()
+    classes = []
+    for path in dict.fromkeys(change.module for change in changed):
+        module = model.get_submodule(path)
+        names = {change.attribute for change in changed if change.module == path}
+        classes.append((module, type(module)))
+        module.__class__ = _watching(type(module), path, names, uses)
+    try:
+        yield uses
+    finally:
+        for module, plain in classes:
+            module.__class__ = plain
+
+
+def _watching(plain: type[nn.Module], path: str, names: set[str], uses: Uses) -> type[nn.Module]:
+    """Return a class like another that notes uses of attributes."""
+
+    def note(kind: str, name: str) -> None:
+        frame = sys._getframe(2)
+        if not frame.f_code.co_filename.startswith(_TORCH_FOLDER):
+            line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            if kind == "read" and _is_update(frame.f_code.co_filename, frame.f_lineno, name):
+                kind = "update"
+            uses.of.setdefault(Change(path, name), []).append((kind, line))
+
+    class Watching(plain):  # type: ignore[misc,valid-type]
+        def __getattribute__(self, name: str) -> Any:
+            if name in names:
+                note("read", name)
+            return super().__getattribute__(name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in names:
+                note("write", name)
+            super().__setattr__(name, value)
+
+    Watching.__name__, Watching.__qualname__ = plain.__name__, plain.__qualname__
+    Watching.__module__ = plain.__module__
+    return Watching
+
+
+@cache
+def _statements(file: str) -> list[ast.stmt]:
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return []
+    return [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+
+
+def _is_update(file: str, line: int, name: str) -> bool:
+    """Tell whether a line reads an attribute only to change it: ``self.n += 1``."""
+    around = [
+        s
+        for s in _statements(file)
+        if s.lineno <= line <= (s.end_lineno or s.lineno) and _names(s, name)
+    ]
+    lengths = [(s.end_lineno or s.lineno) - s.lineno for s in around]
+    innermost = [s for s, n in zip(around, lengths, strict=True) if n == min(lengths)]
+    return bool(innermost) and all(_updates(statement, name) for statement in innermost)
+
+
+def _updates(statement: ast.stmt, name: str) -> bool:
+    if isinstance(statement, ast.AugAssign):
+        return _names(statement.target, name) and not _names(statement.value, name)
+    if isinstance(statement, ast.Assign):
+        targets = [target for target in statement.targets if _names(target, name)]
+        inside = [target for target in targets if not isinstance(target, ast.Attribute)]
+        return bool(targets) and (not inside or not _names(statement.value, name))
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Call)
+        and isinstance(statement.value.func, ast.Attribute)
+        and statement.value.func.attr in _CHANGERS
+        and _names(statement.value.func.value, name)
+    )
+
+
+def _names(tree: ast.AST, name: str) -> bool:
+    return any(isinstance(node, ast.Attribute) and node.attr == name for node in ast.walk(tree))
+
+
+@contextmanager
+def watch_generators() -> Iterator[list[str]]:
+    """Note the lines of this thread's code that draw from Python's or NumPy's generators.
+
+    Python's are seen by the interpreter's profiling hook, under whatever name the model's code knows
+    them, which makes a trace slower; NumPy's functions by wrapping them.
+    """
+    found: list[str] = []
+
+    def note(frame: types.FrameType | None) -> None:
+        while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+            frame = frame.f_back
+        if frame is not None:
+            found.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+
+    def called(frame: types.FrameType, event: str, function: Any) -> None:
+        if event == "c_call" and isinstance(getattr(function, "__self__", None), random.Random):
+            note(frame)
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def drawn(*args: Any, **kwargs: Any) -> Any:
+            note(sys._getframe(1))
+            return function(*args, **kwargs)
+
+        return drawn
+
+    before = sys.getprofile()
+    with ExitStack() as stack:
+        for name, function in vars(np.random).items():
+            if isinstance(getattr(function, "__self__", None), np.random.RandomState):
+                stack.enter_context(patch.object(np.random, name, noting(function)))
+        sys.setprofile(called)
+        try:
+            yield found
+        finally:
+            sys.setprofile(before)
+
+
+_LIBRARIES = (str(Path(random.__file__)), str(Path(np.__file__).parent), _TORCH_FOLDER)
+
+
+def gradient_hooks(model: nn.Module) -> list[str]:
+    """Name the modules and parameters that have hooks on their gradients."""
+    found = [
+        f"module {path or 'the model itself'!r}"
+        for path, module in model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+    return found + [
+        f"parameter {name!r}"
+        for name, parameter in model.named_parameters()
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    ]
+
+
+@contextmanager
+def without_gradient_hooks(model: nn.Module) -> Iterator[None]:
+    """Take the modules' hooks on gradients off: traced, they would wrap inputs in functions."""
+    taken = [(m, m._backward_hooks, m._backward_pre_hooks) for m in model.modules()]
+    for module, hooks, _ in taken:
+        module._backward_hooks, module._backward_pre_hooks = type(hooks)(), type(hooks)()
+    try:
+        yield
+    finally:
+        for module, hooks, pre_hooks in taken:
+            module._backward_hooks, module._backward_pre_hooks = hooks, pre_hooks

@@ -1,0 +1,266 @@
+"""Follows a model's trace: where it is, what it does that a graph can't hold, what to say if it fails."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.utils.checkpoint
+from torch.overrides import TorchFunctionMode
+
+from dagflow.errors import CaptureFailed
+from dagflow.graph.effects import Change, Snapshot
+from dagflow.graph.rnn import stand_in
+from dagflow.graph.sizes import Decision, symbolic_mathematics, watch_decisions
+from dagflow.graph.writes import written_in_place
+
+_TORCH_FOLDER = str(Path(torch.__file__).parent)
+_LIBRARIES = (sysconfig.get_path("stdlib"), _TORCH_FOLDER)
+OWN_FILES = frozenset(
+    str(Path(__file__).with_name(f"{name}.py"))
+    for name in ("batch", "capture", "effects", "loss", "rnn", "sizes", "trace", "writes")
+)
+
+
+@dataclass
+class Trace:
+    """What was seen while a model was traced.
+
+    Attributes
+    ----------
+    functions
+        The model's own `torch.autograd.Function` classes, with the module that calls each.
+    decisions
+        What the model's code decided by sizes.
+    hooks
+        Hooks on tensors' gradients that forward sets, by module and line of code.
+    clock
+        Lines that read the time.
+    drawn
+        Lines that draw from Python's or NumPy's random numbers, though the graph doesn't show it.
+    changes
+        Attributes that forward changes, but for assigned buffers.
+    make_changes
+        Makes these changes outside of a trace.
+    attributes
+        Those attributes of them that forward doesn't read.
+    modules, operator
+        The modules that the trace is in, outermost first, and the latest torch function.
+    """
+
+    functions: dict[type[torch.autograd.Function], str] = field(default_factory=dict)
+    decisions: list[Decision] = field(default_factory=list)
+    hooks: list[tuple[str, str]] = field(default_factory=list)
+    clock: list[str] = field(default_factory=list)
+    drawn: str = ""
+    changes: list[Change] = field(default_factory=list)
+    make_changes: Callable[[], None] = lambda: None
+    attributes: list[Change] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
+    operator: str = ""
+
+    @property
+    def module(self) -> str:
+        """Path of the innermost module, in words where there is none."""
+        if not self.modules:
+            return "none, outside the model's forward"
+        return self.modules[-1] or "the model itself"
+
+
+class _Follower(TorchFunctionMode):
+    """Sees every torch function that the model calls, before torch.export does."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+        self._recorded_grad = True
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.trace.operator = getattr(func, "__name__", str(func))
+        applied = _enclosing_function()
+        if applied is not None and not applied.__module__.startswith("torch."):
+            # torch's own keep to the derivative (activation checkpointing, custom operators).
+            self.trace.functions.setdefault(applied, (self.trace.modules or [""])[-1])
+        if func is torch._C._set_grad_enabled:
+            if applied is not None:
+                # Inside of a function's forward gradients are off anyway; recorded, the switch would
+                # stay off for all that follows, for nobody records how `apply` switches it back.
+                with torch._C.DisableTorchFunction():
+                    return func(*args)
+            self._recorded_grad = bool(args[0])
+        elif self._recorded_grad is False and torch.is_grad_enabled():
+            self._recorded_grad = True
+            torch._C._set_grad_enabled(True)
+        return self._called(func, args, kwargs or {})
+
+    def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.trace.operator in ("register_hook", "register_post_accumulate_grad_hook"):
+            self.trace.hooks.append((self.trace.module, line_of_model()))
+        if getattr(func, "__self__", None) is torch.Tensor.data:
+            if self.trace.operator == "__set__":
+                raise CaptureFailed(
+                    f"Module {self.trace.module!r} replaces a tensor's .data ({line_of_model()}), "
+                    "which a graph can't hold. What to do: write into it under torch.no_grad(), "
+                    "with copy_()."
+                )
+            return args[0].detach()
+        return (stand_in(self.trace.operator, args) or func)(*args, **kwargs)
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+def _enclosing_function() -> type[torch.autograd.Function] | None:
+    """Return the `torch.autograd.Function` whose forward is being traced, if any.
+
+    Found on the stack rather than by replacing `apply`: models often keep `apply` itself under
+    another name, and other threads may call it meanwhile.
+    """
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        if frame.f_code is _APPLY:
+            found: type[torch.autograd.Function] = frame.f_locals["cls"]
+            return found
+        frame = frame.f_back
+    return None
+
+
+def line_of_model() -> str:
+    """Return file and line of the innermost code that is neither torch's nor dagflow's capture."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((_TORCH_FOLDER, "<")) and file not in OWN_FILES:
+            return f"{file}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "unknown"
+
+
+class _Checkpointed:
+    """Stands for `torch.utils.checkpoint.CheckpointFunction` while a model is traced.
+
+    What it computes is what the function computes; recomputing is no part of a graph. As there, an
+    input must ask for gradients, or nothing inside gets any.
+    """
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return function(*args)
+        with torch.no_grad():
+            return function(*args)
+
+
+@contextmanager
+def _watch_clock(lines: list[str]) -> Iterator[None]:
+    """Note the lines of the model's own code, or of who calls it, that ask for the time."""
+    thread = threading.get_ident()
+
+    def noting(clock: Callable[[], float]) -> Callable[[], float]:
+        def read() -> float:
+            caller = sys._getframe(1)
+            file = caller.f_code.co_filename
+            if threading.get_ident() == thread and not file.startswith((*_LIBRARIES, "<")):
+                lines.append(f"{file}:{caller.f_lineno}")
+            return clock()
+
+        return read
+
+    names = ("time", "time_ns", "monotonic", "perf_counter")
+    clocks: dict[str, Any] = {name: noting(getattr(time, name)) for name in names}
+    with patch.multiple(time, **clocks):
+        yield
+
+
+@contextmanager
+def follow(wrapper: Any) -> Iterator[Trace]:
+    """Follow the trace of a wrapper around a model through the modules and torch's functions."""
+    trace = Trace()
+    handles = []
+
+    def leave(*_: Any) -> None:
+        trace.modules.pop()
+
+    for path, module in wrapper.model.named_modules():
+
+        def enter(*_: Any, path: str = path) -> None:
+            trace.modules.append(path)
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    forward = wrapper.forward
+
+    def followed(*tensors: torch.Tensor) -> Any:
+        before = Snapshot(wrapper.model)
+        with _Follower(trace), written_in_place(wrapper.model):
+            result = forward(*tensors)
+        # Now: torch.export puts numbers back as they were.
+        trace.changes, trace.make_changes = before.changes(), before.now()
+        return result
+
+    wrapper.forward = followed
+    checkpoint = patch.object(torch.utils.checkpoint, "CheckpointFunction", _Checkpointed)
+    try:
+        with (
+            checkpoint,
+            _watch_clock(trace.clock),
+            symbolic_mathematics(),
+            watch_decisions(OWN_FILES) as trace.decisions,
+        ):
+            yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
+        wrapper.forward = forward
+
+
+def explain(error: Exception, trace: Trace) -> str:
+    """Say where a trace failed, why, and what to do about it."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_TORCH_FOLDER) and frame.filename not in OWN_FILES
+    ]
+    where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "unknown"
+    reason = " ".join(str(error).split())[:400]
+    return (
+        f"The model can't be captured. Module: {trace.module!r}. Source: {where}. "
+        f"Operator: {trace.operator or 'unknown'}. torch says: {type(error).__name__}: {reason} "
+        f"What to do: {_advice(error)}"
+    )
+
+
+def _advice(error: Exception) -> str:
+    text = f"{type(error).__name__} {error}"
+    for signs, advice in _ADVICE.items():
+        if any(sign in text for sign in signs):
+            return advice
+    return "make that line work under torch.export.export(model, ..., strict=False)."
+
+
+_ADVICE: Mapping[tuple[str, ...], str] = {
+    ("data-dependent", "DataDependent", "Unbacked"): (
+        "the line decides by a tensor's value, which a graph can't; write it with torch.where "
+        "or a mask, or take the decision outside of forward()."
+    ),
+    ("torch._dynamo", "Constraint"): (
+        "the model fixes a size that varies; pass dynamic={'tensor': [dims that vary]}."
+    ),
+    ("parse", "Sparse", "aten::crow_indices"): (
+        "programs hold dense tensors only; keep the matrix dense (to_dense()), or gather and "
+        "scatter by its indices."
+    ),
+}
