@@ -280,28 +280,33 @@ def _checked(path: str, sinks: torch.Tensor | None) -> torch.Tensor | None:
 
 def _read_mask(function: Callable[..., Any]) -> Mask:
     """Return what one of transformers' mask functions hides, by what it is made of."""
-    name = getattr(function, "__qualname__", repr(function))
-    if name == "causal_mask_function":
-        return Mask()
-    inner = {
-        variable: cell.cell_contents
-        for variable, cell in zip(
-            function.__code__.co_freevars, function.__closure__ or (), strict=True
-        )
-    }
-    if name == "sliding_window_overlay.<locals>.inner_mask":
-        return Mask(window=int(inner["sliding_window"]))
-    if name == "chunked_overlay.<locals>.inner_mask":
-        return Mask(chunk=int(inner["chunk_size"]))
-    if name == "and_masks.<locals>.and_mask":
-        found = [_read_mask(part) for part in inner["mask_functions"]]
-        names = [part.__qualname__ for part in inner["mask_functions"]]
-        if "causal_mask_function" in names and len(names) == len(set(names)):
-            return Mask(sum(m.window for m in found), sum(m.chunk for m in found))
+    parts = dict(_parts_of(function))
+    known = {"window", "chunk", "causal"}
+    if "causal" in parts and known >= {*parts} and len(parts) == len(list(_parts_of(function))):
+        return Mask(parts.get("window", 0), parts.get("chunk", 0))
     raise MaskRead(
         f"A module of class {_module_on_stack()} asks for a mask that is neither causal, nor sliding, "
-        f"nor in chunks: {name}. What to do: {REMEDY}"
+        f"nor in chunks: {', '.join(parts)}. What to do: {REMEDY}"
     )
+
+
+def _parts_of(function: Callable[..., Any]) -> Iterator[tuple[str, int]]:
+    """Yield the conditions that a mask function joins by "and", by name, and their sizes."""
+    name = getattr(function, "__qualname__", repr(function))
+    closure = getattr(function, "__closure__", None) or ()
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    inner = {variable: cell.cell_contents for variable, cell in zip(names, closure, strict=False)}
+    if name == "and_masks.<locals>.and_mask":
+        for part in inner["mask_functions"]:
+            yield from _parts_of(part)
+    elif name == "causal_mask_function":
+        yield "causal", 0
+    elif name == "sliding_window_overlay.<locals>.inner_mask":
+        yield "window", int(inner["sliding_window"])
+    elif name == "chunked_overlay.<locals>.inner_mask":
+        yield "chunk", int(inner["chunk_size"])
+    else:
+        yield name, 0
 
 
 @contextmanager

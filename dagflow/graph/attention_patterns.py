@@ -25,6 +25,8 @@ from dagflow_tasks.operators import (
     Node,
     argument_references,
     decode_literal,
+    dtype_of,
+    evaluate_size,
     mutated_arguments,
     resolve,
 )
@@ -334,6 +336,10 @@ class _Evaluation:
             value = model.get_buffer(buffer.name)
             if not value.is_meta:
                 self._known[buffer_value(buffer.name)] = value.detach()
+        self._forms = {spec.name: (spec.dtype, spec.shape) for spec in dag.inputs}
+        self._forms |= {use: (p.dtype, p.shape) for p in dag.parameters for use in p.uses}
+        self._forms |= {buffer_value(b.name): (b.dtype, b.shape) for b in dag.buffers}
+        self._forms |= {name: i.outputs[0] for name, i in dag.info.items() if i.outputs}
         self.live = live_values(dag)
         self._writers: dict[str, list[str]] = {}
         for node in dag.nodes:
@@ -399,14 +405,22 @@ class _Evaluation:
     def _compute(
         self, name: str, known: dict[str, torch.Tensor], sizes: Mapping[str, int]
     ) -> torch.Tensor:
-        for needed in self._order(name, known):
-            node = self._nodes[needed]
+        for node in self._order(name, known):
+
+            def value_of(reference: str) -> torch.Tensor:
+                if reference in known:
+                    return known[reference]
+                if reference in self._known:
+                    return self._known[reference]
+                # Only its form is looked at.
+                dtype, shape = self._forms[reference]
+                form = [evaluate_size(size, sizes) for size in shape]
+                return torch.zeros((), dtype=dtype_of(dtype)).expand(form)
 
             def decode(argument: Any) -> Any:
                 if isinstance(argument, Mapping):
                     if "ref" in argument:
-                        reference = argument["ref"]
-                        return known[reference] if reference in known else self._known[reference]
+                        return value_of(argument["ref"])
                     return decode_literal(argument, sizes, torch.device("cpu"))
                 if isinstance(argument, (list, tuple)):
                     return [decode(item) for item in argument]
@@ -415,10 +429,10 @@ class _Evaluation:
             args = [decode(argument) for argument in node.args]
             kwargs = {key: decode(value) for key, value in node.kwargs.items()}
             with torch.no_grad():
-                known[needed] = resolve(node.op)(*args, **kwargs)
+                known[node.name] = resolve(node.op)(*args, **kwargs)
         return known[name] if name in known else self._known[name]
 
-    def _order(self, name: str, known: Mapping[str, Any]) -> list[str]:
+    def _order(self, name: str, known: Mapping[str, Any]) -> list[Node]:
         """Return the nodes behind a value, in the DAG's order, those that write into it included."""
         needed: set[str] = set()
         waiting = [name]
@@ -427,13 +441,10 @@ class _Evaluation:
             if one in needed or one in known or one in self._known:
                 continue
             needed.add(one)
-            if one not in self._nodes:
-                raise CaptureFailed(
-                    f"A mask depends on {one!r}, which isn't known before tokens are. {REMEDY}"
-                )
-            waiting += self._nodes[one].references()
+            if not _reads_shape_only(self._nodes[one]):
+                waiting += self._nodes[one].references()
             waiting += self._writers.get(one, [])
-        return [node.name for node in self._dag.nodes if node.name in needed]
+        return [node for node in self._dag.nodes if node.name in needed]
 
 
 # Operators that make a tensor of another's form and don't look at its numbers.

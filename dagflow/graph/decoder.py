@@ -24,6 +24,7 @@ from dagflow.graph.dag import OperatorDag, buffer_value, input_value
 from dagflow.graph.recurrent import recurrent_layers
 from dagflow.graph.tokenwise import check_tokenwise, take_positions
 from dagflow.graph.translate import translate
+from dagflow_tasks.attention import ATTEND, reach_of
 from dagflow_tasks.operators import argument_references, multiplies
 from dagflow_tasks.program import ValueSpec
 
@@ -61,7 +62,29 @@ def capture_decoder(model: torch.nn.Module) -> OperatorDag:
         model.train(training)
     dag = take_positions(capture_patterns(traced, model))
     check_tokenwise(dag)
+    _check_windows(dag, model.config)
     return dag if dag is traced else _up_to(dag, dag.loss)
+
+
+def _check_windows(dag: OperatorDag, config: Any) -> None:
+    """Refuse a model whose cache forgets tokens that its attention sees.
+
+    Transformers' caches keep a window of all layers where a configuration names one, and no kinds of
+    layers: what such a model generates depends on how its prompt is divided.
+    """
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    longest = getattr(text, "max_position_embeddings", None)
+    if not window or getattr(text, "layer_types", None) or (longest and longest <= window):
+        return
+    for node in dag.nodes:
+        if node.op == ATTEND and reach_of(node.args) is None:
+            raise CaptureFailed(
+                f"The attention of {node.module!r} sees all tokens, and the configuration's "
+                f"sliding_window of {window} has transformers' cache forget all but the last ones: the "
+                "model's answers depend on how tokens are divided into passes. What to do: set "
+                "config.sliding_window to None (or to the longest sequence) and load it again."
+            )
 
 
 def _trace(model: torch.nn.Module, attention: AbstractContextManager[None]) -> OperatorDag:

@@ -165,8 +165,9 @@ class DecoderStage:
     def accepts(self, part: Part) -> bool:
         """Tell whether a part's tokens follow on those that are here.
 
-        Of a session that is to be rewound further than states and windows reach, nothing is kept: tokens of
-        its new epoch that come before those refused are sent again would be taken for their like.
+        Of a session that is to be rewound further than states and windows reach, nothing is kept:
+        tokens of its new epoch that come before those refused are sent again would be taken for
+        their like.
         """
         epoch, length = self._epochs.get(part.session, 0), self._length(part.session)
         if not part.origin or part.epoch <= epoch:
@@ -396,13 +397,22 @@ def _token_dim(shape: Sequence[object], program: StageProgram) -> int:
             f"Stage {program.stage} sends or gets a tensor of shape {list(shape)}, which isn't one row "
             "a token: cut the model between its layers."
         )
+    if dims[0] == 1 and shape[0] != 1:
+        raise ProgramInvalid(
+            f"Stage {program.stage} sends or gets a tensor of shape {list(shape)}: its tokens come "
+            f"after a dimension of {shape[0]}. Cut the model between its layers."
+        )
     return dims[0]
 
 
 def _to_dim(value: torch.Tensor, dim: int) -> torch.Tensor:
     """Put a tensor that has its tokens first, and no batch, into the program's form."""
-    return value[None] if dim == 1 else value
+    if dim == 1:
+        return value[None]
+    return value.movedim(0, dim) if dim else value
 
 
 def _from_dim(value: torch.Tensor, dim: int) -> torch.Tensor:
-    return value[0] if dim == 1 else value
+    if dim == 1:
+        return value[0]
+    return value.movedim(dim, 0).contiguous() if dim else value

@@ -23,6 +23,89 @@ def _gemma3() -> Any:
     return hf.Gemma3ForCausalLM(config)
 
 
+# Attention that is more than causal, or that a model computes by itself: configuration, model, options.
+_TWO = {**SIZES, "num_hidden_layers": 2}
+_GROUPED = {**_TWO, "num_key_value_heads": 2, "head_dim": 8}
+_GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_BART = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "decoder_layers": 2,
+    "encoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 64,
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ATTENDING: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {**_GROUPED, **_EXPERTS, "sliding_window": 8}),
+    "granite_swa": ("GraniteSWAConfig", "GraniteSWAForCausalLM", {**_GROUPED, "sliding_window": 8}),
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {**_GROUPED, "attention_chunk_size": 8, "intermediate_size_mlp": 64, "moe_layers": []},
+    ),
+    "gptj": ("GPTJConfig", "GPTJForCausalLM", {**_GPT, "rotary_dim": 4}),
+    "codegen": ("CodeGenConfig", "CodeGenForCausalLM", {**_GPT, "rotary_dim": 4}),
+    "gpt1": ("OpenAIGPTConfig", "OpenAIGPTLMHeadModel", _GPT),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        "GPTNeoForCausalLM",
+        {
+            **{
+                n: v
+                for n, v in _TWO.items()
+                if n not in ("num_hidden_layers", "num_attention_heads")
+            },
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 8,
+        },
+    ),
+    "mpt": (
+        "MptConfig",
+        "MptForCausalLM",
+        {"vocab_size": 96, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    ),
+    "falcon_alibi": ("FalconConfig", "FalconForCausalLM", {**_TWO, "alibi": True}),
+    "falcon": ("FalconConfig", "FalconForCausalLM", {**_TWO, "new_decoder_architecture": True}),
+    "diffllama": ("DiffLlamaConfig", "DiffLlamaForCausalLM", _GROUPED),
+    "xglm": (
+        "XGLMConfig",
+        "XGLMForCausalLM",
+        {
+            "vocab_size": 96,
+            "d_model": 32,
+            "num_layers": 2,
+            "attention_heads": 4,
+            "ffn_dim": 64,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "bart": ("BartConfig", "BartForCausalLM", _BART),
+    "marian": ("MarianConfig", "MarianForCausalLM", {**_BART, "pad_token_id": 0}),
+    "blenderbot": ("BlenderbotConfig", "BlenderbotForCausalLM", _BART),
+}
+
+
+def attending_model(family: str) -> Any:
+    """Return a small model of `ATTENDING`, with weights that make it say something."""
+    config, cls, options = ATTENDING[family]
+    torch.manual_seed(0)
+    model: Any = getattr(hf, cls)(getattr(hf, config)(**options))
+    model.generation_config.forced_eos_token_id = None  # BART ends every answer with one
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
 FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "mixtral", "gpt2", "opt", "bloom")
 _OWN: dict[str, Callable[[], Any]] = {"mistral": _mistral, "gemma3": _gemma3}
 

@@ -1,0 +1,214 @@
+"""Models whose attention is more than causal are served as transformers generates, or refused by name."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from families import ATTENDING, attending_model, greedy, language_model, logits_of
+
+from dagflow.errors import CaptureFailed
+from dagflow.graph.attention_capture import Mask, MaskRead, _read_mask, _Registry
+from dagflow.graph.decoder import capture_decoder
+from dagflow.sessions.engine import cut_at_layers
+from dagflow_tasks.attention import ATTEND
+from dagflow_tasks.decoding import ALL, DecoderStage, Part
+from dagflow_tasks.results import TensorDict
+
+PROMPT = [(7 * n * n + 3 * n + 5) % 90 + 4 for n in range(21)]
+NUM_NEW = 24
+CPU = torch.device("cpu")
+QUICK = ("granite_swa", "llama4", "gptj", "mpt", "bart")
+
+
+class _Served:
+    """A model's stages in this process, fed by hand."""
+
+    def __init__(self, model: Any) -> None:
+        self.dag = capture_decoder(model)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors |= dict(model.state_dict(keep_vars=True))
+        weights = {name: tensor.detach() for name, tensor in tensors.items()}
+        programs = cut_at_layers(self.dag, 2).programs
+        self.stages = [DecoderStage(program, CPU, weights) for program in programs]
+
+    def logits(
+        self, tokens: list[int], start: int, session: str = "a", epoch: int = 0
+    ) -> torch.Tensor:
+        parts = [Part(session, epoch, start, len(tokens), start, ALL)]
+        values = TensorDict({"in.tokens": torch.tensor(tokens)})
+        for stage in self.stages:
+            parts, values = stage.run(parts, values)
+        return values["logits"]
+
+    def next(self, tokens: list[int], start: int, session: str = "a", epoch: int = 0) -> int:
+        """Give tokens, and return the one that follows."""
+        return int(self.logits(tokens, start, session, epoch)[-1].argmax())
+
+
+@cache
+def _served(family: str) -> _Served:
+    return _Served(attending_model(family))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ATTENDING],
+)
+def test_answers_equal_those_of_transformers_with_forks_and_rewinds(family: str) -> None:
+    model, served = attending_model(family), _served(family)
+    wanted = greedy(model, PROMPT, NUM_NEW)
+    pieces = [served.logits(PROMPT[a:b], a) for a, b in [(0, 7), (7, 8), (8, 17), (17, 21)]]
+    torch.testing.assert_close(torch.cat(pieces), logits_of(model, PROMPT), atol=1e-4, rtol=1e-4)
+    answer = [int(pieces[-1][-1].argmax())]
+    while len(answer) < NUM_NEW:
+        answer.append(served.next(answer[-1:], len(PROMPT) + len(answer) - 1))
+    assert answer == wanted
+    length = len(PROMPT) + NUM_NEW - 1
+    assert all(stage.fork("a", "b", length - 3) for stage in served.stages)
+    assert served.next(wanted[-4:-2], length - 3, "b") == wanted[-2]
+    assert served.next(wanted[10:14], length - 13, epoch=1) == wanted[14]
+
+
+def test_positions_that_a_model_counts_by_itself_are_those_of_the_session() -> None:
+    dag = _served("bart").dag
+    readers = [node.op for node in dag.nodes if "in.positions" in node.references()]
+    assert readers == ["aten.select.int"]
+
+
+def test_a_bias_that_a_model_builds_becomes_slopes() -> None:
+    dag = _served("mpt").dag
+    slopes = [node.args[6] for node in dag.nodes if node.op == ATTEND]
+    constants = {constant.name: constant.tensor() for constant in dag.constants}
+    for slope in slopes:
+        torch.testing.assert_close(
+            constants[slope["ref"]], torch.tensor([0.25, 0.0625, 0.015625, 0.00390625])
+        )
+
+
+# What can't be served is refused, by name
+
+
+def _attend(**given: Any) -> Any:
+    module = torch.nn.Identity()
+    registry = _Registry(
+        torch.nn.ModuleDict({"attention": module}), given.pop("implementation", "eager")
+    )
+    row = torch.randn(1, 2, 3, 4)
+    given = {"attention_mask": Mask(), **given}
+    return registry.attention(module, row, row, row, **given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"position_bias": torch.zeros(1, 2, 3, 3)},
+        {"head_mask": torch.ones(2)},
+        {"dropout": 0.1},
+        {"block_indices": torch.zeros(3)},
+        {"sinks": torch.zeros(1, 2, 3, 1)},
+    ],
+)
+def test_arguments_that_are_not_known_are_errors(given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(CaptureFailed, match=f"'attention'.*{name[:5]}.*What to do"):
+        _attend(**given)
+
+
+def test_arguments_that_ask_for_nothing_are_taken() -> None:
+    taken = {
+        "position_bias": None,
+        "output_attentions": False,
+        "dropout": 0.0,
+        "cu_seq_lens_q": None,
+    }
+    found, weights = _attend(**taken)
+    assert found.shape == (1, 3, 2, 4)
+    assert weights is None
+
+
+@pytest.mark.parametrize(("mask", "implementation"), [(None, "eager"), ("all", "sdpa")])
+def test_masks_that_are_not_causal_are_errors(mask: Any, implementation: str) -> None:
+    with pytest.raises(CaptureFailed, match=r"'attention' is given .* mask"):
+        _attend(attention_mask=mask, implementation=implementation)
+
+
+def test_what_masks_hide_is_read_from_what_they_are_made_of() -> None:
+    from transformers import masking_utils as masks
+
+    def read(function: Any) -> tuple[int, int]:
+        found = _read_mask(function)
+        return found.window, found.chunk
+
+    assert read(masks.causal_mask_function) == (0, 0)
+    assert read(masks.sliding_window_causal_mask_function(7)) == (7, 0)
+    assert read(masks.chunked_causal_mask_function(5, torch.zeros(1))) == (0, 5)
+    both = masks.and_masks(
+        masks.sliding_window_causal_mask_function(7), masks.sliding_window_overlay(3)
+    )
+    for other in (
+        masks.bidirectional_mask_function,
+        masks.sliding_window_overlay(7),
+        masks.or_masks(masks.causal_mask_function, masks.bidirectional_mask_function),
+        both,
+    ):
+        with pytest.raises(MaskRead, match="neither causal"):
+            read(other)
+
+
+def test_masks_are_handed_on_or_it_is_said_that_they_are_not() -> None:
+    mask = Mask(4)
+    assert mask[:, :, :, :9] is mask
+    assert mask.to(torch.float32) is mask
+    for use in (
+        lambda: mask[:, -1:],
+        lambda: mask + 1.0,
+        lambda: mask.shape,
+        lambda: torch.where(mask, 1.0, 0.0),
+    ):
+        with pytest.raises(MaskRead, match="What to do"):
+            use()
+
+
+class _Mixing(torch.nn.Module):
+    """A Llama's MLP with something before it that looks at other tokens."""
+
+    def __init__(self, mlp: torch.nn.Module, mix: Any) -> None:
+        super().__init__()
+        self.mlp, self.mix = mlp, mix
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        return self.mlp(self.mix(hidden))
+
+
+MIXING = {
+    "a sum over tokens": lambda hidden: hidden - hidden.mean(1, keepdim=True),
+    "a shift": lambda hidden: torch.nn.functional.pad(hidden[:, :-1], (0, 0, 1, 0)),
+    "a running sum": lambda hidden: hidden.cumsum(1),
+    "the last token": lambda hidden: hidden + hidden[:, -1:],
+    "products of tokens": lambda hidden: torch.tanh(hidden @ hidden.transpose(1, 2)) @ hidden,
+}
+
+
+@pytest.mark.parametrize("kind", ["a sum over tokens", "a shift"])
+def test_modules_that_look_at_other_tokens_are_refused_by_name(kind: str) -> None:
+    model = language_model("llama")
+    model.model.layers = model.model.layers[:1]
+    model.model.layers[0].mlp = _Mixing(model.model.layers[0].mlp, MIXING[kind])
+    with pytest.raises(CaptureFailed, match=r"'model.layers.0.mlp'.*What to do"):
+        capture_decoder(model)
+
+
+def test_a_cache_that_forgets_what_attention_sees_is_refused() -> None:
+    config = SimpleNamespace(sliding_window=8, max_position_embeddings=64)
+    config.get_text_config = lambda decoder: config
+    from dagflow.graph.decoder import _check_windows
+
+    dag = _served("gptj").dag
+    with pytest.raises(CaptureFailed, match=r"transformer.h.0.*sliding_window of 8.*What to do"):
+        _check_windows(dag, config)
+    config.max_position_embeddings = 8
+    _check_windows(dag, config)
