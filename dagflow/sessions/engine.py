@@ -292,10 +292,10 @@ class Engine:
         """Take the capacity that the workers have for sessions where the stages are now."""
         if self.placement.missing():
             return  # known when they are placed again
-        if self.placement.capacity() < self.pool.capacity:
+        if self.placement.room().capacity < self.pool.capacity:
             for address in set(self.placement.addresses):
                 self.placement.shut_unneeded(address)
-        for live in self.pool.resize(self.placement.capacity(), self.placement.worker_needs()):
+        for live in self.pool.resize(self.placement.room()):
             self._send_away(live)
 
     def _hear(self, message: Message, address: str) -> None:

@@ -6,12 +6,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from dagflow.errors import StageTooLarge
 from dagflow.graph.dag import OperatorDag, dtype_bytes
 from dagflow.graph.show import amount
 from dagflow_tasks.attention import ATTEND, BLOCK_TOKENS, reach_of
-from dagflow_tasks.operators import argument_references
+from dagflow_tasks.operators import Node, argument_references
 from dagflow_tasks.program import StageProgram
+from dagflow_tasks.recurrence import RECURRENT, SCAN, WINDOW
+from dagflow_tasks.states import REACH_TOKENS, most_bytes
 
 # Of what weights leave of a worker's memory. The rest is for what a pass computes, and the process.
 CACHE_SHARE = 0.5
@@ -30,11 +34,19 @@ class StageNeeds:
     windows : tuple of (int, int)
         Layers with a window or chunks: how many tokens of a session each keeps at most, and its part
         of `token_bytes`.
+    session_bytes : int
+        For each session, however long: what its recurrent layers remember at most.
     """
 
     weight_bytes: int
     token_bytes: int
     windows: tuple[tuple[int, int], ...] = ()
+    session_bytes: int = 0
+
+    @property
+    def least_bytes(self) -> int:
+        """What a session of a block takes."""
+        return BLOCK_TOKENS * self.token_bytes + self.session_bytes
 
     def spared(self, num_tokens: int) -> int:
         """Return how many tokens fewer a session of so many takes, because layers have windows."""
@@ -47,8 +59,10 @@ class StageNeeds:
         tensors |= {use.buffer: (use.dtype, use.shape) for use in program.buffers}
         tensors |= {use.name: (use.dtype, use.shape) for use in program.constants}
         token_bytes = sum(_bytes(o.value.dtype, o.value.shape) for o in program.outputs)
-        windows = []
+        windows, session_bytes = [], 0
         for node in program.nodes:
+            if node.op in RECURRENT:
+                session_bytes += _state_bytes(dag, node)
             if node.op == ATTEND:
                 names = [name for a in node.args[1:3] for name in argument_references(a)]
                 layer_bytes = sum(_bytes(*dag.info[name].outputs[0]) for name in names)
@@ -57,7 +71,20 @@ class StageNeeds:
                 if reach is not None:
                     windows.append((reach.most_tokens, layer_bytes))
         weight_bytes = sum(_bytes(*tensor) for tensor in tensors.values())
-        return cls(weight_bytes, token_bytes, tuple(windows))
+        return cls(weight_bytes, token_bytes, tuple(windows), session_bytes)
+
+
+def _state_bytes(dag: OperatorDag, node: Node) -> int:
+    """Return what an operator with a state takes of a session at most."""
+    # Of a scan's arguments the rates are the same for all tokens.
+    given = [*node.args[:4], *node.args[6:]] if node.op == SCAN else node.args
+    names = [name for argument in given for name in argument_references(argument)]
+    inputs = [dag.info[name].outputs[0] for name in names]
+    row_bytes = sum(_bytes(*tensor) for tensor in inputs)
+    if node.op == SCAN:  # in float32: each head's keys times its values
+        key, value = inputs[1][1], inputs[2][1]
+        return most_bytes(key[3] * math.prod(value[2:]) * torch.float32.itemsize, row_bytes)
+    return most_bytes(row_bytes * (node.args[1] - 1) if node.op == WINDOW else row_bytes, row_bytes)
 
 
 def _bytes(dtype: str, shape: Iterable[object]) -> int:
@@ -75,24 +102,39 @@ class Room:
         In tokens that every layer keeps.
     needs : tuple of StageNeeds
         Of each worker, over its stages.
+    session_tokens : int
+        What a session takes besides its tokens, in tokens.
     """
 
     capacity: int
     needs: tuple[StageNeeds, ...] = ()
+    session_tokens: int = 0
 
     def taken(self, num_tokens: int) -> int:
-        """Return what a session of so many tokens takes of the capacity: less, if layers have windows.
+        """Return what a session of so many tokens takes of the capacity.
+
+        That is less than its tokens if layers have windows, and more if some have states.
 
         >>> Room(1000, (StageNeeds(0, 4, ((96, 3),)),)).taken(496)
         196
+        >>> Room(1000, session_tokens=10).taken(5)
+        15
         """
-        return num_tokens - min((need.spared(num_tokens) for need in self.needs), default=0)
+        if not num_tokens:
+            return 0
+        spared = min((need.spared(num_tokens) for need in self.needs), default=0)
+        return num_tokens - spared + self.session_tokens
+
+    @property
+    def reach(self) -> int | None:
+        """How many of a session's latest tokens can be gone back; None for all."""
+        return REACH_TOKENS if self.session_tokens else None
 
     @property
     def longest(self) -> int:
         """How many tokens a session may have that is alone, as far as memory decides."""
         # The first length that is too much lies between these; what is taken never falls.
-        low, high = self.capacity, _NO_END
+        low, high = 0, _NO_END
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.taken(middle) <= self.capacity else (low, middle)
@@ -130,20 +172,45 @@ def cache_budget(memory: WorkerMemory, weight_bytes: int, cache_bytes: int | Non
 
 
 def fits(
-    memory: WorkerMemory, weight_bytes: int, token_bytes: int, cache_bytes: int | None
+    memory: WorkerMemory, weight_bytes: int, least_bytes: int, cache_bytes: int | None
 ) -> bool:
-    """Tell whether a worker can hold stages, and a block of tokens in their caches."""
-    return cache_budget(memory, weight_bytes, cache_bytes) >= BLOCK_TOKENS * token_bytes
+    """Tell whether a worker can hold stages, and a session of a block in their caches."""
+    return cache_budget(memory, weight_bytes, cache_bytes) >= least_bytes
+
+
+def together(needs: Iterable[StageNeeds]) -> StageNeeds:
+    """Return what stages take on one worker."""
+    found = list(needs)
+    return StageNeeds(
+        sum(need.weight_bytes for need in found),
+        sum(need.token_bytes for need in found),
+        tuple(window for need in found for window in need.windows),
+        sum(need.session_bytes for need in found),
+    )
 
 
 def needs_by_worker(addresses: Sequence[str], needs: Sequence[StageNeeds]) -> dict[str, StageNeeds]:
     """Return what each worker's stages take together; `addresses` has the worker of each stage."""
-    found: dict[str, StageNeeds] = {}
-    for address in dict.fromkeys(addresses):
-        here = _of(addresses, needs, address)
-        windows = tuple(window for need in here for window in need.windows)
-        found[address] = StageNeeds(*_sum(here), windows)
-    return found
+    return {a: together(_of(addresses, needs, a)) for a in dict.fromkeys(addresses)}
+
+
+def room_of(
+    addresses: Sequence[str],
+    needs: Sequence[StageNeeds],
+    weight_bytes: Mapping[str, int],
+    workers: Mapping[str, WorkerMemory],
+    cache_bytes: int | None,
+) -> Room:
+    """Return the room for sessions; parameters are those of `tokens_that_fit`.
+
+    A session takes the share of the room that its states take of the budget on the worker where this
+    is largest, so neither many short sessions nor a long one can be too much for any.
+    """
+    capacity = tokens_that_fit(addresses, needs, weight_bytes, workers, cache_bytes)
+    own = needs_by_worker(addresses, needs)
+    budgets = {a: cache_budget(workers[a], weight_bytes[a], cache_bytes) for a in own}
+    shares = [-(-capacity * need.session_bytes // max(1, budgets[a])) for a, need in own.items()]
+    return Room(capacity, tuple(own.values()), max(shares))
 
 
 def tokens_that_fit(
@@ -193,7 +260,10 @@ def place_stages(
     # The largest first, each to whoever has most left afterwards.
     found = [""] * count
     for stage in sorted(range(count), key=lambda stage: -needs[stage].weight_bytes):
-        left = {a: workers[a].free_bytes - _sum(_of(found, needs, a))[0] for a in addresses}
+        left = {
+            a: workers[a].free_bytes - together(_of(found, needs, a)).weight_bytes
+            for a in addresses
+        }
         found[stage] = address = max(addresses, key=lambda a: left[a])
         if not _fits(_of(found, needs, address), workers[address], cache_bytes):
             raise StageTooLarge(_too_small(stage, left[address], needs, workers, cache_bytes))
@@ -204,15 +274,11 @@ def _of(addresses: Sequence[str], needs: Sequence[StageNeeds], address: str) -> 
     return [need for own, need in zip(addresses, needs, strict=True) if own == address]
 
 
-def _sum(needs: Iterable[StageNeeds]) -> tuple[int, int]:
-    found = list(needs)
-    return sum(n.weight_bytes for n in found), sum(n.token_bytes for n in found)
-
-
 def _fits(needs: Iterable[StageNeeds], memory: WorkerMemory, cache_bytes: int | None) -> bool:
-    weight_bytes, token_bytes = _sum(needs)
+    all_of_them = together(needs)
+    weight_bytes = all_of_them.weight_bytes
     enough = cache_bytes is None or weight_bytes + cache_bytes <= memory.free_bytes
-    return enough and fits(memory, weight_bytes, token_bytes, cache_bytes)
+    return enough and fits(memory, weight_bytes, all_of_them.least_bytes, cache_bytes)
 
 
 def _too_small(
@@ -223,8 +289,8 @@ def _too_small(
     cache_bytes: int | None,
 ) -> str:
     need = needs[stage]
-    block = BLOCK_TOKENS * need.token_bytes
-    caches = max(block, cache_bytes) if cache_bytes is not None else math.ceil(block / CACHE_SHARE)
+    least = need.least_bytes
+    caches = max(least, cache_bytes) if cache_bytes is not None else math.ceil(least / CACHE_SHARE)
     short = need.weight_bytes + caches - left
     stages = ", ".join(amount(n.weight_bytes, "B") for n in needs)
     have = ", ".join(f"{a} {amount(w.free_bytes, 'B')}" for a, w in sorted(workers.items()))

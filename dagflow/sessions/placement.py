@@ -22,12 +22,13 @@ from dagflow.run.dask_internals import connection_arguments
 from dagflow.run.membership import Membership
 from dagflow.sessions.links import CommClosedError, Link, Message
 from dagflow.sessions.memory import (
+    Room,
     StageNeeds,
     WorkerMemory,
     fits,
-    needs_by_worker,
     place_stages,
-    tokens_that_fit,
+    room_of,
+    together,
 )
 from dagflow.sessions.models import Model
 from dagflow.sessions.service import SessionWorker, StageSpec, open_stage, take_part
@@ -196,14 +197,10 @@ class Placement:
             return False
         return not opening.cancelled() and opening.exception() is None
 
-    def capacity(self) -> int:
+    def room(self) -> Room:
         """Return how many tokens all sessions together may have where the stages are now."""
         weights = {address: self._weights_on(address) for address in self.addresses}
-        return tokens_that_fit(self.addresses, self.needs, weights, self._memory, self._cache_bytes)
-
-    def worker_needs(self) -> list[StageNeeds]:
-        """Return what the stages on each worker take together."""
-        return list(needs_by_worker(self.addresses, self.needs).values())
+        return room_of(self.addresses, self.needs, weights, self._memory, self._cache_bytes)
 
     def _weights_on(self, address: str) -> int:
         """Bytes of the weights that a worker has open, or is opening."""
@@ -215,8 +212,8 @@ class Placement:
         needs.append(self.needs[stage])
         own = sum(need.weight_bytes for need in needs)
         weight_bytes = max(own, besides + self.needs[stage].weight_bytes)
-        token_bytes = sum(need.token_bytes for need in needs)
-        return fits(self._memory[address], weight_bytes, token_bytes, self._cache_bytes)
+        least_bytes = together(needs).least_bytes
+        return fits(self._memory[address], weight_bytes, least_bytes, self._cache_bytes)
 
     # Messages
 
@@ -362,7 +359,7 @@ class Placement:
         def has_room(stage: int) -> bool:
             need = self.needs[stage]
             weight_bytes = held + need.weight_bytes
-            return fits(self._memory[spare], weight_bytes, need.token_bytes, self._cache_bytes)
+            return fits(self._memory[spare], weight_bytes, need.least_bytes, self._cache_bytes)
 
         lacking = [s for s in range(len(self._cut)) if (s, spare) not in self._opened]
         return min(filter(has_room, lacking), key=lambda s: (copies[s], s), default=None)

@@ -1,21 +1,21 @@
 """Who may keep how many tokens on the workers, who waits, and whose tokens others go on from.
 
 All stages keep the same tokens, so one count stands for all workers. A long session counts for less
-than its tokens where layers have windows (`Room.taken`). Decides only: messages are its user's
-business. Of one event loop.
+than its tokens where layers have windows, and any session for more where layers have states
+(`Room.taken`). Decides only: messages are its user's business. Of one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Generic, TypeVar
 
 from dagflow.errors import CacheFull, RequestTooLarge
-from dagflow.sessions.memory import Room, StageNeeds
+from dagflow.sessions.memory import Room
 from dagflow_tasks.attention import whole_blocks
 
 # Fewer tokens are computed faster than their caches are copied.
@@ -227,12 +227,9 @@ class CachePool(Generic[Some]):
         for holder in list(self._kept):
             self._drop(holder)
 
-    def resize(self, capacity: int, needs: Iterable[StageNeeds] = ()) -> list[Some]:
-        """Take another capacity; return sessions that must leave for it, the latest first.
-
-        `needs`, of the workers, say what long sessions take of it.
-        """
-        self.room = Room(capacity, tuple(needs))
+    def resize(self, room: Room) -> list[Some]:
+        """Take another room; return sessions that must leave for it, the latest first."""
+        self.room = room
         if self._used + self._num_kept > self.capacity:
             self.drop_kept()
         over = self._used - self.capacity
@@ -336,10 +333,10 @@ class CachePool(Generic[Some]):
         if not self._reuse or len(prompt) <= LEAST_SHARED_TOKENS:
             return None, 0
         # The last token's logits are wanted, so it is computed in any case.
-        usable = list(prompt[:-1])
+        usable, reach = list(prompt[:-1]), self.room.reach
         for holder in [*reversed(self._kept), *self._holders]:
             shared = min(common(usable, holder.tokens), holder.num_computed)
-            if shared > most:
+            if shared > most and (reach is None or len(holder.tokens) - shared <= reach):
                 best, most = holder, shared
         return best, most if best is not None else 0
 

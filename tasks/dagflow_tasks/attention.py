@@ -131,12 +131,12 @@ class SessionCache:
 
     def reaches(self, position: int) -> bool:
         """Tell whether tokens from a position on can be computed."""
-        if position >= self.length:
-            return position == self.length
+        if position == 0 or position > self.length:
+            return position == 0
         windows = ((c.first, c.reach) for c in self.layers.values() if c.reach is not None)
-        return position == 0 or (
-            all(state.reaches(position) for state in self.states.values())
-            and all(first <= reach.first(position) for first, reach in windows)
+        return all(state.reaches(position) for state in self.states.values()) and (
+            position == self.length
+            or all(first <= reach.first(position) for first, reach in windows)
         )
 
     def rewind(self, position: int) -> None:

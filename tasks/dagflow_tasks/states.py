@@ -118,6 +118,11 @@ class RecurrentState:
         ]
 
 
+def most_bytes(state_bytes: int, row_bytes: int) -> int:
+    """Return what a `RecurrentState` takes at most: three states, and two marks' distance of inputs."""
+    return 3 * state_bytes + 2 * REACH_TOKENS * row_bytes
+
+
 def rows_of(tensors: tuple[torch.Tensor, ...], begin: int, end: int) -> tuple[torch.Tensor, ...]:
     return tuple(tensor[begin:end] for tensor in tensors)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from recurrent_families import RECURRENT
 from zoo import SIZES, build
 
 import dagflow
@@ -107,7 +108,7 @@ def attending_model(family: str) -> Any:
 
 
 FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "mixtral", "gpt2", "opt", "bloom")
-_OWN: dict[str, Callable[[], Any]] = {"mistral": _mistral, "gemma3": _gemma3}
+_OWN: dict[str, Callable[[], Any]] = {"mistral": _mistral, "gemma3": _gemma3, **RECURRENT}
 
 
 def language_model(family: str, seed: int = 0) -> Any:

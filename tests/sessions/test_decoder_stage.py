@@ -33,7 +33,7 @@ def _captured(family: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
     model = language_model(family)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors |= dict(model.state_dict(keep_vars=True))
-    return model, capture_decoder(model), {n: t.detach() for n, t in tensors.items()}
+    return model, capture_decoder(model), {n: t.detach().clone() for n, t in tensors.items()}
 
 
 def _stages(family: str, count: int) -> list[DecoderStage]:
