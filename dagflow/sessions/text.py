@@ -17,8 +17,8 @@ class Detokenizer:
     Tokens are decoded with those before them, the prompt's to begin with: what a token says depends on
     its place (SentencePiece's first word of a text has no space before it). The window of tokens that
     are decoded together is short, so a token costs the same wherever it is. What isn't a character
-    (bytes that are no UTF-8) is told as U+FFFD, as soon as nothing that follows can complete it (or not at all, if the tokenizer is one that
-    leaves it out).
+    (bytes that are no UTF-8) is told as U+FFFD, as soon as nothing that follows can complete it; or
+    not at all, if the tokenizer is one that leaves it out.
 
     `tokenizers.decoders.DecodeStream` isn't used: it takes tokenizers of its own library only, holds
     a run of broken bytes back for as long as it lasts, decoding all of it with every token, and fails
