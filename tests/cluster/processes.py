@@ -1,4 +1,4 @@
-"""Processes that tests start as people do, from the command line."""
+"""Processes that tests start as people do, from the command line, or as copies where that is no matter."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Protocol
 
+from chaos import warm
 from distributed import Client
 from local import local_cluster
 
@@ -17,7 +21,37 @@ BIN = Path(sys.executable).parent
 TESTS = Path(__file__).parent
 
 
-def kill_group(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
+class Process(Protocol):
+    """A process in a group of its own."""
+
+    @property
+    def pid(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A process that was copied from one that has imported everything."""
+
+    process: BaseProcess
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def communicate(self) -> None:
+        """Wait until it has ended."""
+        self.process.join()
+
+
+def dask_worker(arguments: Sequence[str]) -> None:
+    """Run ``dask worker`` in this process."""
+    from distributed.cli.dask_worker import main
+
+    main(list(arguments))
+
+
+def kill_group(process: Process, number: int = signal.SIGKILL) -> None:
     """Send a signal to a process and all that it has started, as a terminal does."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
@@ -44,12 +78,8 @@ def swarm(
 
     ``ADDRESS`` in a command becomes the scheduler's.
     """
-    with (
-        local_cluster(0) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        address = cluster.scheduler_address
-        workers: dict[str, subprocess.Popen[str]] = {}
+    workers: dict[str, subprocess.Popen[str]] = {}
+    with _scheduler() as (client, address):
         try:
             for name, command in commands.items():
                 filled = [address if part == "ADDRESS" else part for part in command]
@@ -57,6 +87,33 @@ def swarm(
             client.wait_for_workers(len(commands), timeout=120)
             yield client, workers
         finally:
-            for worker in workers.values():
-                kill_group(worker)
-                worker.communicate()
+            _end(workers.values())
+
+
+@contextlib.contextmanager
+def volunteers(
+    names: Sequence[str], options: Sequence[str], folder: Path
+) -> Iterator[tuple[Client, dict[str, Copy]]]:
+    """Yield a client of a scheduler, and a ``dask worker`` of each name, ready without importing anything."""
+    workers: dict[str, Copy] = {}
+    with _scheduler() as (client, address):
+        try:
+            for name in names:
+                arguments = [address, "--name", name, *options]
+                workers[name] = Copy(warm.start(dask_worker, folder / f"{name}.log", arguments))
+            client.wait_for_workers(len(names), timeout=120)
+            yield client, workers
+        finally:
+            _end(workers.values())
+
+
+@contextlib.contextmanager
+def _scheduler() -> Iterator[tuple[Client, str]]:
+    with local_cluster(0) as cluster, Client(cluster, set_as_default=False) as client:
+        yield client, cluster.scheduler_address
+
+
+def _end(workers: Iterable[Copy | subprocess.Popen[str]]) -> None:
+    for worker in workers:
+        kill_group(worker)
+        worker.communicate()

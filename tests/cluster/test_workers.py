@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from distributed import Client, Worker, WorkerPlugin
 from local import wait_until
-from processes import BIN, kill_group, swarm
+from processes import BIN, Copy, kill_group, swarm, volunteers
 from small import assert_same_run, batches, example, train, train_with_torch
 
 import dagflow
@@ -113,14 +113,14 @@ def test_workers_have_the_threads_they_were_asked_for(joined: Swarm, tmp_path: P
     assert set(intervals.values()) == {SEND_INTERVAL_SECONDS}
 
 
-def without_nanny(name: str) -> list[str | Path]:
-    return [*DASK_WORKER, "--no-nanny", "--name", name, *PRELOAD]
+NO_NANNY = ["--no-nanny", "--nthreads", "1", "--no-dashboard"]
 
 
-TWO: dict[str, Any] = {name: without_nanny(name) for name in ("first", "second")}
+def two(folder: Path) -> AbstractContextManager[tuple[Client, dict[str, Copy]]]:
+    return volunteers(("first", "second"), [*NO_NANNY, *PRELOAD], folder)
 
 
-def killer(step: int, *workers: subprocess.Popen[str]) -> Any:
+def killer(step: int, *workers: Copy) -> Any:
     def kill(event: dagflow.StepEvent) -> None:
         if event.step == step:
             for worker in workers:
@@ -134,9 +134,9 @@ def test_a_run_survives_a_killed_worker_with_the_same_bits(client: Client, tmp_p
     data = batches(of, 12)
     wanted = train(of, data, tmp_path / "undisturbed", client=client)
     heard: list[int] = []
-    with swarm(TWO, tmp_path) as (volunteers, workers):
+    with two(tmp_path) as (swarmed, workers):
         result = train(
-            of, data, tmp_path / "run", client=volunteers, snapshot_every=3,
+            of, data, tmp_path / "run", client=swarmed, snapshot_every=3,
             callbacks=[lambda event: heard.append(event.step), killer(5, workers["second"])],
         )  # fmt: skip
     assert_same_run(result, wanted)
@@ -153,11 +153,11 @@ def test_when_all_workers_are_gone_the_run_waits_then_ends_and_can_be_resumed(
     run = tmp_path / "run"
     config = dagflow.Config(cluster=dagflow.ClusterSettings(wait_seconds=1.0))
     with (
-        swarm(TWO, tmp_path) as (volunteers, workers),
+        two(tmp_path) as (swarmed, workers),
         pytest.raises(dagflow.WorkersLost, match=r"0 of 1 workers joined .* within 1 s"),
     ):
         train(
-            of, data, run, client=volunteers, snapshot_every=2, config=config,
+            of, data, run, client=swarmed, snapshot_every=2, config=config,
             callbacks=[killer(4, *workers.values())],
         )  # fmt: skip
     heard: list[int] = []
@@ -168,12 +168,12 @@ def test_when_all_workers_are_gone_the_run_waits_then_ends_and_can_be_resumed(
 
 def test_a_result_that_nobody_hands_out_is_not_waited_for(tmp_path: Path) -> None:
     with (
-        swarm({"plain": COMMANDS["plain"]}, tmp_path) as (volunteers, workers),
-        Membership(volunteers) as membership,
+        volunteers(["plain"], NO_NANNY, tmp_path) as (asked, workers),
+        Membership(asked) as membership,
     ):
-        future = volunteers.submit(pow, 2, 5, pure=False)
+        future = asked.submit(pow, 2, 5, pure=False)
         assert membership.result_of(future, lambda: None) == 32
-        failing = volunteers.submit(divmod, 1, 0, pure=False)
+        failing = asked.submit(divmod, 1, 0, pure=False)
         with pytest.raises(ZeroDivisionError):
             membership.result_of(failing, lambda: None)
         kill_group(workers["plain"], signal.SIGSTOP)
@@ -189,12 +189,12 @@ def test_a_run_starts_without_a_frozen_worker(
     of = example()
     data = batches(of, 2)
     wanted, _ = train_with_torch(of, data)
-    with swarm(TWO, tmp_path) as (volunteers, workers):
+    with two(tmp_path) as (swarmed, workers):
         kill_group(workers["second"], signal.SIGSTOP)
-        wait_until(lambda: bool(clusters._frozen(volunteers)), "the scheduler misses a worker")
+        wait_until(lambda: bool(clusters._frozen(swarmed)), "the scheduler misses a worker")
         begin = time.monotonic()
         with pytest.warns(UserWarning, match="second .* doesn't answer"):
-            result = train(of, data, tmp_path / "run", client=volunteers)
+            result = train(of, data, tmp_path / "run", client=swarmed)
         assert time.monotonic() - begin < dagflow.ClusterSettings().wait_seconds
         assert list(result.plan.workers) == ["first"]
         assert result.losses == pytest.approx(wanted, rel=1e-6)
@@ -202,11 +202,11 @@ def test_a_run_starts_without_a_frozen_worker(
         kill_group(workers["first"], signal.SIGSTOP)
         config = dagflow.Config(cluster=dagflow.ClusterSettings(wait_seconds=1.0))
         with pytest.raises(dagflow.WorkersLost, match="don't answer: are they frozen"):
-            train(of, data, tmp_path / "other", client=volunteers, config=config)
+            train(of, data, tmp_path / "other", client=swarmed, config=config)
 
         for worker in workers.values():
             kill_group(worker, signal.SIGCONT)
-        woken = train(of, data, tmp_path / "other", client=volunteers)
+        woken = train(of, data, tmp_path / "other", client=swarmed)
         assert sorted(woken.plan.workers) == ["first", "second"]
 
 
@@ -239,9 +239,9 @@ def test_an_iterator_that_cannot_be_read_again_is_no_trouble_with_a_journal(
     of = example()
     data = batches(of, 8)
     wanted = train(of, data, tmp_path / "undisturbed", client=client)
-    with swarm(TWO, tmp_path) as (volunteers, workers):
+    with two(tmp_path) as (swarmed, workers):
         found = train(
-            of, iter(data), tmp_path / "run", client=volunteers, snapshot_every=2, steps=8,
+            of, iter(data), tmp_path / "run", client=swarmed, snapshot_every=2, steps=8,
             callbacks=[killer(4, workers["second"])],
         )  # fmt: skip
     assert_same_run(found, wanted)
@@ -253,11 +253,11 @@ def test_without_a_journal_an_iterator_is_said_to_be_one(client: Client, tmp_pat
     wanted = train(of, data, tmp_path / "undisturbed", client=client)
     run = tmp_path / "run"
     with (
-        swarm(TWO, tmp_path) as (volunteers, workers),
+        two(tmp_path) as (swarmed, workers),
         pytest.raises(dagflow.BatchInvalid, match=r"can be read once.*new iterator"),
     ):
         train(
-            of, iter(data), run, client=volunteers, snapshot_every=2, steps=8,
+            of, iter(data), run, client=swarmed, snapshot_every=2, steps=8,
             journal=False, callbacks=[killer(4, workers["second"])],
         )  # fmt: skip
     assert_same_run(train(of, iter(data), run, client=client, steps=8), wanted)
