@@ -5,29 +5,37 @@ from __future__ import annotations
 import copy
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from distributed.protocol import deserialize, serialize
 from zoo import Example, capture_example
 
 from dagflow.graph.batch import flatten_batch
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
+from dagflow.run import wire
 from dagflow.run.graph import Priorities, StepGraph, StepInputs
 from dagflow_storage import ShardRecord, Snapshot, Store, commit_snapshot
 from dagflow_tasks import onednn, snapshots, tasks, weight_gradients
 from dagflow_tasks.cache import CACHE
 from dagflow_tasks.optimizer import Optimizer
 from dagflow_tasks.references import Microbatch, StageRef, StateRef, TaskSettings
-from dagflow_tasks.replay import StepRecord
-from dagflow_tasks.results import ForwardResult, forward_part
+from dagflow_tasks.replay import Neighbours, StepRecord
+from dagflow_tasks.results import BackwardResult, ForwardResult, TensorDict, forward_part
 from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors, write_tensors
+
+wire.register()
 
 
 class InlineRun:
-    """A run of some steps on one model, cut in some way, without dask."""
+    """A run of some steps on one model, cut in some way, without dask.
+
+    What a task returns goes through dask's serializer, as if all others were on other workers.
+    """
 
     def __init__(
         self,
@@ -77,7 +85,7 @@ class InlineRun:
         inputs = self.inputs(step, batches)
         for key, task in in_order(self.graph.step(inputs)):
             self.before_task(self)
-            self.results[key] = task(self.results)
+            self.results[key] = travelled(task(self.results))
         self.finished(inputs)
 
     def inputs(self, step: int, batches: list[Any]) -> StepInputs:
@@ -132,11 +140,37 @@ class InlineRun:
         backward = self.graph.key("backward", step, stage, microbatch)
         return self.results.get(weights) or self.results[backward]
 
+    def neighbours(self, stage: int) -> Neighbours:
+        """Whom a replay of a stage has to do with; batches are read from here."""
+        names = self.cut[stage].batch_inputs
+
+        def read(step: int, index: int) -> TensorDict:
+            named = tasks.tensors_of(self.batches[step][index])
+            return TensorDict({name: named[name] for name in names})
+
+        return replace(self.graph.neighbours[stage], read_batch=read)
+
     def there(self, step: int, stage: int, microbatch: int) -> ForwardResult:
         """Return a forward's result, wherever it is."""
         forward = self.graph.key("forward", step, stage, microbatch)
         backward = self.graph.key("backward", step, stage, microbatch)
         return forward_part(self.results.get(forward) or self.results[backward])
+
+
+def there_and_back(value: Any) -> Any:
+    """Return what another process gets of a value that dask sends it."""
+    header, frames = serialize(value, serializers=["dask"])
+    return deserialize(header, [bytearray(memoryview(frame).cast("B")) for frame in frames])
+
+
+def travelled(result: Any) -> Any:
+    """Return a task's result with tensors that have been on a journey, but for those that stay."""
+    if isinstance(result, ForwardResult):
+        return replace(result, values=there_and_back(result).values)
+    if isinstance(result, BackwardResult):
+        there = travelled(result.forward)
+        return replace(result, gradients=there_and_back(result).gradients, forward=there)
+    return there_and_back(result) if isinstance(result, TensorDict) else result
 
 
 def save_now(ref: StageRef, step: int) -> ShardRecord:

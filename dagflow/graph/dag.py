@@ -61,7 +61,10 @@ class Condition:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter by its first name in the model; `aliases` are further names (tied weights)."""
+    """A parameter by its first name in the model; `aliases` are further names (tied weights).
+
+    `strides` is None where it is contiguous.
+    """
 
     name: str
     dtype: str
@@ -69,6 +72,7 @@ class Parameter:
     trainable: bool
     uses: tuple[str, ...]
     aliases: tuple[str, ...] = ()
+    strides: tuple[int, ...] | None = None
 
     @property
     def num_elements(self) -> int:
@@ -77,13 +81,17 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A buffer; `mutated` if the forward pass writes it, `persistent` if state dicts hold it."""
+    """A buffer; `mutated` if the forward pass writes it, `persistent` if state dicts hold it.
+
+    `strides` is None where it is contiguous.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     persistent: bool
     mutated: bool
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

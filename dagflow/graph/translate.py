@@ -29,6 +29,7 @@ from dagflow.graph.rnn import TRACED_AS
 from dagflow.graph.sizes import SIZE_CALLS, Decision, SizeUnknown, SizeWriter, conditions
 from dagflow.graph.trace import OWN_FILES
 from dagflow.graph.writes import check_writes, early
+from dagflow_tasks.layout import odd_strides
 from dagflow_tasks.operators import (
     Argument,
     Node,
@@ -380,6 +381,7 @@ class _Translator:
                     tensor.requires_grad,
                     tuple(self.uses.get(name, ())),
                     tuple(self.aliases.get(name, ())),
+                    odd_strides(tensor),
                 )
             )
         return tuple(found)
@@ -389,7 +391,7 @@ class _Translator:
         owner, _, leaf = name.rpartition(".")
         persistent = leaf not in self.model.get_submodule(owner)._non_persistent_buffers_set
         dtype = str(tensor.dtype).removeprefix("torch.")
-        return Buffer(name, dtype, tuple(tensor.shape), persistent, mutated)
+        return Buffer(name, dtype, tuple(tensor.shape), persistent, mutated, odd_strides(tensor))
 
     def _mutated_buffers(self) -> set[str]:
         root = storages(self.nodes)

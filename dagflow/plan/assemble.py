@@ -156,6 +156,7 @@ class _Assembler:
                         parameter.shape,
                         parameter.trainable,
                         owners[parameter.name],
+                        parameter.strides,
                     )
                 )
         return tuple(uses)
@@ -165,7 +166,7 @@ class _Assembler:
     ) -> tuple[BufferUse, ...]:
         by_value = {buffer_value(buffer.name): buffer for buffer in self.dag.buffers}
         return tuple(
-            BufferUse(name, b.name, b.dtype, b.shape, b.mutated, owners[name])
+            BufferUse(name, b.name, b.dtype, b.shape, b.mutated, owners[name], b.strides)
             for name in references
             if (b := by_value.get(name)) is not None
         )

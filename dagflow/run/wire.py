@@ -20,14 +20,13 @@ import torch
 from dask.sizeof import sizeof
 from distributed.protocol import dask_deserialize, dask_serialize
 
+from dagflow_storage import ALIGNMENT_BYTES
+from dagflow_tasks.layout import pack, unpack
 from dagflow_tasks.operators import dtype_of
 from dagflow_tasks.results import BackwardResult, ForwardResult, TensorDict
-from dagflow_tasks.state import from_memory_order, in_memory_order
 
 # Tensors smaller than this are not worth a look.
 _MIN_COMPRESSED_BYTES = 64 * 1024
-# Kernels read whole vectors; a tensor that isn't aligned to them may round differently.
-_ALIGNMENT_BYTES = 64
 _SAMPLE_BYTES = 1 << 20
 
 Header = dict[str, Any]
@@ -123,7 +122,8 @@ def pack_tensors(
     host = urlsplit(recipient).hostname or ""
     headers, frames = [], []
     for name, tensor in tensors.items():
-        tensor, order = in_memory_order(tensor.detach().cpu())
+        tensor, layout = pack(tensor)
+        tensor = tensor.cpu()
         frame: Any = memory_of(tensor)
         packed = POLICY.pays(tensor, host)
         if packed:
@@ -131,7 +131,7 @@ def pack_tensors(
         dtype = str(tensor.dtype).removeprefix("torch.")
         shape = list(tensor.shape)
         headers.append(
-            {"name": name, "dtype": dtype, "shape": shape, "order": order, "blosc2": packed}
+            {"name": name, "dtype": dtype, "shape": shape, "layout": layout, "blosc2": packed}
         )
         frames.append(frame)
     return headers, frames
@@ -140,7 +140,7 @@ def pack_tensors(
 def unpack_tensors(headers: list[Header], frames: list[Any]) -> dict[str, torch.Tensor]:
     """Return the tensors that `pack_tensors` was given, on the CPU."""
     return {
-        header["name"]: from_memory_order(_tensor(header, frame), header["order"])
+        header["name"]: unpack(_tensor(header, frame), header["layout"])
         for header, frame in zip(headers, frames, strict=True)
     }
 
@@ -155,7 +155,7 @@ def _tensor(header: Header, frame: Any) -> torch.Tensor:
     if view.readonly:
         view = memoryview(bytearray(view))
     tensor = torch.frombuffer(view, dtype=dtype).reshape(header["shape"])
-    return tensor if tensor.data_ptr() % _ALIGNMENT_BYTES == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % ALIGNMENT_BYTES == 0 else tensor.clone()
 
 
 def register() -> None:

@@ -28,7 +28,7 @@ from dagflow_storage.errors import DamagedData, FormatTooNew, NotFound
 from dagflow_storage.flat import AnyArray, FlatArray
 from dagflow_storage.location import Store
 
-JOURNAL_FORMAT = 2
+JOURNAL_FORMAT = 3
 _MARK = "dagflow_journal"
 _FOLDER = "journal"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -223,6 +223,10 @@ def _read_index(store: Store, path: str) -> Segment | None:
             raise FormatTooNew(
                 f"the journal's segment {where} has format version {found}, this dagflow reads "
                 f"versions up to {JOURNAL_FORMAT}: upgrade dagflow"
+            )
+        if found < JOURNAL_FORMAT:
+            return (
+                None  # its tensors' strides aren't said in full: the last snapshot is what stands
             )
         facts, index = {}, {}
         for item in document["entries"]:

@@ -19,9 +19,10 @@ import torch
 
 from dagflow_storage import PermanentError, Store, TransientError
 from dagflow_storage.journal import Entry, EntryKey, Segment, read_segments, write_segment
+from dagflow_tasks.layout import pack, unpack
 from dagflow_tasks.references import StageRef
 from dagflow_tasks.results import JournalStats
-from dagflow_tasks.state import from_array, from_memory_order, in_memory_order, to_array
+from dagflow_tasks.state import from_array, to_array
 
 # Gathered before they are written. On S3 a segment costs two requests, whatever its size; in a folder
 # next to nothing, while what waits takes memory.
@@ -281,18 +282,15 @@ def _segment_bytes(store: Store) -> int:
 
 
 def encode(key: EntryKey, sent: Sent) -> Entry:
-    """Turn what was sent into what is stored.
-
-    A tensor's memory order is kept: a later sum over it runs in the order of its memory.
-    """
-    arrays, dtypes, orders = {}, {}, {}
+    """Turn what was sent into what is stored, with how each tensor lies in memory."""
+    arrays, dtypes, layouts = {}, {}, {}
     for name, tensor in sent.tensors.items():
-        tensor, order = in_memory_order(tensor.detach())
-        arrays[name] = to_array(tensor)
+        packed, layout = pack(tensor)
+        arrays[name] = to_array(packed)
         dtypes[name] = str(tensor.dtype).removeprefix("torch.")
-        if order != list(range(len(order))):
-            orders[name] = order
-    facts = {**sent.facts, **({"orders": orders} if orders else {})}
+        if layout is not None:
+            layouts[name] = layout
+    facts = {**sent.facts, **({"layouts": layouts} if layouts else {})}
     return Entry(key, arrays, dtypes, facts)
 
 
@@ -306,12 +304,12 @@ def read_sent(
     NotFound, DamagedData, StoreUnreachable
     """
     facts = dict(segment.facts[key])
-    orders = facts.pop("orders", {})
+    layouts = facts.pop("layouts", {})
     dtypes = segment.dtypes(key)
-    tensors = {}
-    for name, array in segment.read(store, key, names).items():
-        tensor = from_array(array, dtypes[name])
-        tensors[name] = from_memory_order(tensor, orders[name]) if name in orders else tensor
+    tensors = {
+        name: unpack(from_array(array, dtypes[name]), layouts.get(name))
+        for name, array in segment.read(store, key, names).items()
+    }
     return Sent(tensors, facts)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from dagflow_tasks.errors import OptimizerInvalid
+from dagflow_tasks.layout import with_strides
 
 # They need a closure that runs the whole model again, or gradients that a stage can't give.
 _UNSUPPORTED = frozenset({"LBFGS", "SparseAdam"})
@@ -184,9 +185,12 @@ def restore_slots(
     parameters: Mapping[str, torch.Tensor],
     stored: Mapping[str, torch.Tensor],
 ) -> None:
-    """Put back what `slots` returned; a slot's device follows its parameter."""
+    """Put back what `slots` returned; a slot's device and strides follow its parameter."""
     for key, value in stored.items():
         name, _, slot = key.rpartition(":")
         parameter = parameters[name]
         # 0-d slots (Adam's step) stay on the CPU, as torch keeps them.
-        optimizer.state[parameter][slot] = value.to(parameter.device) if value.dim() else value
+        value = value.to(parameter.device) if value.dim() else value
+        if value.shape == parameter.shape:  # Adafactor's aren't
+            value = with_strides(value, parameter.stride())
+        optimizer.state[parameter][slot] = value

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid, ProgramTooNew
+from dagflow_tasks.layout import odd_strides, with_strides
 from dagflow_tasks.operators import ASSERTIONS, Node, dtype_of, is_allowed, multiplies
 
 FORMAT = "dagflow-stage-program"
@@ -78,6 +79,8 @@ class ParameterUse:
 
     Every use has a value (`p.NAME`, `p.NAME#1`, ...) and a gradient of its own: a tied
     parameter's gradients are added up once a step, last use first, wherever its uses are.
+
+    `strides` are those of the model's own tensor, None where it is contiguous.
     """
 
     value: str
@@ -86,13 +89,15 @@ class ParameterUse:
     shape: tuple[int, ...]
     trainable: bool
     owner: int
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class BufferUse:
     """A buffer that the stage reads, and writes if `mutated` (running statistics).
 
-    `owner` is the stage that puts it into snapshots, the first that reads it.
+    `owner` is the stage that puts it into snapshots, the first that reads it. `strides` are those
+    of the model's own tensor, None where it is contiguous.
     """
 
     value: str
@@ -101,38 +106,44 @@ class BufferUse:
     shape: tuple[int, ...]
     mutated: bool
     owner: int
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that is part of the program, with its bytes."""
+    """A tensor that is part of the program, with its bytes; `strides` None where it is contiguous."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     data: bytes = field(repr=False)
+    strides: tuple[int, ...] | None = None
 
     def tensor(self) -> torch.Tensor:
         dtype = dtype_of(self.dtype)
         if not self.data:
             return torch.empty(self.shape, dtype=dtype)
         # A copy, in memory of torch's own, aligned as every other tensor's.
-        return torch.frombuffer(bytearray(self.data), dtype=dtype).reshape(self.shape).clone()
+        tensor = torch.frombuffer(bytearray(self.data), dtype=dtype).reshape(self.shape).clone()
+        return with_strides(tensor, self.strides)
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> Constant:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
         data = bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
-        return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return cls(name, dtype, tuple(tensor.shape), data, odd_strides(tensor))
 
     def to_json(self) -> dict[str, Any]:
         data = base64.b64encode(self.data).decode("ascii")
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape), "data": data}
+        body = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape), "data": data}
+        return {**body, **_strides_json(self.strides)}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Constant:
         data = base64.b64decode(body["data"])
-        constant = cls(body["name"], body["dtype"], tuple(body["shape"]), data)
+        strides = _strides(body)["strides"]
+        constant = cls(body["name"], body["dtype"], tuple(body["shape"]), data, strides)
         wanted_bytes = math.prod(constant.shape) * dtype_of(constant.dtype).itemsize
         if len(data) != wanted_bytes:
             raise ValueError(
@@ -254,6 +265,7 @@ class StageProgram:
                     "shape": list(p.shape),
                     "trainable": p.trainable,
                     "owner": p.owner,
+                    **_strides_json(p.strides),
                 }
                 for p in self.parameters
             ],
@@ -265,6 +277,7 @@ class StageProgram:
                     "shape": list(b.shape),
                     "mutated": b.mutated,
                     "owner": b.owner,
+                    **_strides_json(b.strides),
                 }
                 for b in self.buffers
             ],
@@ -304,10 +317,12 @@ class StageProgram:
                     for o in body["outputs"]
                 ),
                 parameters=tuple(
-                    ParameterUse(**{**p, "shape": tuple(p["shape"])}) for p in body["parameters"]
+                    ParameterUse(**{**p, "shape": tuple(p["shape"]), **_strides(p)})
+                    for p in body["parameters"]
                 ),
                 buffers=tuple(
-                    BufferUse(**{**b, "shape": tuple(b["shape"])}) for b in body["buffers"]
+                    BufferUse(**{**b, "shape": tuple(b["shape"]), **_strides(b)})
+                    for b in body["buffers"]
                 ),
                 constants=tuple(Constant.from_json(c) for c in body["constants"]),
                 nodes=tuple(Node.from_json(node) for node in body["nodes"]),
@@ -333,6 +348,16 @@ class StageProgram:
             *(use.value for use in self.buffers),
             *(constant.name for constant in self.constants),
         }
+
+
+def _strides_json(strides: tuple[int, ...] | None) -> dict[str, Any]:
+    """Say strides where they are odd only: what is contiguous reads as it did before they were said."""
+    return {} if strides is None else {"strides": list(strides)}
+
+
+def _strides(body: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    found = body.get("strides")
+    return {"strides": None if found is None else tuple(found)}
 
 
 def read_format(text: str, expected: str, version: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from dagflow_storage import (
     write_shard,
 )
 from dagflow_tasks.errors import StateLost
+from dagflow_tasks.layout import with_strides
 from dagflow_tasks.operators import dtype_of
 from dagflow_tasks.optimizer import restore_slots, slots
 from dagflow_tasks.program import StageProgram
@@ -63,11 +64,16 @@ def load_state(ref: StageRef, program: StageProgram, step: int, device: torch.de
         ) from error
     owned = {use.parameter: use for use in program.owned_parameters}
     parameters = {
-        name: tensor.to(device).requires_grad_(owned[name].trainable)
+        name: with_strides(tensor.to(device), owned[name].strides).requires_grad_(
+            owned[name].trainable
+        )
         for name, tensor in read_tensors(snapshot, PARAMETER, owned).items()
     }
-    names = dict.fromkeys(use.buffer for use in program.buffers)
-    buffers = {n: t.to(device) for n, t in read_tensors(snapshot, BUFFER, names).items()}
+    uses = {use.buffer: use for use in program.buffers}
+    buffers = {
+        name: with_strides(tensor.to(device), uses[name].strides)
+        for name, tensor in read_tensors(snapshot, BUFFER, uses).items()
+    }
     return StageState(step, parameters, buffers, _optimizer(ref, snapshot, parameters))
 
 
@@ -163,7 +169,7 @@ def read_tensors(snapshot: Snapshot, role: str, names: Iterable[str]) -> dict[st
 
 def to_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """Return the tensor as NumPy sees it; what NumPy lacks, bfloat16 say, as integers of its size."""
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if not _known_to_numpy(tensor.dtype):
         tensor = tensor.view(_INTEGERS[tensor.itemsize])
     return tensor.numpy()
@@ -189,18 +195,3 @@ def from_array(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
         tensor = tensor.clone()
     wanted = dtype_of(dtype)
     return tensor if _known_to_numpy(wanted) else tensor.view(wanted)
-
-
-def in_memory_order(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """Return a contiguous tensor, and its dimensions' places in the one given."""
-    strides = tuple(tensor.stride())
-    order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
-    permuted = tensor.permute(order)
-    if permuted.is_contiguous():
-        return permuted, order
-    return tensor.contiguous(), list(range(tensor.dim()))
-
-
-def from_memory_order(tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    """Return the tensor that `in_memory_order` was given."""
-    return tensor.permute([order.index(dim) for dim in range(len(order))])

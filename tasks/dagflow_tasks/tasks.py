@@ -28,6 +28,7 @@ from dagflow_tasks.gradient_sums import (
 )
 from dagflow_tasks.interpreter import Executable, RandomAddress
 from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
+from dagflow_tasks.layout import copied, moved
 from dagflow_tasks.operators import countable, has_gradients
 from dagflow_tasks.received import (
     check_gradient,
@@ -261,7 +262,7 @@ def _run(
     for item in program.inputs:
         if ref.journal and item.source is not None:
             check_received(ref, item.value, item.source, given, microbatch)
-        tensor = given[item.value.name].to(executable.device)
+        tensor = moved(given[item.value.name], executable.device)
         inputs[item.value.name] = (
             tensor.detach().requires_grad_() if item.differentiable else tensor
         )
@@ -363,9 +364,7 @@ def _apart_from_weights(outputs: Tensors, state: StageState) -> dict[str, torch.
     """Detach a stage's outputs; copy views of weights, which `update` changes in place."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in state.parameters.values()}
     return {
-        name: tensor.detach().clone()
-        if tensor.untyped_storage().data_ptr() in weights
-        else tensor.detach()
+        name: copied(tensor) if tensor.untyped_storage().data_ptr() in weights else tensor.detach()
         for name, tensor in outputs.items()
     }
 
@@ -389,7 +388,7 @@ def _leaves(executable: Executable, state: StageState, tied: Tensors) -> dict[st
                 else copies.get(use.parameter, state.parameters[use.parameter])
             )
         else:
-            tensor = tied[use.parameter].to(executable.device)
+            tensor = moved(tied[use.parameter], executable.device)
         leaves[use.value] = tensor.detach().requires_grad_(use.trainable)
     return leaves
 
@@ -431,7 +430,7 @@ def _roots(
         if name in given and tensors[name].requires_grad:
             check_gradient(ref, given[name], tensors[name], name)
             roots.append(tensors[name])
-            seeds.append(given[name].to(executable.device))
+            seeds.append(moved(given[name], executable.device))
     return roots, seeds
 
 
@@ -579,7 +578,7 @@ def lend_parameters(
     """Return copies of parameters that another stage uses, too (tied weights)."""
     # Copies: `update` moves the cached weights on in place, and a result must not move with them.
     parameters = CACHE.state(ref, state.step).parameters
-    lent = TensorDict({name: parameters[name].detach().clone() for name in names})
+    lent = TensorDict({name: copied(parameters[name]) for name in names})
     send(ref, "lend", (state.step, borrower), lent)
     return lent
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,20 +10,17 @@ from inline import InlineRun, assert_same_bits, run_inline
 from zoo import build, captured
 
 from dagflow_storage.journal import delete_segments, trim_journal
-from dagflow_tasks import tasks
 from dagflow_tasks.cache import CACHE
 from dagflow_tasks.errors import StateLost
 from dagflow_tasks.journal import JOURNAL
 from dagflow_tasks.references import StateRef
 from dagflow_tasks.replay import (
-    Neighbours,
     StepRecord,
     needed_entries,
     progress,
     reach,
     restore,
 )
-from dagflow_tasks.results import TensorDict
 from dagflow_tasks.state import state_tensors
 
 STEPS, STAGES, MICROBATCHES = 3, 3, 2
@@ -44,16 +40,6 @@ def state_of(run: InlineRun, stage: int) -> dict[str, torch.Tensor]:
     return {f"{r} {n}": t.detach().clone() for (r, n), t in state_tensors(program, state).items()}
 
 
-def neighbours(run: InlineRun, stage: int) -> Neighbours:
-    names = run.cut[stage].batch_inputs
-
-    def read(step: int, index: int) -> TensorDict:
-        named = tasks.tensors_of(run.batches[step][index])
-        return TensorDict({name: named[name] for name in names})
-
-    return replace(run.graph.neighbours[stage], read_batch=read)
-
-
 def forget(run: InlineRun) -> None:
     """Lose the process's memory."""
     CACHE.clear()
@@ -66,7 +52,7 @@ def test_a_replayed_stage_has_the_same_bits(name: str, stage: int) -> None:
     run = trained(name)
     wanted = state_of(run, stage)
     forget(run)
-    assert restore(run.refs[stage], STEPS, run.records, neighbours(run, stage)) == StateRef(STEPS)
+    assert restore(run.refs[stage], STEPS, run.records, run.neighbours(stage)) == StateRef(STEPS)
     assert_same_bits(state_of(run, stage), wanted)
     # Alone: no other stage was even loaded.
     assert set(CACHE.states) == {run.refs[stage].key}
@@ -76,19 +62,19 @@ def test_clipping_is_replayed_with_the_decision_of_then() -> None:
     run = trained("gpt2", clip_norm=0.05)
     wanted = state_of(run, 1)
     forget(run)
-    restore(run.refs[1], STEPS, run.records, neighbours(run, 1))
+    restore(run.refs[1], STEPS, run.records, run.neighbours(1))
     assert_same_bits(state_of(run, 1), wanted)
 
 
 def test_a_replay_goes_on_from_what_the_worker_has() -> None:
     run = trained("two_branches")
     forget(run)
-    restore(run.refs[1], 2, run.records[:2], neighbours(run, 1), (1, 1))
+    restore(run.refs[1], 2, run.records[:2], run.neighbours(1), (1, 1))
     delete_segments(run.store, "p", 0, 0)
     for step in (0, 1):
         trim_journal(run.store, step + 1)
     with pytest.raises(StateLost, match="The journal of step 2"):
-        restore(run.refs[1], STEPS, run.records, neighbours(run, 1), (1, 2))
+        restore(run.refs[1], STEPS, run.records, run.neighbours(1), (1, 2))
     # The first two steps weren't asked for again: their journal is gone.
     assert CACHE.states[run.refs[1].key].step == 2
 
@@ -96,10 +82,10 @@ def test_a_replay_goes_on_from_what_the_worker_has() -> None:
 def test_a_rebuilding_whose_turn_is_over_takes_nothing_back() -> None:
     run = trained("two_branches")
     ref = run.refs[1]
-    restore(ref, STEPS, run.records, neighbours(run, 1), (2, 5))
-    restore(ref, 1, run.records[:1], neighbours(run, 1), (2, 4))
+    restore(ref, STEPS, run.records, run.neighbours(1), (2, 5))
+    restore(ref, 1, run.records[:1], run.neighbours(1), (2, 4))
     assert CACHE.states[ref.key].step == STEPS
-    restore(ref, 1, run.records[:1], neighbours(run, 1), (3, 1))
+    restore(ref, 1, run.records[:1], run.neighbours(1), (3, 1))
     assert CACHE.states[ref.key].step == 1
 
 
@@ -119,7 +105,7 @@ def test_progress_is_what_the_cache_holds() -> None:
 
 def test_a_run_can_be_taken_up_where_every_stage_has_all_it_needs() -> None:
     run = trained("gpt2")
-    known = [neighbours(run, stage) for stage in range(STAGES)]
+    known = [run.neighbours(stage) for stage in range(STAGES)]
     records = {record.step: record for record in run.records}
     programs = run.cut.programs
     assert reach(run.refs[0], programs, known, 0, records) == STEPS

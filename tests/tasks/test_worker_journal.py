@@ -100,19 +100,37 @@ def test_several_steps_are_written_together_if_asked(ref: StageRef) -> None:
     assert journal.stats().num_bytes == 48
 
 
-@pytest.mark.parametrize("permute", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-def test_a_tensor_comes_back_in_the_order_of_its_memory(
-    ref: StageRef, permute: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    tensor = torch.arange(24).reshape(2, 3, 4).to(dtype).permute(permute)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.bfloat16,
+        torch.int64,
+        torch.bool,
+        torch.complex64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ],
+    ids=str,
+)
+def test_tensors_come_back_as_they_lay(ref: StageRef, dtype: torch.dtype) -> None:
+    whole = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    tensors = {
+        "permuted": whole.permute(2, 0, 1),
+        "sliced": whole[:, 1:, ::2],
+        "expanded": whole[:1].expand(5, -1, -1),
+        "whole": whole,
+    }
     first, second = Journal(), Journal()
-    first.put(ref, 0, KEY, Sent({"h": tensor}, {}))
+    first.put(ref, 0, KEY, Sent(tensors, {}))
     assert first.flush(30)
     found = second.find(ref, 0, KEY)
     assert found is not None
-    assert torch.equal(found.tensors["h"], tensor)
-    assert found.tensors["h"].stride() == tensor.stride()
+    for name, tensor in tensors.items():
+        again = found.tensors[name]
+        assert (again.dtype, again.stride()) == (dtype, tensor.stride())
+        assert again.data_ptr() % 64 == tensor.data_ptr() % 64
+        assert again.tolist() == tensor.tolist()
 
 
 def test_a_store_that_is_away_is_waited_for(ref: StageRef, monkeypatch: pytest.MonkeyPatch) -> None:
