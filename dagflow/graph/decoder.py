@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.attention_capture import MaskRead, captured_attention, own_attention
@@ -144,7 +145,7 @@ class _LogitsModule(torch.nn.Module):
     ) -> torch.Tensor:
         options = {"position_ids": positions, "logits_to_keep": rows, "use_cache": False}
         given = {name: value for name, value in options.items() if name in self._known}
-        with nullcontext() if "logits_to_keep" in given else self._only(rows):
+        with nullcontext() if "logits_to_keep" in given else self._only(rows), _Numbers():
             logits: torch.Tensor = self.model(input_ids=tokens, **given).logits
         return logits
 
@@ -162,3 +163,23 @@ class _LogitsModule(torch.nn.Module):
             yield
         finally:
             hook.remove()
+
+
+class _Numbers(TorchFunctionMode):
+    """Keeps numbers that a forward makes tensors of, in models on the meta device.
+
+    ``torch.tensor(number, device="meta")`` has none; an operator that fills a tensor names them.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func is torch.tensor and torch.device(given.get("device") or "cpu").type == "meta":
+            given.pop("requires_grad", None)
+            data = args[0] if args else given.pop("data")
+            if isinstance(data, (bool, int, float)):
+                return torch.full((), data, **given)
+            if isinstance(data, (list, tuple)) and all(isinstance(n, (int, float)) for n in data):
+                return torch.stack([torch.full((), number, **given) for number in data])
+        return func(*args, **given)

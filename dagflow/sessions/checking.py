@@ -12,6 +12,7 @@ one.
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -244,7 +245,11 @@ def _evaluated(model: torch.nn.Module) -> Iterator[None]:
 def _eager_logits(model: Any, tokens: torch.Tensor, num_prefill: int) -> tuple[_Logits, float]:
     """Return a model's own logits, and how much rounding there is in them."""
     try:
-        whole = model(input_ids=tokens[None], use_cache=False).logits[0].float()
+        # Positions as generate gives them: RoBERTa would count its own from another number.
+        known = inspect.signature(model.forward).parameters
+        row = torch.arange(len(tokens))[None]
+        positions = {"position_ids": row} if "position_ids" in known else {}
+        whole = model(input_ids=tokens[None], use_cache=False, **positions).logits[0].float()
     except Exception as error:
         raise CaptureFailed(
             f"{type(model).__name__} can't be compared with what was captured of it, because it doesn't "
