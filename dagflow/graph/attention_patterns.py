@@ -11,7 +11,7 @@ of these is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +19,10 @@ import torch
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.attention_capture import REMEDY
-from dagflow.graph.dag import OperatorDag, OperatorInfo, buffer_value, input_value
+from dagflow.graph.dag import OperatorDag, OperatorInfo
+from dagflow.graph.evaluation import LEAST_TOKENS, Evaluation
 from dagflow_tasks.attention import ATTEND
-from dagflow_tasks.operators import (
-    Node,
-    argument_references,
-    decode_literal,
-    dtype_of,
-    evaluate_size,
-    mutated_arguments,
-    resolve,
-)
+from dagflow_tasks.operators import Node, argument_references
 from dagflow_tasks.program import Constant
 
 _SOFTMAX = ("aten.softmax.int", "aten._softmax.default", "aten._safe_softmax.default")
@@ -44,7 +37,6 @@ _SAME_NUMBERS = frozenset((
 # fmt: on
 # Masks are numbers like -1e4 or the least of a dtype; biases of so few tokens stay far above.
 _HIDDEN = -9e3
-_LEAST_TOKENS, _MOST_TOKENS = 64, 4096
 
 
 def capture_patterns(dag: OperatorDag, model: torch.nn.Module) -> OperatorDag:
@@ -82,9 +74,10 @@ class _Rewriting:
         for node in dag.nodes:
             for name in dict.fromkeys(node.references()):
                 self._users.setdefault(name, []).append(node)
-        self._evaluation = _Evaluation(dag, model)
+        self._evaluation = Evaluation(dag, model)
         self._tokens = dag.inputs[0].shape[1]
         self._instead: dict[str, list[Node]] = {}
+        self._read_already: dict[Hashable, _Scores] = {}
         self._info = dict(dag.info)
         self._constants = list(dag.constants)
         self._number = sum(node.op == ATTEND for node in dag.nodes)
@@ -184,15 +177,28 @@ class _Rewriting:
         """Find out by computing what is done to scores; `product` is "" for a mask alone."""
         if not product and source in self._evaluation.token_dependent:
             raise _unknown(node, "its mask depends on what the tokens are")
+        signature = self._evaluation.signature(source, product)
+        if signature not in self._read_already:
+            self._read_already[signature] = self._read_anew(node, product, source)
+        return self._read_already[signature]
+
+    def _read_anew(self, node: Node, product: str, source: str) -> _Scores:
         most = self._evaluation.tokens_to_look_at(source, product)
-        self._read_at(node, product, source, min(_LEAST_TOKENS // 2 + 1, most))
-        while True:
+        self._read_at(node, product, source, min(LEAST_TOKENS // 2 + 1, most))
+        found = None
+        while found is None:
             try:
-                return self._read_at(node, product, source, most)
+                found = self._read_at(node, product, source, most)
             except RuntimeError:  # the model has no mask for so many tokens
-                if most <= _LEAST_TOKENS // 2:
+                if most <= LEAST_TOKENS // 2:
                     raise
                 most //= 2
+        distance = self._evaluation.largest_distance(source, product)
+        if not found.window and distance >= most:
+            raise _unknown(
+                node, f"its mask compares positions with {distance}, and was looked at up to {most}"
+            )
+        return found
 
     def _read_at(self, node: Node, product: str, source: str, count: int) -> _Scores:
         if not product:
@@ -323,157 +329,3 @@ class _Building:
         source = self.info[self._output.name].source
         self.info[name] = OperatorInfo(((dtype, tuple(shape)),), flops, 0, source)
         return name
-
-
-class _Evaluation:
-    """Computes values of a DAG that depend on nothing but the number of tokens."""
-
-    def __init__(self, dag: OperatorDag, model: torch.nn.Module) -> None:
-        self._dag = dag
-        self._nodes = {node.name: node for node in dag.nodes}
-        self._known: dict[str, torch.Tensor] = {c.name: c.tensor() for c in dag.constants}
-        for buffer in dag.buffers:
-            value = model.get_buffer(buffer.name)
-            if not value.is_meta:
-                self._known[buffer_value(buffer.name)] = value.detach()
-        self._forms = {spec.name: (spec.dtype, spec.shape) for spec in dag.inputs}
-        self._forms |= {use: (p.dtype, p.shape) for p in dag.parameters for use in p.uses}
-        self._forms |= {buffer_value(b.name): (b.dtype, b.shape) for b in dag.buffers}
-        self._forms |= {name: i.outputs[0] for name, i in dag.info.items() if i.outputs}
-        self.live = live_values(dag)
-        self._writers: dict[str, list[str]] = {}
-        for node in dag.nodes:
-            for name in mutated_arguments(node):
-                self._writers.setdefault(name, []).append(node.name)
-        self.token_dependent = self._token_dependent()
-
-    def _token_dependent(self) -> set[str]:
-        found = {spec.name for spec in self._dag.inputs if spec.name != input_value("positions")}
-        found |= {use for parameter in self._dag.parameters for use in parameter.uses}
-        found |= {buffer_value(b.name) for b in self._dag.buffers} - set(self._known)
-        for node in self._dag.nodes:
-            depends = node.op == ATTEND or not found.isdisjoint(node.references())
-            if depends and not _reads_shape_only(node):
-                found.add(node.name)
-        return found
-
-    def tokens_to_look_at(self, source: str, product: str) -> int:
-        """Return how many tokens show all that a mask does: more than any size in it."""
-        sizes = [_LEAST_TOKENS]
-        for name in self._behind(source, product):
-            if name in self._nodes:
-                sizes += [2 * n for n in _integers(self._nodes[name].args) if n < _MOST_TOKENS]
-            elif name in self._known:
-                sizes += [n for n in self._known[name].shape if n < _MOST_TOKENS]
-        most = next(s.maximum for s in self._dag.symbols if s.name == self._dag.inputs[0].shape[1])
-        return min(max(sizes), _MOST_TOKENS, most or _MOST_TOKENS)
-
-    def _behind(self, source: str, product: str) -> Iterator[str]:
-        seen, waiting = {product}, [source]
-        while waiting:
-            name = waiting.pop()
-            if name in seen:
-                continue
-            seen.add(name)
-            yield name
-            if name in self._nodes:
-                waiting += self._nodes[name].references()
-
-    def of(self, name: str, count: int, product: str = "", score: float = 0.0) -> torch.Tensor:
-        """Return a value for so many tokens, with scores in place of a product's result."""
-        sizes = dict(self._dag.hints)
-        tokens = self._dag.inputs[0].shape[1]
-        sizes[tokens] = count
-        known = {input_value("positions"): torch.arange(count)[None]}
-        if product:
-            known[product] = self._scores(product, count, score, sizes)
-        return self._compute(name, known, sizes)
-
-    def _scores(
-        self, product: str, count: int, score: float, sizes: Mapping[str, int]
-    ) -> torch.Tensor:
-        node = self._nodes[product]
-        shape = [count if isinstance(n, str) else n for n in self._dag.info[product].outputs[0][1]]
-        scores = torch.full((), score).expand(shape)
-        if "baddbmm" not in node.op:
-            return scores
-        # What the product is added to, and by how much it is multiplied.
-        beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-        known = {input_value("positions"): torch.arange(count)[None]}
-        return beta * self._compute(_name(node.args[0]), known, sizes) + alpha * scores
-
-    def _compute(
-        self, name: str, known: dict[str, torch.Tensor], sizes: Mapping[str, int]
-    ) -> torch.Tensor:
-        for node in self._order(name, known):
-
-            def value_of(reference: str) -> torch.Tensor:
-                if reference in known:
-                    return known[reference]
-                if reference in self._known:
-                    return self._known[reference]
-                # Only its form is looked at.
-                dtype, shape = self._forms[reference]
-                form = [evaluate_size(size, sizes) for size in shape]
-                return torch.zeros((), dtype=dtype_of(dtype)).expand(form)
-
-            def decode(argument: Any) -> Any:
-                if isinstance(argument, Mapping):
-                    if "ref" in argument:
-                        return value_of(argument["ref"])
-                    return decode_literal(argument, sizes, torch.device("cpu"))
-                if isinstance(argument, (list, tuple)):
-                    return [decode(item) for item in argument]
-                return argument
-
-            args = [decode(argument) for argument in node.args]
-            kwargs = {key: decode(value) for key, value in node.kwargs.items()}
-            with torch.no_grad():
-                known[node.name] = resolve(node.op)(*args, **kwargs)
-        return known[name] if name in known else self._known[name]
-
-    def _order(self, name: str, known: Mapping[str, Any]) -> list[Node]:
-        """Return the nodes behind a value, in the DAG's order, those that write into it included."""
-        needed: set[str] = set()
-        waiting = [name]
-        while waiting:
-            one = waiting.pop()
-            if one in needed or one in known or one in self._known:
-                continue
-            needed.add(one)
-            if not _reads_shape_only(self._nodes[one]):
-                waiting += self._nodes[one].references()
-            waiting += self._writers.get(one, [])
-        return [node for node in self._dag.nodes if node.name in needed]
-
-
-# Operators that make a tensor of another's form and don't look at its numbers.
-# fmt: off
-_SHAPE_ONLY = frozenset((
-    "zeros_like", "ones_like", "full_like", "empty_like",
-    "new_zeros", "new_ones", "new_full", "new_empty",
-))
-# fmt: on
-
-
-def _reads_shape_only(node: Node) -> bool:
-    return node.op.startswith("aten.") and node.op.split(".")[1] in _SHAPE_ONLY
-
-
-def _integers(argument: Any) -> Iterator[int]:
-    if isinstance(argument, bool):
-        return
-    if isinstance(argument, int):
-        yield argument
-    elif isinstance(argument, (list, tuple)):
-        for item in argument:
-            yield from _integers(item)
-
-
-def live_values(dag: OperatorDag) -> set[str]:
-    """Return the values that a DAG's result follows from."""
-    needed = {dag.loss}
-    for node in reversed(dag.nodes):
-        if node.name in needed:
-            needed.update(node.references())
-    return needed

@@ -2,8 +2,10 @@
 
 The model is captured once, on one row of tokens: no padding, no masks, no cache among its inputs.
 Its attention becomes ``dagflow.attend`` (see `dagflow_tasks.attention`), which knows on the worker
-whose tokens these are. Models of transformers whose attention goes through its registry of attention
-functions are taken as they are; BLOOM, whose doesn't, with a patch while it is traced.
+whose tokens these are. That is so for models of transformers whose attention goes through its registry
+of attention functions (`dagflow.graph.attention_capture`), and for those that compute it by themselves
+(`dagflow.graph.attention_patterns`). All else must look at each token by itself
+(`dagflow.graph.tokenwise`).
 """
 
 from __future__ import annotations
@@ -168,18 +170,33 @@ class _LogitsModule(torch.nn.Module):
 class _Numbers(TorchFunctionMode):
     """Keeps numbers that a forward makes tensors of, in models on the meta device.
 
-    ``torch.tensor(number, device="meta")`` has none; an operator that fills a tensor names them.
+    ``torch.tensor(number, device="meta")`` has none, nor has a list that a tensor there is indexed
+    with; an operator that fills a tensor names them.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
-        if func is torch.tensor and torch.device(given.get("device") or "cpu").type == "meta":
+        makes = func is torch.tensor and args and _is_numbers(args[0])
+        if makes and torch.device(given.get("device") or "cpu").type == "meta":
             given.pop("requires_grad", None)
-            data = args[0] if args else given.pop("data")
-            if isinstance(data, (bool, int, float)):
-                return torch.full((), data, **given)
-            if isinstance(data, (list, tuple)) and all(isinstance(n, (int, float)) for n in data):
-                return torch.stack([torch.full((), number, **given) for number in data])
+            return _filled(args[0], **given)
+        if func is torch.Tensor.__getitem__ and args[0].device.type == "meta":
+            items = args[1] if isinstance(args[1], tuple) else (args[1],)
+            meant = [_filled(i, device="meta") if isinstance(i, list) else i for i in items]
+            return func(args[0], tuple(meant))
         return func(*args, **given)
+
+
+def _is_numbers(data: Any) -> bool:
+    if isinstance(data, (list, tuple)):
+        return bool(data) and all(_is_numbers(item) for item in data)
+    return isinstance(data, (bool, int, float))
+
+
+def _filled(data: Any, **options: Any) -> torch.Tensor:
+    """Return a tensor of numbers, or of lists of them, that operators have filled."""
+    if isinstance(data, (list, tuple)):
+        return torch.stack([_filled(item, **options) for item in data])
+    return torch.full((), data, **options)

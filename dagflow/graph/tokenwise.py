@@ -13,8 +13,8 @@ from typing import Any
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.attention_capture import REMEDY
-from dagflow.graph.attention_patterns import live_values
 from dagflow.graph.dag import OperatorDag, OperatorInfo, buffer_value, input_value
+from dagflow.graph.evaluation import live_values
 from dagflow_tasks.attention import ATTEND
 from dagflow_tasks.operators import Node, argument_references
 

@@ -11,9 +11,11 @@ from typing import Any
 import dask
 import pytest
 import torch
+import transformers as hf
 from distributed import Client
 from families import FAMILIES, greedy, logits_of, stored
 from local import local_cluster, wait_until
+from zoo import SIZES
 
 import dagflow
 from dagflow.sessions.answers import Token
@@ -70,6 +72,36 @@ def test_answers_from_shared_beginnings_equal_transformers(
         # At the same time, with guesses and rewinds.
         both = dagflow.generate(deployment, prompts, max_new_tokens=NUM_NEW, ignore_end=True)
         assert [tokens.tolist() for tokens in both.tokens] == wanted
+
+
+def test_beginnings_that_windows_have_dropped_are_computed_again(
+    client: Client, tmp_path: Path
+) -> None:
+    config = {**SIZES, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    model: Any = hf.MistralForCausalLM(
+        hf.MistralConfig(**config, num_key_value_heads=2, sliding_window=8)
+    ).eval()
+    long = [(5 * n * n + n) % 90 + 3 for n in range(200)]
+    # The first goes on from where 150 tokens of another are; the next from its own last tokens.
+    prompts = [long, [*long[:150], 7, 9], [*long[:150], 7, 9, 11]]
+    with dagflow.Deployment(
+        dagflow.load(model, store=tmp_path), client, num_stages=2
+    ) as deployment:
+        for prompt in prompts:
+            assert ids(answer(deployment, prompt)) == greedy(model, prompt, NUM_NEW)
+        with dagflow.Session(deployment) as session:
+            session.prefill(long)
+            session.rewind(100)
+            found = session.prefill([50, 51])
+            torch.testing.assert_close(
+                found, logits_of(model, [*long[:100], 50, 51])[-1], atol=1e-4, rtol=1e-4
+            )
+            fork = session.fork(20)
+            torch.testing.assert_close(
+                fork.decode(9), logits_of(model, [*long[:20], 9])[-1], atol=1e-4, rtol=1e-4
+            )
+            fork.close()
 
 
 def test_what_is_shared_is_computed_once(client: Client, deployment: dagflow.Deployment) -> None:
