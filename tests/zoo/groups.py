@@ -9,6 +9,8 @@ from .case import Case
 GROUPS = {
     "causal": "causal",
     "idioms": "idioms",
+    "others": "others",
+    "timm": "vision_timm",
 }
 
 

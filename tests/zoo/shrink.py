@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .shrink_exceptions import EXCEPTIONS
+from .shrink_exceptions import EXCEPTIONS, ONLY_SHALLOW
 
 VOCABULARY, WINDOW, POSITIONS = 96, 8, 128
 # Most kinds of layers that are kept of one model; any more would only repeat what they show.
@@ -60,8 +60,15 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"num_mel_bins|num_mels|input_feat_per_channel", 16),
     (r"mem_len", 0),
     (r"num_labels|num_classes|num_queries", 5),
-    (r"image_size|img_size|input_size", 32),
-    (r"patch_size|vision_patch_size", 8),
+    (r"image_size|img_size|input_size", 64),
+    (r"num_frames|frames_per_clip", 4),
+)
+# Lists with a number for each stage of a pyramid: depths, heads, widths.
+_DEPTHS = re.compile(r"(.*_)?depths?|num_.*_layers|num_blocks|(.*_)?layers|num_encoder_blocks")
+_HEADS = re.compile(r"(.*_)?num_(attention_)?heads?|(.*_)?heads")
+_WIDTHS = re.compile(
+    r"(.*_)?(hidden|embedding)_sizes?|(.*_)?(embed_)?dims?|(.*_)?widths?|(.*_)?channels|conv_dim"
+    r"|(.*_)?filters|(.*_)?hidden_dims?"
 )
 # Dropout stays out of models whose bits are compared with eager ones; idioms have it.
 _OFF = re.compile(
@@ -96,11 +103,22 @@ def tiny_fields(config: Any, config_class: type[Any] | None = None) -> dict[str,
     found = {name: _tiny(name, value) for name, value in values.items()}
     found = {name: value for name, value in found.items() if value is not _SAME}
     found |= _layers(config, found)
+    if values.get("kv_lora_rank") and "num_key_value_heads" in found:
+        found["num_key_value_heads"] = 4  # latent attention has a key for each query
+    if config.model_type in ONLY_SHALLOW:
+        found = {name: value for name, value in found.items() if _is_depth(name)}
     own = EXCEPTIONS.get(config.model_type, {})
     return {**found, **own}
 
 
 _SAME = object()
+
+
+def _is_depth(name: str) -> bool:
+    """Tell whether a field's tiny value changes no width."""
+    return bool(_DEPTHS.fullmatch(name) or _OFF.fullmatch(name)) or name == "image_size"
+
+
 # Fields that most models work out themselves, and some don't.
 _UNSET = {"head_dim": 8, "num_key_value_heads": 2}
 
@@ -121,10 +139,30 @@ def _tiny(name: str, value: Any) -> Any:
         return type(value)(0)
     if _TOKEN.fullmatch(name):
         return _token(name, value)
+    if isinstance(value, (list, tuple)):
+        return _stages(name, value)
+    if name in ("patch_size", "vision_patch_size") and isinstance(value, int):
+        return min(value, 16) if value < 14 else 16
     if not isinstance(value, int) or value <= 1:
         return _SAME
     size = next((size for pattern, size in _SIZES if re.fullmatch(pattern, name)), None)
     return _SAME if size is None else size
+
+
+def _stages(name: str, values: Sequence[Any]) -> Any:
+    """Return a pyramid's small numbers: one layer a stage, widths that double, a head for 8 of them."""
+    if not values or not all(type(value) is int for value in values):
+        return _SAME
+    if name in ("image_size", "img_size", "input_size"):
+        return type(values)([64] * len(values))
+    if _DEPTHS.fullmatch(name):
+        return type(values)([1] * len(values))
+    if _HEADS.fullmatch(name):
+        return type(values)(min(value, 8) if value & (value - 1) == 0 else 2 for value in values)
+    if _WIDTHS.fullmatch(name) and max(values) > 16:
+        ranks = {value: rank for rank, value in enumerate(sorted(set(values)))}
+        return type(values)(3 if value == 3 else 8 << min(ranks[value], 4) for value in values)
+    return _SAME
 
 
 def _token(name: str, value: Any) -> Any:

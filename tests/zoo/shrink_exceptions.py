@@ -24,7 +24,58 @@ _INDEXER = {
     "indexer_compress_ratio": 4,
 }
 
+_BY_AXES = {"rope_parameters": _BY_SECTION}
+_BY_AXES_OF_HALF = {
+    "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+}
+_SMALL_WINDOWS = {"window_size": 2}
+_PREDICTS = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3]}
+
+# Pyramids whose widths have to fit each other in ways that no name tells: one layer a stage is enough.
+ONLY_SHALLOW = {
+    "align_vision_model",
+    "bit",
+    "cvt",
+    "deimv2",
+    "efficientnet",
+    "glpn",
+    "hgnet_v2",
+    "levit",
+    "poolformer",
+    "pvt",
+    "sam2_hiera_det_model",
+    "textnet",
+}
+
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "autoformer": _PREDICTS,
+    "informer": _PREDICTS,
+    "time_series_transformer": _PREDICTS,
+    "donut-swin": _SMALL_WINDOWS,
+    "maskformer-swin": _SMALL_WINDOWS,
+    "swin": _SMALL_WINDOWS,
+    "swinv2": _SMALL_WINDOWS,
+    "depth_anything": {"neck_hidden_sizes": [16, 16], "reassemble_factors": [2, 1]},
+    "esm": {"vocab_size": 96, "pad_token_id": 0, "mask_token_id": 5},
+    "esmc": {"num_key_value_heads": 4},
+    "lilt": {"max_2d_position_embeddings": 128, "hidden_size": 48},
+    "bros": {
+        "dim_bbox_sinusoid_emb_2d": 16,
+        "dim_bbox_sinusoid_emb_1d": 4,
+        "dim_bbox_projection": 8,
+    },
+    "glm4v_text": _BY_AXES,
+    "glm4v_moe_text": _BY_AXES_OF_HALF,
+    "glm_image_text": _BY_AXES,
+    "glm_ocr_text": _BY_AXES,
+    "paddleocr_vl_text": _BY_AXES,
+    "qwen2_vl_text": _BY_AXES,
+    "qwen2_5_vl_text": _BY_AXES,
+    "qwen2_5_omni_text": _BY_AXES,
+    "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "xdrope_section": [1, 1, 1, 1]}},
+    "cosmos3_edge_text": _BY_AXES,
+    "udop": {"decoder_start_token_id": 1},
+    "glm5_next_text": {"num_key_value_heads": 4},
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],

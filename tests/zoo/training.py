@@ -339,16 +339,17 @@ def _portrait(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _changed(model: torch.nn.Module, before: Mapping[str, Any]) -> str:
-    after = _portrait(model)
-    for name, value in after.items():
-        known = before.get(name, model)
-        if type(known) is not type(value):
-            return f"{name} is a {type(value).__name__}"
-        same = (
-            not differing({"": known}, {"": value})
-            if isinstance(value, torch.Tensor)
-            else known == value
-        )
-        if not same:
+    """Name what tracing has left in a model, or changed of its tensors.
+
+    Other plain values may change: transformers' models switch their own settings by the length of
+    what they see, eagerly as well. Where such a value matters the numbers show it.
+    """
+    for name, value in _portrait(model).items():
+        kind = value if isinstance(value, type) else type(value)
+        if kind.__name__ in ("FakeTensor", "FunctionalTensor", "SymInt", "SymFloat", "SymBool"):
+            return f"{name} is a {kind.__name__}"
+        known = before.get(name)
+        tensors = isinstance(value, torch.Tensor) and isinstance(known, torch.Tensor)
+        if tensors and differing({"": known}, {"": value}):
             return name
-    return ", ".join(set(before) - set(after))
+    return ""
