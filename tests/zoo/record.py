@@ -12,8 +12,8 @@ class Record(dict[str, Any]):
     """A row: column names to plain values. Each note is reported, so that a killed model leaves them.
 
     ``training`` and ``serving`` hold the verdict: right, refused, wrong (by how much), warned
-    (wrong, as a warning says), crash, late (dagflow's own check took a batch that the captured
-    operators don't), stopped (took too long), or not run.
+    (wrong, as a warning says), refused needlessly (by the check before the first step), crash, late
+    (a batch was taken that the captured operators don't take), stopped (took too long), or not run.
     """
 
     def __init__(self, group: str, name: str, report: Callable[[dict[str, Any]], None]) -> None:
@@ -36,19 +36,25 @@ class Record(dict[str, Any]):
 
     def conclude_training(self) -> None:
         """Derive training's verdict from what has been compared."""
-        if self.get("training"):
-            return
+        if not self.get("training"):
+            self.note(training=self._compared())
+        if self.get("check") == "crash":
+            self.note(training="crash", cause=f"the check: {self['check_cause']}")
+        # A run begins with the check: what that refuses isn't trained, rightly so or not.
+        if self.get("check") == "refuses":
+            found = self["training"] not in ("right", "wrong cut")
+            verdict = "refused" if found else "refused needlessly"
+            self.note(training=verdict, found_by_check=found, cause=self["check_cause"])
+
+    def _compared(self) -> str:
         uncut, cut = str(self.get("uncut")), str(self.get("cut"))
         if uncut.startswith("off"):
-            self.note(training="warned" if self.get("warned") else "wrong")
-        elif cut.startswith("off"):
-            self.note(training="wrong cut")
-        elif self.get("uncut") is None:
-            self.note(training="not run")
-        elif self.get("left_as_it_was") is False:
-            self.note(training="wrong")
-        else:
-            self.note(training="right")
+            return "warned" if self.get("warned") else "wrong"
+        if cut.startswith("off"):
+            return "wrong cut"
+        if self.get("uncut") is None:
+            return "not run"
+        return "wrong" if self.get("left_as_it_was") is False else "right"
 
 
 def short(error: object) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- zoo: begin -->", "<!-- zoo: end -->"
-_COLUMNS = ("built", "eager", "captured", "uncut", "cut", "second_shape", "served")
+_COLUMNS = ("built", "eager", "captured", "check", "uncut", "cut", "second_shape", "served")
 
 Row = Mapping[str, Any]
 

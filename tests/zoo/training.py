@@ -62,9 +62,10 @@ def judge_training(case: Case, subject: Subject, record: Record) -> None:
     dag = _capture(subject, batches[0], record)
     if dag is None:
         return
+    dag = _checked(case, subject, dag, batches[0], record)
     batches = [batches[0], _second(case, subject, dag, batches[1], record), batches[0]]
     _compare_with_eager(case, subject, dag, batches, record)
-    if record["captured"] and record.get("uncut") not in (None, "crash"):
+    if record.get("uncut") not in (None, "crash"):
         _compare_cuts(case, subject, dag, batches, record)
     record.conclude_training()
 
@@ -137,6 +138,29 @@ def _capture(subject: Subject, batch: Any, record: Record) -> OperatorDag | None
     changed = _changed(subject.model, before)
     if changed:
         record.note(left_as_it_was=False, cause=f"capture changed the model: {changed}")
+    return dag
+
+
+def _checked(
+    case: Case, subject: Subject, dag: OperatorDag, batch: Any, record: Record
+) -> OperatorDag:
+    """Run the check that a run begins with; return the DAG with the sizes for which it is right.
+
+    What it refuses is tried all the same, to know whether it was right to.
+    """
+    try:
+        from dagflow.plan.check import check_capture
+    except ImportError:
+        return dag
+    subject = _same_again(case, subject)
+    try:
+        dag, report = check_capture(dag, subject.model, copy.deepcopy(batch), subject.loss)
+    except DagflowError as error:
+        record.note(check="refuses", check_cause=f"{type(error).__name__}: {short(error)}")
+    except Exception as error:
+        record.note(check="crash", check_cause=short(error))
+    else:
+        record.note(check=f"skipped: {report.skipped}" if report.skipped else "passes")
     return dag
 
 
