@@ -21,8 +21,9 @@ import torch
 from .case import Case
 from .groups import GROUPS, cases_of
 from .judge import judge, warm_up
+from .markdown import write_markdown
 from .pool import try_all
-from .table import causes, rows, totals, write_markdown
+from .table import causes, rows, totals
 
 
 def main() -> None:

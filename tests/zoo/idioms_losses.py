@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .case import EITHER, RIGHT
 from .idioms import WIDTH, whole
 
 CLASSES = 4
@@ -32,10 +33,10 @@ def _named(rows: int) -> dict[str, torch.Tensor]:
     return {"x": x, "labels": labels}
 
 
-def _loss(name: str, make: Any, batch: Any = _classes) -> None:
+def _loss(name: str, make: Any, expected: str = RIGHT) -> None:
     body = type(name, (_Classifier,), {"__module__": __name__})
     globals()[name] = body  # deepcopy and pickle look a class up by its name
-    whole(batch=batch, loss=make)(body)
+    whole(expected=expected, batch=_classes, loss=make)(body)
 
 
 def _weighted() -> nn.Module:
@@ -96,8 +97,6 @@ for _name, _make in (
     ("CrossEntropySummed", lambda: nn.CrossEntropyLoss(reduction="sum")),
     ("CrossEntropyIgnoringAClass", lambda: nn.CrossEntropyLoss(ignore_index=0)),
     ("LossModuleWithABuffer", _LearntTemperature),
-    ("LossAsADict", lambda: _as_dict),
-    ("LossAsATuple", lambda: _as_tuple),
     ("FocalLoss", lambda: _focal),
     ("ContrastiveLoss", lambda: _contrastive),
     ("TripletsInTheBatch", lambda: _triplets),
@@ -105,6 +104,8 @@ for _name, _make in (
     ("MeanOfMaskedLosses", lambda: _masked_mean),
 ):
     _loss(_name, _make)
+for _name, _make in (("LossAsADict", lambda: _as_dict), ("LossAsATuple", lambda: _as_tuple)):
+    _loss(_name, _make, EITHER)
 
 
 @whole(batch=_named)
@@ -134,7 +135,10 @@ class LossOfShapeOne(_Classifier):
         return functional.cross_entropy(super().forward(x), labels)
 
 
-@whole(batch=lambda rows: (torch.randn(rows, 12, WIDTH), torch.randint(1, CLASSES, (rows, 4))))
+@whole(
+    expected=EITHER,
+    batch=lambda rows: (torch.randn(rows, 12, WIDTH), torch.randint(1, CLASSES, (rows, 4))),
+)
 class Ctc(_Classifier):
     """Its loss is in the model, and reads lengths as tensors."""
 
@@ -174,4 +178,4 @@ class _WithParameters(nn.Module):
         return (output - self.centres[target]).square().mean()
 
 
-_loss("LossModuleWithParameters", _WithParameters)
+_loss("LossModuleWithParameters", _WithParameters, EITHER)

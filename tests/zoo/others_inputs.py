@@ -174,7 +174,7 @@ def _series(config: Any, taken: set[str]) -> Iterator[Maker]:
 
     def windowed(rows: int, longer: int) -> Tensors:
         past, future = length + lags, getattr(config, "prediction_length", None) or 4
-        features = getattr(config, "num_time_features", 0) or 1
+        features = getattr(config, "num_time_features", 0)
         return {
             "past_values": torch.randn(rows, past),
             "past_time_features": torch.randn(rows, past, features),

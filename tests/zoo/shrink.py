@@ -63,6 +63,8 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"image_size|img_size|input_size", 64),
     (r"num_frames|frames_per_clip", 4),
 )
+# How long those lists are.
+_STAGES = ("num_encoder_blocks", "num_stages")
 # Lists with a number for each stage of a pyramid: depths, heads, widths.
 _DEPTHS = re.compile(r"(.*_)?depths?|num_.*_layers|num_blocks|(.*_)?layers|num_encoder_blocks")
 _HEADS = re.compile(r"(.*_)?num_(attention_)?heads?|(.*_)?heads")
@@ -106,7 +108,7 @@ def tiny_fields(config: Any, config_class: type[Any] | None = None) -> dict[str,
     if values.get("kv_lora_rank") and "num_key_value_heads" in found:
         found["num_key_value_heads"] = 4  # latent attention has a key for each query
     if config.model_type in ONLY_SHALLOW:
-        found = {name: value for name, value in found.items() if _is_depth(name)}
+        found = {name: value for name, value in found.items() if _is_depth(name, value)}
     own = EXCEPTIONS.get(config.model_type, {})
     return {**found, **own}
 
@@ -114,9 +116,11 @@ def tiny_fields(config: Any, config_class: type[Any] | None = None) -> dict[str,
 _SAME = object()
 
 
-def _is_depth(name: str) -> bool:
+def _is_depth(name: str, value: Any) -> bool:
     """Tell whether a field's tiny value changes no width."""
-    return bool(_DEPTHS.fullmatch(name) or _OFF.fullmatch(name)) or name == "image_size"
+    if isinstance(value, (list, tuple)):
+        return bool(_DEPTHS.fullmatch(name))
+    return name == "image_size" or bool(_OFF.fullmatch(name))
 
 
 # Fields that most models work out themselves, and some don't.
@@ -131,6 +135,8 @@ def _tiny(name: str, value: Any) -> Any:
         return type(value)(**tiny_fields(value))
     if name == "apply_spec_augment":
         return False
+    if name in _STAGES:
+        return _SAME
     if value is None:
         return _UNSET.get(name, _SAME)
     if isinstance(value, (bool, str)):

@@ -29,6 +29,17 @@ _BY_AXES_OF_HALF = {
     "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
 }
 _SMALL_WINDOWS = {"window_size": 2}
+_SMALL_RESNET = {
+    "use_timm_backbone": False,
+    "backbone": None,
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "out_features": ["stage2"],
+    },
+}
 _PREDICTS = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3]}
 
 # Pyramids whose widths have to fit each other in ways that no name tells: one layer a stage is enough.
@@ -55,6 +66,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "maskformer-swin": _SMALL_WINDOWS,
     "swin": _SMALL_WINDOWS,
     "swinv2": _SMALL_WINDOWS,
+    "conditional_detr": _SMALL_RESNET,
+    "cvt": {"depth": [1, 2, 3]},
+    "detr": _SMALL_RESNET,
+    "dpt": {
+        "num_hidden_layers": 4,
+        "backbone_out_indices": [0, 1, 2, 3],
+        "neck_hidden_sizes": [16, 16, 16, 16],
+    },
+    "table-transformer": _SMALL_RESNET,
     "depth_anything": {"neck_hidden_sizes": [16, 16], "reassemble_factors": [2, 1]},
     "esm": {"vocab_size": 96, "pad_token_id": 0, "mask_token_id": 5},
     "esmc": {"num_key_value_heads": 4},

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- zoo: begin -->", "<!-- zoo: end -->"
 _COLUMNS = ("built", "eager", "captured", "check", "uncut", "cut", "second_shape", "served")
 
 Row = Mapping[str, Any]
@@ -88,15 +86,3 @@ def _alike(text: str) -> str:
     text = re.sub(r"was found in \d+", "was found in M", text)
     text = re.sub(r"^step \d: gradient of .* is off.*", "a gradient is off", text)
     return re.sub(r"\d\.\de[+-]\d+", "x", text)[:220]
-
-
-def write_markdown(file: Path, records: Sequence[Row]) -> None:
-    """Put the table of what is known to work between the file's markers."""
-    before, rest = file.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    file.write_text(f"{before}{BEGIN}\n{markdown(records)}\n{END}{after}")
-
-
-def markdown(records: Sequence[Row]) -> str:
-    """Return the table of what is known to work."""
-    return totals(records)

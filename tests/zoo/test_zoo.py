@@ -12,10 +12,11 @@ from .case import EITHER, IDIOMS, REFUSED, RIGHT, WARNED, Case, Subject
 from .differences import differing, worst
 from .groups import cases_of
 from .judge import judge
+from .markdown import BEGIN, END, write_markdown
 from .pool import try_all
 from .record import Record
 from .shrink import shrunk
-from .table import BEGIN, END, causes, write_markdown
+from .table import causes
 
 ALLOWED = {
     RIGHT: {"right"},
@@ -177,7 +178,7 @@ def test_table_goes_between_the_markers_and_names_causes(tmp_path: Any) -> None:
     file = tmp_path / "models.md"
     file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     records = [
-        {"group": "causal", "name": "a", "training": "right", "uncut": "bits", "cut": "bits"},
+        {"group": "causal", "name": "a", "eager": True, "training": "right", "uncut": "bits"},
         {"group": "causal", "name": "b", "training": "refused", "cause": "no such operator"},
     ]
     write_markdown(file, records)
@@ -185,5 +186,6 @@ def test_table_goes_between_the_markers_and_names_causes(tmp_path: Any) -> None:
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter\n")
     assert "old" not in text
-    assert "1 right" in text
+    assert "| Causal language models of transformers | 1 | 0 | 1 | 1 | 0 | 1 | 0 | 0 |" in text
+    assert "Trained right: `a`.\n\n- `b`, refused: no such operator" in text
     assert causes(records) == "- training, refused: no such operator\n  1: causal/b"
