@@ -9,9 +9,11 @@ import warnings
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import once
 import pytest
 import torch
 
+once.share()
 pytest_plugins = ["s3_server"]
 # A shell's background job ignores Ctrl-C, and hands that down to the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

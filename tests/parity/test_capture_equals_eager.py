@@ -11,6 +11,7 @@ import pytest
 import torch
 from inline import assert_same_bits
 from zoo import ZOO, Example, build, capture_example, without_dropout
+from zoo import captured as dag_of
 
 from dagflow.graph.batch import flatten_batch
 from dagflow.graph.dag import OperatorDag
@@ -86,8 +87,7 @@ def assert_close_gradients(found: Outcome, wanted: Outcome) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name != "bloom"])
 def test_captured_model_equals_eager_bit_for_bit_at_any_batch_shape(name: str) -> None:
-    example = build_without_dropout(name)
-    dag = capture_example(example)
+    example, dag = build_without_dropout(name), dag_of(name, dropout=False)
     shapes = [(3,), (5, 17)] if name in SEQUENCE_MODELS else [(3,), (5,)]
     for shape in shapes:
         batch = example.batch(*shape)
@@ -97,8 +97,7 @@ def test_captured_model_equals_eager_bit_for_bit_at_any_batch_shape(name: str) -
 # transformers' BLOOM calls an autograd.Function for its GELU, whose hand-written backward rounds
 # differently from the derivative of its forward, which dagflow uses.
 def test_captured_bloom_equals_eager_to_rounding() -> None:
-    example = build_without_dropout("bloom")
-    dag = capture_example(example)
+    example, dag = build_without_dropout("bloom"), dag_of("bloom", dropout=False)
     for shape in ((3,), (5, 17)):
         batch = example.batch(*shape)
         assert_close_gradients(captured(dag, example.model, batch), eager(example, batch))
@@ -121,7 +120,7 @@ def test_captured_bloom_equals_eager_bit_for_bit_once_gelu_has_no_backward_of_it
 def test_captured_batch_norm_moves_its_statistics() -> None:
     example = build_without_dropout("resnet")
     before = {name: tensor.clone() for name, tensor in example.model.named_buffers()}
-    after = captured(capture_example(example), example.model, example.batch(3)).buffers
+    after = captured(dag_of("resnet", dropout=False), example.model, example.batch(3)).buffers
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == set(before)
     assert_same_bits(dict(example.model.named_buffers()), before)

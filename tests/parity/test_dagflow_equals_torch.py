@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from inline import InlineRun, assert_same_bits, count_onednn_layers
-from zoo import Example, build, capture_example, without_dropout
+from zoo import Example, build, captured, without_dropout
 
 from dagflow.plan.partition import partition
 from dagflow_tasks.cache import CACHE
@@ -50,10 +50,10 @@ def train_with_torch(
 
 
 def train_with_dagflow(
-    example: Example, data: list[list[Any]], num_stages: int, clip_norm: float | None = None
+    name: str, data: list[list[Any]], num_stages: int, clip_norm: float | None = None
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     CACHE.clear()
-    dag = capture_example(example)
+    example, dag = build_without_dropout(name), captured(name, dropout=False)
     run = InlineRun(
         example,
         dag,
@@ -73,7 +73,7 @@ def test_twenty_steps_of_four_microbatches_have_torchs_losses(name: str) -> None
     example = build_without_dropout(name)
     data = batches(example, 20, 4)
     wanted, _ = train_with_torch(example, data)
-    found, _ = train_with_dagflow(example, data, num_stages=3)
+    found, _ = train_with_dagflow(name, data, num_stages=3)
     assert found == pytest.approx(wanted, rel=1e-6)
 
 
@@ -85,7 +85,7 @@ def test_on_onednns_kernels_twenty_steps_have_torchs_losses(
     example = build_without_dropout(name)
     data = batches(example, 20, 4)
     wanted, _ = train_with_torch(example, data)
-    found, _ = train_with_dagflow(example, data, num_stages=3)
+    found, _ = train_with_dagflow(name, data, num_stages=3)
     assert num_calls() > 0
     assert found == pytest.approx(wanted, rel=1e-6)
 
@@ -95,7 +95,7 @@ def test_one_microbatch_of_untied_weights_trains_with_torchs_bits(name: str) -> 
     example = build_without_dropout(name)
     data = batches(example, 5, 1)
     wanted_losses, wanted = train_with_torch(example, data)
-    losses, weights = train_with_dagflow(example, data, num_stages=3)
+    losses, weights = train_with_dagflow(name, data, num_stages=3)
     assert losses == wanted_losses
     assert_same_bits(weights, wanted)
 
@@ -105,7 +105,7 @@ def test_clipping_one_microbatch_of_untied_weights_has_torchs_bits(name: str) ->
     example = build_without_dropout(name)
     data = batches(example, 5, 1)
     wanted_losses, wanted = train_with_torch(example, data, clip_norm=0.1)
-    losses, weights = train_with_dagflow(example, data, num_stages=3, clip_norm=0.1)
+    losses, weights = train_with_dagflow(name, data, num_stages=3, clip_norm=0.1)
     assert losses == wanted_losses
     assert_same_bits(weights, wanted)
 
@@ -115,6 +115,6 @@ def test_clipping_sums_of_microbatches_is_torchs_to_rounding(name: str) -> None:
     example = build_without_dropout(name)
     data = batches(example, 5, 4)
     wanted, _ = train_with_torch(example, data, clip_norm=0.1)
-    found, _ = train_with_dagflow(example, data, num_stages=3, clip_norm=0.1)
+    found, _ = train_with_dagflow(name, data, num_stages=3, clip_norm=0.1)
     assert found == pytest.approx(wanted, rel=1e-6)
     assert found != pytest.approx(train_with_torch(example, data)[0], rel=1e-6)

@@ -11,6 +11,7 @@ import torch
 from distributed import Client
 from families import stored
 from local import local_client
+from once import once
 
 import dagflow
 from dagflow.graph.dag import OperatorDag
@@ -23,13 +24,9 @@ from dagflow.sessions.source import Source
 @pytest.fixture(scope="session", autouse=True)
 def alike_models_are_captured_once() -> Iterator[None]:
     """Capturing was most of what these tests computed; it has tests of its own, as comparing has."""
-    known: dict[Any, OperatorDag] = {}
 
     def capture_once(model: torch.nn.Module) -> OperatorDag:
-        key = _what_a_dag_follows_from(model)
-        if key not in known:
-            known[key] = capture_decoder(model)
-        return known[key]
+        return once(repr(_what_a_dag_follows_from(model)), lambda: capture_decoder(model))
 
     compared: dict[Any, dict[str, Any]] = {}
 

@@ -270,9 +270,14 @@ def build(name: str, seed: int = 0) -> Example:
 
 
 @cache
-def captured(name: str) -> OperatorDag:
-    """Capture a model of the zoo, dropout and all, once a process."""
-    return capture_example(build(name))
+def captured(name: str, *, dropout: bool = True) -> OperatorDag:
+    """Capture a model of the zoo, dropout and all or without, once a run of the tests."""
+    from once import once  # beside this package: `python -m tests.zoo` finds it later
+
+    example = build(name)
+    if not dropout:
+        without_dropout(example.model)
+    return once(f"zoo {name} {dropout}", lambda: capture_example(example))
 
 
 def capture_example(example: Example) -> OperatorDag:
