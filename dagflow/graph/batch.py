@@ -62,6 +62,11 @@ def _leaves(tree: Any, prefix: str) -> list[tuple[str, Any]]:
     return found
 
 
+def take_rows(tensors: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
+    """Return some rows of every tensor; 0-d tensors as they are."""
+    return {name: t[begin:end].contiguous() if t.dim() else t for name, t in tensors.items()}
+
+
 def rebuilder(batch: Any) -> Callable[[Sequence[torch.Tensor]], Any]:
     """Return a function that builds a batch like this one from its tensors in flattened order."""
 

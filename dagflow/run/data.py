@@ -136,11 +136,6 @@ def num_rows(tensors: Mapping[str, torch.Tensor], where: str) -> int:
     return rows
 
 
-def take_rows(tensors: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
-    """Return some rows of every tensor; 0-d tensors as they are."""
-    return {name: t[begin:end].contiguous() if t.dim() else t for name, t in tensors.items()}
-
-
 class BatchStream:
     """The user's batches by step, in order, over as many epochs as needed.
 

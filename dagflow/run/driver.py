@@ -50,6 +50,7 @@ from dagflow_tasks.journal import JOURNAL
 from dagflow_tasks.optimizer import Schedule
 from dagflow_tasks.replay import StageProgress, StepRecord
 from dagflow_tasks.results import Decision, JournalStats, StepReport
+from dagflow_tasks.tasks import learning_rate_factor
 
 # The scheduler remembers every task from which one that is still wanted descends. A run's steps
 # descend from each other, so the chain is cut when it has grown this long: the driver waits until
@@ -111,7 +112,6 @@ class _Flight:
     step: int
     batch: StepBatch
     futures: dict[Key, Future]
-    factor: float
 
 
 @dataclass
@@ -285,7 +285,9 @@ class Driver:
             return False
         step, self._next = self._next, self._next + 1
         first = not self._flights and (self._standing is None or self._lineage_full())
-        self._flights.append(_Flight(step, batch, {}, self.schedule.factor(step)))
+        self._flights.append(_Flight(step, batch, {}))
+        if not any(microbatch.weight for microbatch in batch.microbatches):
+            self.note(f"Nothing in the batch of step {step} counts: all its targets are ignored.")
         self._submit(self._flights[-1], first=first or step == self._done)
         due = self.snapshot_every and (step + 1) % self.snapshot_every == 0
         if self.snapshot_every and (due or self._snapshot_due):
@@ -308,7 +310,7 @@ class Driver:
             step,
             batch.microbatches,
             batch.argument,
-            flight.factor,
+            self.schedule if self.graph.scaled else self.schedule.factor(step),
             first=first,
             saved=self.graph.key("copy", step, 0) in self._saves.get(step, ()),
             decision=self.decision,
@@ -362,11 +364,10 @@ class Driver:
         self._ready.clear()
         self._reports = {flight.step + 1: report, **self._recent_reports()}
         batch = flight.batch
+        factor = learning_rate_factor(self.schedule, flight.step, report.decision)
         for ref in self.graph.refs:
             JOURNAL.end_step(ref, flight.step)  # of what the driver itself has put there
-        record = StepRecord(
-            flight.step, batch.microbatches, flight.factor, report.decision, batch.samples
-        )
+        record = StepRecord(flight.step, batch.microbatches, factor, report.decision, batch.samples)
         journal_bytes, journal_seconds = self._journal_since(report)
         event = StepEvent(
             step=flight.step + 1,
@@ -374,7 +375,7 @@ class Driver:
             seconds=seconds,
             amount=flight.batch.amount,
             unit=flight.batch.unit,
-            learning_rate_factor=flight.factor,
+            learning_rate_factor=factor,
             gradient_norm=report.decision.norm if report.decision else None,
             journal_bytes=journal_bytes,
             journal_share=min(1.0, journal_seconds / seconds) if seconds else 0.0,
@@ -856,7 +857,8 @@ def _is_save(key: Key) -> bool:
 def _decision_json(decision: Decision | None) -> Any:
     if decision is None:
         return None
-    return {"loss_scale": decision.loss_scale, "good_steps": decision.good_steps}
+    skipped = {"skipped": decision.skipped} if decision.skipped else {}
+    return {"loss_scale": decision.loss_scale, "good_steps": decision.good_steps, **skipped}
 
 
 def _not_finite(report: StepReport) -> str:

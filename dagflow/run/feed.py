@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from distributed import Client
 
 from dagflow.errors import BatchInvalid, WorkersLost
-from dagflow.graph.batch import flatten_batch, without_columns
+from dagflow.graph.batch import flatten_batch, take_rows, without_columns
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.signature import match_batch
-from dagflow.plan.loss_weight import TargetCount, target_count
+from dagflow.plan.loss_weight import LossWeights
 from dagflow.run.clusters import in_background
 from dagflow.run.dask_internals import Task, TaskRef
-from dagflow.run.data import BatchStream, TokenDataset, num_rows, read_rows, split_rows, take_rows
+from dagflow.run.data import BatchStream, TokenDataset, num_rows, read_rows, split_rows
 from dagflow.run.graph import Key, StepGraph, task
 from dagflow.run.seen import SeenBatches
 from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
@@ -95,6 +95,7 @@ class StreamFeed(Feed):
         stream: BatchStream,
         dag: OperatorDag,
         num_microbatches: int,
+        loss_weights: LossWeights,
         client: Client,
         addresses: Sequence[str],
         seen: SeenBatches,
@@ -105,7 +106,7 @@ class StreamFeed(Feed):
         self._num_microbatches = num_microbatches
         self._client = client
         self._addresses = addresses
-        self._count = target_count(dag)
+        self._loss_weights = loss_weights
         self._taken: tuple[Any, dict[str, Any]] | None = None
 
     def prepare(self, step: int, graph: StepGraph) -> StepBatch | None:
@@ -118,7 +119,7 @@ class StreamFeed(Feed):
             self._taken = (batch, {"epoch": epoch, "batch": number, "fingerprint": known})
         batch, samples = self._taken
         parts, microbatches = split_batch(
-            self._dag, batch, step, self._num_microbatches, self._count
+            self._dag, batch, step, self._num_microbatches, self._loss_weights
         )
         held: dict[tuple[int, int], Any] = {}
         for program in graph.programs:
@@ -186,20 +187,31 @@ class TokenRows:
 class TokenFeed(Feed):
     """Has the workers read their own rows of a token dataset."""
 
-    def __init__(self, dataset: TokenDataset, dag: OperatorDag, num_microbatches: int) -> None:
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        dag: OperatorDag,
+        num_microbatches: int,
+        loss_weights: LossWeights,
+    ) -> None:
         self._dataset = dataset
-        self._bounds = split_rows(dataset.batch_size, num_microbatches, smallest_rows(dag))
-        self._size_of = {
-            n: match_batch(dag, dataset.rows(0, 0, n), {}, "the token dataset")
-            for n in {end - begin for begin, end in self._bounds}
-        }
+        self._bounds = split_rows(dataset.batch_size, num_microbatches, least_rows(dag))
+        self._split = partial(
+            split_batch, dag, num_microbatches=num_microbatches, loss_weights=loss_weights
+        )
+        # Most losses weigh every step's micro-batches alike; then the driver reads no tokens.
+        self._reads_all = loss_weights.need_values
+        self._first = self._split(self._rows(0), 0)[1]
         self._amount = dataset.batch_size * dataset.sequence_length
 
+    def _rows(self, step: int) -> dict[str, torch.Tensor]:
+        return self._dataset.rows(step, 0, self._dataset.batch_size)
+
     def prepare(self, step: int, graph: StepGraph) -> StepBatch | None:
-        microbatches = tuple(
-            Microbatch(step, i, (e - b) / self._dataset.batch_size, self._size_of[e - b])
-            for i, (b, e) in enumerate(self._bounds)
-        )
+        if self._reads_all:
+            microbatches = self._split(self._rows(step), step)[1]
+        else:
+            microbatches = tuple(replace(microbatch, step=step) for microbatch in self._first)
         return StepBatch(
             microbatches,
             lambda stage, index: TaskRef(graph.key("batch", step, stage, index)),
@@ -239,15 +251,19 @@ def _of(held: Mapping[tuple[int, int], Any]) -> Callable[[int, int], Any]:
     return lambda stage, index: TaskRef(held[(stage, index)].key)
 
 
-def smallest_rows(dag: OperatorDag) -> int:
-    """Return the least number of rows that the captured operators are right for."""
-    rows = {symbol.minimum for symbol in dag.symbols if symbol.dim == 0}
+def least_rows(dag: OperatorDag) -> int:
+    """Return how many rows a micro-batch has at least.
+
+    Two, although most captured operators are right for one row as well: a batch must be split alike
+    whether or not that is known.
+    """
+    rows = {max(2, symbol.minimum) for symbol in dag.symbols if symbol.dim == 0}
     fixed = [spec.shape[0] for spec in dag.inputs if spec.shape and isinstance(spec.shape[0], int)]
     return max([*rows, *fixed], default=1)
 
 
 def split_batch(
-    dag: OperatorDag, batch: Any, step: int, num_microbatches: int, count: TargetCount | None
+    dag: OperatorDag, batch: Any, step: int, num_microbatches: int, loss_weights: LossWeights
 ) -> tuple[list[dict[str, torch.Tensor]], tuple[Microbatch, ...]]:
     """Check a batch, split it into micro-batches, and weigh them.
 
@@ -256,6 +272,7 @@ def split_batch(
     parts
         Tensors of each micro-batch by value name.
     microbatches
+        A weight of 0 says that nothing of a micro-batch counts.
 
     Raises
     ------
@@ -264,24 +281,28 @@ def split_batch(
     """
     where = f"step {step}"
     tensors, constants = flatten_batch(without_columns(batch, dag.dropped_columns))
-    bounds = split_rows(num_rows(tensors, where), num_microbatches, smallest_rows(dag))
+    bounds = split_rows(num_rows(tensors, where), num_microbatches, least_rows(dag))
     parts = [take_rows(tensors, begin, end) for begin, end in bounds]
     sizes = [match_batch(dag, part, constants, where) for part in parts]
     named = [tensors_of(part) for part in parts]
-    weights = [float(end - begin) for begin, end in bounds]
-    if count is not None:
-        counted = [float(count(p, dict(s))) for p, s in zip(named, sizes, strict=True)]
-        if sum(counted) == 0:
-            raise BatchInvalid(
-                f"All labels of {where} are ignored: there is nothing to learn from."
-            )
-        weights = counted
-    total = math.fsum(weights)
+    weights = loss_weights(
+        named, [dict(s) for s in sizes], whole_batch(dag, tensors, constants), where
+    )
     microbatches = tuple(
-        Microbatch(step, index, weight / total, sizes[index])
-        for index, weight in enumerate(weights)
+        Microbatch(step, index, weight, sizes[index]) for index, weight in enumerate(weights)
     )
     return named, microbatches
+
+
+def whole_batch(
+    dag: OperatorDag, tensors: Mapping[str, torch.Tensor], constants: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, int]] | None:
+    """Return a batch's tensors by value name, and its sizes; None if the DAG can't run it whole."""
+    try:
+        sizes = match_batch(dag, tensors, constants, "the batch")
+    except BatchInvalid:
+        return None
+    return tensors_of(tensors), dict(sizes)
 
 
 def measure(parts: Sequence[Mapping[str, torch.Tensor]]) -> tuple[int, str]:

@@ -19,6 +19,7 @@ from dagflow.plan.schedule import BACKWARD, FORWARD, WEIGHTS, Schedule
 from dagflow.run.behind import save_behind
 from dagflow.run.dask_internals import StepTask, Task, TaskRef
 from dagflow_tasks import snapshots, tasks
+from dagflow_tasks.optimizer import Schedule as LearningRates
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import Microbatch, StageRef, StateRef
 from dagflow_tasks.replay import (
@@ -49,7 +50,8 @@ class StepInputs:
     batch : callable
         ``batch(stage, microbatch_index)`` gives the graph argument (a literal or a `TaskRef`) that
         holds the batch's tensors for that stage.
-    learning_rate_factor : float
+    learning_rate : float or Schedule
+        The schedule's factor, or the schedule itself; see `dagflow_tasks.tasks.update`.
     saved : bool
         True if the state before this step is being written to the store, which its update must
         wait for.
@@ -67,7 +69,7 @@ class StepInputs:
     step: int
     microbatches: tuple[Microbatch, ...]
     batch: Callable[[int, int], Any]
-    learning_rate_factor: float
+    learning_rate: float | LearningRates
     first: bool
     saved: bool = False
     decision: Decision | None = None
@@ -550,7 +552,7 @@ class _StepBuilder:
             self._ref(stage),
             self._state,
             self._sums(stage),
-            self.inputs.learning_rate_factor,
+            self.inputs.learning_rate,
             self._borrowed(stage),
             self._there(stage, last) if program.mutated_buffers else None,
             self._decision(),

@@ -42,6 +42,9 @@ class Config:
         Which snapshots are kept.
     origin : mapping, optional
         The command that started the run, for `dagflow resume`; the store remembers it.
+    check : bool
+        Compare the captured graph with the model itself, and the first batch's loss with that of its
+        micro-batches, before anything runs. Takes less than two steps.
     force : bool
         Resume though settings differ from the store's that change the mathematics.
     """
@@ -56,6 +59,7 @@ class Config:
     in_flight_slack: int | None = None
     retention: Retention = field(default_factory=Retention)
     origin: Mapping[str, Any] | None = None
+    check: bool = True
     force: bool = False
 
     def __post_init__(self) -> None:

@@ -7,9 +7,11 @@ import contextlib
 import hashlib
 import itertools
 import json
+import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,18 +27,19 @@ from dagflow.errors import (
     StoreHoldsAnotherRun,
     TransientError,
 )
-from dagflow.graph.batch import flatten_batch, rebuilder
-from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.loss import LossFunction
+from dagflow.plan.check import CheckReport
+from dagflow.plan.loss_weight import LossWeights
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
 from dagflow.run.clusters import ask_workers, open_cluster, reconnect, roster
-from dagflow.run.data import BatchStream, TokenDataset, num_rows, split_rows, take_rows
+from dagflow.run.data import BatchStream, TokenDataset
 from dagflow.run.driver import Disturbed, Driver
 from dagflow.run.events import Callback, ProgressLine, StepEvent, notify
 from dagflow.run.export import model_facts
 from dagflow.run.feed import Feed, StreamFeed, TokenFeed, TokenRows
+from dagflow.run.first_batch import FirstBatch, described
 from dagflow.run.generators import doubts
 from dagflow.run.graph import Priorities, StepGraph
 from dagflow.run.ledger import Ledger
@@ -44,7 +47,13 @@ from dagflow.run.membership import Membership
 from dagflow.run.runs import foreign
 from dagflow.run.seen import SeenBatches, fingerprint
 from dagflow.run.settings import Config, Mathematics
-from dagflow.run.weights import Leftovers, initial_shard, initial_weights, read_state_dict
+from dagflow.run.weights import (
+    Leftovers,
+    buffer_reader,
+    initial_shard,
+    initial_weights,
+    read_state_dict,
+)
 from dagflow.run.workers import WorkerFacts
 from dagflow_storage import (
     Lease,
@@ -93,6 +102,8 @@ class TrainResult:
         The latest one.
     store : str
         URL of the run's directory.
+    check : CheckReport
+        What the check before the first step has found, and how long it took.
     """
 
     losses: list[float]
@@ -102,6 +113,7 @@ class TrainResult:
     _store: Store
     _aliases: dict[str, str]
     _names: tuple[str, ...]
+    check: CheckReport = field(default_factory=CheckReport)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Read the trained weights and buffers from the store, on the CPU.
@@ -195,6 +207,9 @@ def train(
     ------
     CaptureFailed, BatchInvalid, SettingsInvalid, OptimizerInvalid, PlanInvalid, StageTooLarge
         Before any task runs.
+    ResultsDiffer
+        If the captured graph computes something else than the model, or the micro-batches' losses
+        don't add up to the batch's; before any task runs. See `Config.check`.
     StoreNotWritable, StoreHoldsAnotherRun
         Before any task runs.
     StoreInUse, LeaseLost
@@ -222,14 +237,15 @@ def train(
     url = str(store) if store is not None else _new_folder(model)
     Store(url).probe()
     where = Store(url, retry=_PATIENT)
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        first = data.rows(0, 0, data.batch_size) if stream is None else stream.peek()
-        dag = capture(model, _example(first, num_microbatches), loss=loss, dynamic=config.dynamic)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    first = data.rows(0, 0, data.batch_size) if stream is None else stream.peek()
+    of_first = FirstBatch(
+        model, loss, first, num_microbatches, buffer_reader(model, state_dict), config
+    )
+    with _training_mode(model):
+        prepared = of_first.prepare(check=config.check and not _is_done(where, total))
+    if config.check:
+        line.note(described(prepared.report))
+    dag = prepared.dag
     names = tuple(model.state_dict())
     with hold_lease(where, on_wait=_waiting_for_the_other(line)) as lease:
         weights = initial_weights(dag, model, state_dict)
@@ -240,6 +256,8 @@ def train(
             commit_snapshot(where, 0, [shard], meta)
         session = _Session(
             dag=dag,
+            loss_weights=prepared.loss_weights,
+            report=prepared.report,
             mathematics=mathematics,
             run=run,
             lease=lease,
@@ -268,6 +286,29 @@ def train(
             line.close()
 
 
+# Modes of modules belong to everybody who has the model.
+_MODES = threading.RLock()
+
+
+@contextmanager
+def _training_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into training mode, and every module back into its own afterwards."""
+    with _MODES:
+        modes = {module: module.training for module in model.modules()}
+        model.train()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _is_done(store: Store, total: int | None) -> bool:
+    """Tell whether the store has the run's last snapshot already."""
+    snapshots = list_snapshots(store)
+    return bool(snapshots) and total is not None and snapshots[-1] >= total
+
+
 def _waiting_for_the_other(line: ProgressLine) -> Callable[[Waiting], None]:
     """Return what says, once, that another driver's lease is waited out."""
     told: set[int] = set()
@@ -288,6 +329,8 @@ class _Session:
     """One call of `train`: attempts at the same run until it is done."""
 
     dag: OperatorDag
+    loss_weights: LossWeights
+    report: CheckReport
     mathematics: Mathematics
     run: RunDirectory
     lease: Lease
@@ -328,6 +371,7 @@ class _Session:
             self.run.store,
             aliases,
             self.names,
+            self.report,
         )
 
     def _until_done(self, client: Client) -> int:
@@ -441,7 +485,8 @@ class _Session:
         """What has the workers read the data, if they can."""
         if not isinstance(self.data, TokenDataset):
             return None
-        return TokenFeed(self.data, self.dag, self.mathematics.num_microbatches)
+        num_microbatches = self.mathematics.num_microbatches
+        return TokenFeed(self.data, self.dag, num_microbatches, self.loss_weights)
 
     def _driver(
         self,
@@ -514,6 +559,7 @@ class _Session:
             self.stream,
             self.dag,
             self.mathematics.num_microbatches,
+            self.loss_weights,
             client,
             addresses,
             self.seen,
@@ -689,17 +735,6 @@ def _with_total(schedule: Schedule, total: int | None) -> Schedule:
             "length: pass steps=, or total_steps= in the schedule."
         )
     return replace(schedule, total_steps=total)
-
-
-def _example(batch: Any, num_microbatches: int) -> Any:
-    """Return the first micro-batch of a batch, as the model will see it."""
-    tensors, _ = flatten_batch(batch)
-    rows = num_rows(tensors, "step 0")
-    begin, end = split_rows(rows, num_microbatches, 2)[0]
-    part = take_rows(tensors, begin, end)
-    if isinstance(batch, torch.Tensor):
-        return part["input"]
-    return rebuilder(batch)(list(part.values()))
 
 
 def _new_folder(model: torch.nn.Module) -> str:

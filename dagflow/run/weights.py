@@ -184,6 +184,21 @@ def _opened(file: Path) -> Iterator[Any]:
         ) from error
 
 
+def buffer_reader(
+    model: torch.nn.Module, state_dict: str | Path | None
+) -> Callable[[str], torch.Tensor | None]:
+    """Return what reads a buffer's first value by name; None for one that has none."""
+
+    def read(name: str) -> torch.Tensor | None:
+        files = WeightFiles(state_dict) if state_dict is not None else None
+        if files is not None and name in files.names():
+            return files.read(name)
+        buffer = dict(model.named_buffers()).get(name)
+        return None if buffer is None or buffer.is_meta else buffer.detach().clone()
+
+    return read
+
+
 def initial_shard(
     store: Store, dag: OperatorDag, model: torch.nn.Module, state_dict: str | Path | None
 ) -> ShardRecord:

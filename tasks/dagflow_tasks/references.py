@@ -52,7 +52,8 @@ class Microbatch:
     ----------
     step, index : int
     weight : float
-        Its share of the step's loss; the shares add up to 1.
+        The factor with which its loss counts in the step's: its share of what a mean is over, 1 for a
+        sum, and 0 if nothing of it counts (no target), whatever its loss is then.
     sizes : tuple of (symbol, size)
     """
 

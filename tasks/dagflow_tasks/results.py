@@ -129,6 +129,8 @@ class Decision:
         False if gradients overflowed under loss scaling: the step is skipped.
     loss_scale, good_steps
         Loss scale of the next step, and for how many steps it has held.
+    skipped : int
+        Steps that were skipped so far, this one included. They don't move the schedule on.
     """
 
     norm: float = 0.0
@@ -136,6 +138,7 @@ class Decision:
     apply: bool = True
     loss_scale: float = 1.0
     good_steps: int = 0
+    skipped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -198,7 +201,7 @@ class StepReport:
     ----------
     step : int
     loss : float
-        Weighted mean over the micro-batches.
+        Weighted sum over the micro-batches.
     losses : tuple of float
         One a micro-batch.
     decision : Decision or None

@@ -30,6 +30,7 @@ from dagflow_tasks.interpreter import Executable, RandomAddress
 from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
 from dagflow_tasks.layout import copied, moved
 from dagflow_tasks.operators import countable, has_gradients
+from dagflow_tasks.optimizer import Schedule
 from dagflow_tasks.received import (
     check_gradient,
     check_numbers,
@@ -284,13 +285,16 @@ def _forward_result(
     earlier: BackwardResult | None,
 ) -> ForwardResult:
     boundary = _apart_from_weights(graph.outputs, CACHE.state(ref, state.step))
+    loss = CACHE.executable(ref).program.loss
+    if loss is not None and not microbatch.weight:
+        # A mean over nothing is NaN; of a micro-batch without any target nothing counts.
+        boundary[loss] = torch.zeros_like(boundary[loss])
     finite = all(
         bool(torch.isfinite(countable(tensor)).all())
         for tensor in boundary.values()
         if has_gradients(tensor.dtype)
     )
     place = (microbatch.step, microbatch.index)
-    loss = CACHE.executable(ref).program.loss
     if ref.journal and loss is not None and not bool(torch.isfinite(boundary[loss])):
         # Before any gradient of it is added anywhere: whoever is to blame, the step can be repeated.
         what = f"The loss of step {place[0]}, micro-batch {place[1]}, is {float(boundary[loss])}."
@@ -423,7 +427,8 @@ def _roots(
     wanted += [item.value.name for item in program.inputs if item.gradient_from is not None]
     tensors = {**graph.inputs, **graph.outputs}
     roots, seeds = [], []
-    if program.loss is not None and tensors[program.loss].requires_grad:
+    # Without a root nothing gets a gradient, here and in the stages before: 0 times NaN would be NaN.
+    if program.loss is not None and loss_gradient and tensors[program.loss].requires_grad:
         roots.append(tensors[program.loss])
         seeds.append(torch.full_like(tensors[program.loss], loss_gradient))
     for name in wanted:
@@ -444,7 +449,7 @@ def update(
     ref: StageRef,
     state: StateRef,
     gradients: BackwardResult,
-    learning_rate_factor: float,
+    learning_rate: float | Schedule,
     borrowed: Sequence[Tensors] = (),
     last: StageResult | None = None,
     decision: Decision | None = None,
@@ -455,8 +460,9 @@ def update(
     ----------
     gradients
         Backward result of the step's last micro-batch.
-    learning_rate_factor : float
-        The schedule's factor for this step.
+    learning_rate : float or Schedule
+        The schedule's factor for this step, or the schedule, in a run with loss scaling: which of its
+        factors it is depends on the decision.
     borrowed
         Gradients of this stage's parameters from stages that borrow them, by use.
     last
@@ -481,7 +487,8 @@ def update(
     try:
         CACHE.executable(ref).write_parameters(current.parameters, current.buffers)
         if decision is None or decision.apply:
-            _step(current, own_gradients(ref, gradients, borrowed), learning_rate_factor, decision)
+            factor = learning_rate_factor(learning_rate, state.step, decision)
+            _step(current, own_gradients(ref, gradients, borrowed), factor, decision)
     except BaseException:
         with CACHE.lock:
             CACHE.states.pop(ref.key, None)  # half-updated: better none
@@ -495,6 +502,17 @@ def update(
     send(ref, "update", (state.step, 0), {}, facts)
     JOURNAL.end_step(ref, state.step)
     return _updated(ref, state, gradients)
+
+
+def learning_rate_factor(
+    learning_rate: float | Schedule, step: int, decision: Decision | None
+) -> float:
+    """Return a step's factor. As in a torch loop, a skipped update doesn't move the schedule on."""
+    if not isinstance(learning_rate, Schedule):
+        return learning_rate
+    if decision is None:
+        return learning_rate.factor(step)
+    return learning_rate.factor(step - decision.skipped + (0 if decision.apply else 1))
 
 
 def _updated(ref: StageRef, state: StateRef, gradients: BackwardResult) -> UpdateResult:
@@ -550,7 +568,7 @@ def decide(
     total = torch.linalg.vector_norm(torch.stack(ordered)) if ordered else torch.zeros(())
     scale = before.loss_scale
     if scaled and not torch.isfinite(total):
-        return Decision(float("inf"), 1.0, False, scale * _SCALE_BACKOFF, 0)
+        return Decision(float("inf"), 1.0, False, scale * _SCALE_BACKOFF, 0, before.skipped + 1)
     total = total / scale
     coefficient = 1.0
     if clip_norm is not None:
@@ -558,7 +576,8 @@ def decide(
     good = before.good_steps + 1
     grown = scaled and good >= _GROWTH_INTERVAL
     next_scale = scale * _SCALE_GROWTH if grown else scale
-    return Decision(float(total), coefficient / scale, True, next_scale, 0 if grown else good)
+    good = 0 if grown else good
+    return Decision(float(total), coefficient / scale, True, next_scale, good, before.skipped)
 
 
 def select_values(result: ForwardResult, names: Sequence[str]) -> ForwardResult:

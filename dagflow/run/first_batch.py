@@ -1,0 +1,199 @@
+"""What `train` makes sure of on its first batch, before anything runs or is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dagflow.errors import SettingsInvalid
+from dagflow.graph.batch import flatten_batch, rebuilder, take_rows
+from dagflow.graph.capture import LossFunction, capture
+from dagflow.graph.dag import OperatorDag
+from dagflow.plan.analysis import DagAnalysis
+from dagflow.plan.check import CheckReport, check_capture, check_microbatches
+from dagflow.plan.loss_weight import LossWeights
+from dagflow.run.data import num_rows, split_rows
+from dagflow.run.feed import least_rows, split_batch, whole_batch
+from dagflow.run.settings import Config
+from dagflow_tasks.references import Microbatch
+
+# The graph is compared with the model on at most this part of the batch's rows.
+_LARGEST_SHARE = 4
+_MEMORY_FACTS = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to be trained.
+
+    Attributes
+    ----------
+    dag : OperatorDag
+        Refuses batches of sizes for which it would be wrong.
+    loss_weights : LossWeights
+        Weighs the micro-batches of every batch.
+    report : CheckReport
+    """
+
+    dag: OperatorDag
+    loss_weights: LossWeights
+    report: CheckReport
+
+
+@dataclass(frozen=True)
+class FirstBatch:
+    """A run's first batch, and what is to be trained on it.
+
+    Attributes
+    ----------
+    model, loss
+    batch
+        As the user's data yields it.
+    num_microbatches : int
+    read_buffer : callable
+        Returns the value of one of the model's buffers by name, or None.
+    config : Config
+    """
+
+    model: torch.nn.Module
+    loss: LossFunction | None
+    batch: Any
+    num_microbatches: int
+    read_buffer: Callable[[str], torch.Tensor | None]
+    config: Config
+
+    def prepare(self, *, check: bool) -> Prepared:
+        """Capture the model, and check that what will be trained is what it computes.
+
+        Raises
+        ------
+        CaptureFailed, BatchInvalid
+        SettingsInvalid
+            If there is nothing to train.
+        ResultsDiffer
+            If training would compute something else than the model does by itself.
+        """
+        tensors, _ = flatten_batch(self.batch)
+        if check and num_rows(tensors, "step 0") == 1:
+            # torch takes one row for a case of its own. Captured from two, the graph takes any
+            # number of rows, and one as well if it turns out to be right for it.
+            twice = {n: torch.cat([t, t]) if t.dim() else t for n, t in tensors.items()}
+            two_rows = replace(self, batch=_like(self.batch, twice), num_microbatches=1)
+            prepared = two_rows._prepare(check=True)
+            if prepared.report.one_row:
+                return prepared
+        return self._prepare(check=check)
+
+    def _prepare(self, *, check: bool) -> Prepared:
+        tensors, _ = flatten_batch(self.batch)
+        begin, end = split_rows(num_rows(tensors, "step 0"), self.num_microbatches, 2)[0]
+        example = _like(self.batch, take_rows(tensors, begin, end))
+        dag = capture(self.model, example, loss=self.loss, dynamic=self.config.dynamic)
+        _refuse_nothing_to_train(dag)
+        loss_weights = LossWeights(dag, self.read_buffer)
+        if not check:
+            return Prepared(dag, loss_weights, CheckReport(skipped="the check is turned off"))
+        microbatches = split_batch(dag, self.batch, 0, self.num_microbatches, loss_weights)
+        batch, following = self._chosen(dag, loss_weights, microbatches[1])
+        checked, report = check_capture(
+            dag,
+            self.model,
+            batch,
+            self.loss,
+            following=following,
+            memory_bytes=_available_bytes(),
+        )
+        start = time.perf_counter()
+        reason = report.skipped or self._check_microbatches(checked, *microbatches)
+        report = replace(
+            report, microbatches=reason, seconds=report.seconds + time.perf_counter() - start
+        )
+        return Prepared(checked, loss_weights, report)
+
+    def _chosen(
+        self, dag: OperatorDag, loss_weights: LossWeights, microbatches: tuple[Microbatch, ...]
+    ) -> tuple[Any, Any]:
+        """Return the micro-batch that counts most, or some rows of it, and another one."""
+        tensors, _ = flatten_batch(self.batch)
+        rows = num_rows(tensors, "step 0")
+        bounds = split_rows(rows, self.num_microbatches, least_rows(dag))
+        chosen = max(microbatches, key=lambda microbatch: microbatch.weight).index
+        begin, end = bounds[chosen]
+        few = min(end, begin + max(least_rows(dag), rows // _LARGEST_SHARE))
+        part = take_rows(tensors, begin, few)
+        found = whole_batch(dag, part, dag.batch_constants)
+        if found is None or loss_weights([found[0]], [found[1]], None, "step 0") == [0.0]:
+            part = take_rows(tensors, begin, end)
+        other = take_rows(tensors, *bounds[(chosen + 1) % len(bounds)])
+        if len(bounds) == 1:
+            other = part
+        return _like(self.batch, part), _like(self.batch, other)
+
+    def _check_microbatches(
+        self,
+        dag: OperatorDag,
+        parts: list[dict[str, torch.Tensor]],
+        microbatches: tuple[Microbatch, ...],
+    ) -> str:
+        """Compare the batch's loss with its micro-batches'; return why not, or ""."""
+        if len(microbatches) == 1:
+            return "there is one micro-batch only"
+        whole = whole_batch(dag, *flatten_batch(self.batch))
+        if whole is None:
+            return "the graph doesn't take the batch whole"
+        sized = [(part, dict(m.sizes)) for part, m in zip(parts, microbatches, strict=True)]
+        check_microbatches(dag, self.model, sized, [m.weight for m in microbatches], whole)
+        return ""
+
+
+def described(report: CheckReport) -> str:
+    """Say in a line what the check has found."""
+    if report.skipped:
+        return f"Not checked against the model itself: {report.skipped}."
+    same = "the same to the bit" if report.exact else "the same but for rounding"
+    text = (
+        f"Checked against the model itself in {report.seconds:.1f} s: loss and "
+        f"{report.num_gradients} gradients are {same}."
+    )
+    if report.fixed:
+        text += (
+            f" Right only for {', '.join(report.fixed)}: batches of other sizes will be refused."
+        )
+    return text
+
+
+def _like(batch: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Return a batch of the same structure with other tensors."""
+    if isinstance(batch, torch.Tensor):
+        return tensors["input"]
+    return rebuilder(batch)(list(tensors.values()))
+
+
+def _refuse_nothing_to_train(dag: OperatorDag) -> None:
+    if dag.loss in DagAnalysis(dag).differentiable:
+        return
+    trainable = [p.name for p in dag.parameters if p.trainable]
+    if not trainable:
+        raise SettingsInvalid(
+            f"All {len(dag.parameters)} parameters of the model are frozen: there is nothing to train. "
+            "Call requires_grad_(True) on those that should learn."
+        )
+    raise SettingsInvalid(
+        f"The loss depends on none of the {len(trainable)} parameters that aren't frozen "
+        f"({trainable[0]!r} the first): there is nothing to train. Is a part of the model under "
+        "no_grad, detached, or not used by the loss?"
+    )
+
+
+def _available_bytes() -> int | None:
+    """Return the memory that this machine has left; None if it doesn't say."""
+    try:
+        lines = _MEMORY_FACTS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable")), None)

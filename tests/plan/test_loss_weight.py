@@ -1,0 +1,198 @@
+"""The micro-batches' losses, as they are weighed, add up to the batch's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    kl_div,
+    log_softmax,
+    mse_loss,
+    nll_loss,
+)
+
+from dagflow.errors import BatchInvalid
+from dagflow.graph.capture import capture
+from dagflow.plan.loss_weight import LossWeights
+from dagflow.run.feed import split_batch
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Tagger(nn.Module):
+    """Logits (B, T, 5) of tokens (B, T), and the weights of its classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.head = nn.Linear(8, 5)
+        self.register_buffer("class_weight", torch.tensor([1.0, 3.0, 0.2, 0.5, 2.0]))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.embedding(ids))
+        return logits
+
+
+class WithLoss(Tagger):
+    """A tagger that returns its loss, whose class weights are a buffer."""
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(ids)
+        return cross_entropy(logits.flatten(0, 1), labels.flatten(), self.class_weight)
+
+
+CLASS_WEIGHT = torch.tensor([1.0, 3.0, 0.2, 0.5, 2.0])
+
+
+def entropy(**options: Any) -> Loss:
+    return lambda output, target: cross_entropy(output.flatten(0, 1), target.flatten(), **options)
+
+
+def masked(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each target's loss, 0 where it is ignored, and which count; both (B, T)."""
+    mask = (target != -100).float()
+    return cross_entropy(output.transpose(1, 2), target, reduction="none") * mask, mask
+
+
+def over_rows(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    losses, mask = masked(output, target)
+    return (losses.sum(1) / mask.sum(1)).mean()
+
+
+def of_masks(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    losses, mask = masked(output, target)
+    return losses.mean() / mask.mean()
+
+
+def over_mask(least: float) -> Loss:
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        losses, mask = masked(output, target)
+        return losses.sum() / mask.sum().clamp(min=least)
+
+    return loss
+
+
+def binary(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    wanted = (target > 2).float()[..., None].expand_as(output)
+    return binary_cross_entropy_with_logits(output, wanted, CLASS_WEIGHT)
+
+
+LOSSES: dict[str, Loss] = {
+    "mean": entropy(),
+    "sum": entropy(reduction="sum"),
+    "label smoothing": entropy(label_smoothing=0.1),
+    "class weights": entropy(weight=CLASS_WEIGHT),
+    "class weights and label smoothing": entropy(weight=CLASS_WEIGHT, label_smoothing=0.1),
+    "negative log likelihood": lambda o, t: nll_loss(
+        log_softmax(o, -1).transpose(1, 2), t, CLASS_WEIGHT
+    ),
+    "another index ignored": entropy(ignore_index=1),
+    "masked": over_mask(0.0),
+    "masked, clamped": over_mask(1.0),
+    "quotient of means": of_masks,
+    "mean of rows' means": over_rows,
+    "sum by a count": lambda o, t: entropy(reduction="sum")(o, t) / (t != -100).sum(),
+    "sum times an inverse": lambda o, t: entropy(reduction="sum")(o, t) * (1 / (t != -100).sum()),
+    "sum by rows": lambda o, t: (o**2).sum() / o.shape[0],
+    "sum of a mean over rows": lambda o, t: (o**2).mean((0, 1)).sum(),
+    "mean of a sum over rows": lambda o, t: (o**2).sum((0, 1)).mean(),
+    "scaled, in another dtype": lambda o, t: (0.5 * entropy()(o, t)).double() / 3,
+    "two terms": lambda o, t: entropy()(o, t) + 0.1 * entropy(label_smoothing=0.3)(o, t),
+    "stacked terms": lambda o, t: torch.stack([entropy()(o, t), 2 * entropy()(o, t)]).mean(),
+    "two sums": lambda o, t: (o**2).sum() - 0.1 * o.abs().sum(),
+    "squares": lambda o, t: mse_loss(o, torch.zeros_like(o)),
+    "binary": binary,
+    "divergence": lambda o, t: kl_div(
+        log_softmax(o, -1), torch.full_like(o, 0.2), reduction="batchmean"
+    ),
+}
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ten rows of tokens; the targets of the first six are ignored from the third on."""
+    ids, target = torch.randint(0, 11, (10, 6)), torch.randint(0, 5, (10, 6))
+    target[:6, 2:] = -100
+    return ids, target
+
+
+def weighed(model: Tagger, loss: Loss | None, given: Any) -> tuple[list[float], list[Any]]:
+    """Split a batch into four, and return each part's weight and tensors."""
+    dag = capture(model, tuple(tensor[:3] for tensor in given), loss=loss)
+    weights = LossWeights(dag, dict(model.named_buffers()).get)
+    parts, microbatches = split_batch(dag, given, 0, 4, weights)
+    return [m.weight for m in microbatches], [list(part.values()) for part in parts]
+
+
+OFTEN = ("sum", "class weights", "masked, clamped", "sum by a count", "two terms")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.slow])
+        for name in LOSSES
+        if name != "another index ignored"  # -100 is a class that this one doesn't know
+    ],
+)
+def test_weighted_losses_of_microbatches_add_up_to_the_batchs(name: str) -> None:
+    model, loss, (ids, target) = Tagger(), LOSSES[name], batch()
+    weights, parts = weighed(model, loss, (ids, target))
+    found = sum(w * loss(model(i), t).item() for w, (i, t) in zip(weights, parts, strict=True))
+    assert found == pytest.approx(loss(model(ids), target).item(), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_any_index_may_be_the_ignored_one() -> None:
+    model, loss = Tagger(), LOSSES["another index ignored"]
+    ids, target = batch()
+    target = target.clamp(min=1)
+    weights, parts = weighed(model, loss, (ids, target))
+    found = sum(w * loss(model(i), t).item() for w, (i, t) in zip(weights, parts, strict=True))
+    assert found == pytest.approx(loss(model(ids), target).item(), rel=1e-6)
+
+
+def test_class_weights_may_be_a_buffer_of_the_model() -> None:
+    model, given = WithLoss(), batch()
+    weights, parts = weighed(model, None, given)
+    found = sum(w * model(*part).item() for w, part in zip(weights, parts, strict=True))
+    assert found == pytest.approx(model(*given).item(), rel=1e-6)
+    assert len(set(weights)) == 4
+
+
+def test_a_microbatch_without_targets_counts_nothing() -> None:
+    ids, target = batch()
+    target[3:6] = -100
+    for loss in (entropy(), entropy(weight=CLASS_WEIGHT), over_mask(0.0)):
+        weights, _ = weighed(Tagger(), loss, (ids, target))
+        assert weights[1] == 0.0
+        assert sum(weights) == pytest.approx(1.0)
+    target[:] = -100
+    assert weighed(Tagger(), entropy(), (ids, target))[0] == [0.0] * 4
+
+
+def test_terms_that_weigh_rows_differently_are_refused() -> None:
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return entropy()(output, target) + 0.01 * (output**2).mean()
+
+    with pytest.raises(BatchInvalid, match=r"step 0.*differently.*num_microbatches=1"):
+        weighed(Tagger(), loss, batch())
+    whole = torch.randint(0, 11, (10, 6)), torch.randint(0, 5, (10, 6))
+    assert weighed(Tagger(), loss, whole)[0] == [0.3, 0.3, 0.2, 0.2]
+
+
+def test_only_what_is_in_a_batch_makes_its_weights_be_computed_each_step() -> None:
+    example = tuple(tensor[:3] for tensor in batch())
+    needed = {
+        name: LossWeights(capture(Tagger(), example, loss=loss)).need_values
+        for name, loss in LOSSES.items()
+        if name in ("mean", "sum", "squares", "class weights", "masked")
+    }
+    assert needed == {
+        "mean": False, "sum": False, "squares": False, "class weights": True, "masked": True,
+    }  # fmt: skip
