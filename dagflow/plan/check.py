@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dagflow.errors import ResultsDiffer
+from dagflow.errors import BatchInvalid, ResultsDiffer
 from dagflow.graph.batch import flatten_batch, take_rows
 from dagflow.graph.capture import LossFunction
 from dagflow.graph.dag import OperatorDag, Symbol
@@ -113,9 +113,10 @@ def check_capture(
 def check_microbatches(
     dag: OperatorDag,
     model: torch.nn.Module,
+    batch: Any,
     parts: Sequence[tuple[Mapping[str, torch.Tensor], Sizes]],
     weights: Sequence[float],
-    whole: tuple[Mapping[str, torch.Tensor], Sizes],
+    loss: LossFunction | None = None,
 ) -> tuple[float, float]:
     """Compare a batch's loss with the weighted sum of its micro-batches' losses.
 
@@ -125,8 +126,10 @@ def check_microbatches(
 
     Parameters
     ----------
-    parts, whole
-        Tensors by value name, and sizes, of the micro-batches and of the batch.
+    batch
+        The whole batch, as the user's data yields it.
+    parts
+        Tensors by value name, and sizes, of the micro-batches.
     weights
         With which the micro-batches' losses will count.
 
@@ -146,21 +149,17 @@ def check_microbatches(
     with ExpectedDraws() if random else nullcontext():  # type: ignore[no-untyped-call]
         try:
             losses = [_fresh_loss(uncut, *part) for part, _ in counted]
-            batch_loss = _fresh_loss(uncut, *whole)
+            batch_loss = _batch_loss(dag, model, loss, batch, None)
         except TaskFailed as error:
             raise ResultsDiffer(f"The captured graph fails on the first batch: {error}") from error
-        added = math.fsum(w * loss for (_, w), loss in zip(counted, losses, strict=True))
-        size = max(
-            abs(batch_loss),
-            math.fsum(abs(w * x) for (_, w), x in zip(counted, losses, strict=True)),
-        )
+        added = math.fsum(w * x for (_, w), x in zip(counted, losses, strict=True))
+        sizes = [abs(w * x) for (_, w), x in zip(counted, losses, strict=True)]
+        size = max(abs(batch_loss), math.fsum(sizes))
         off = abs(batch_loss - added)
         if not off > _ROUNDING * size:
             return batch_loss, added
-        noise = max(
-            abs(_fresh_loss(Uncut(dag, _nudged(parameters, k), uncut.buffers), *whole) - batch_loss)
-            for k in range(_NUM_NUDGES)
-        )
+        nudged_losses = [_batch_loss(dag, model, loss, batch, k) for k in range(_NUM_NUDGES)]
+    noise = max(abs(other - batch_loss) for other in nudged_losses)
     if off <= _TIMES_OWN_NOISE * noise + _ROUNDING * size:
         return batch_loss, added
     raise ResultsDiffer(
@@ -171,6 +170,28 @@ def check_microbatches(
         "with num_microbatches=1, or make the loss a sum or a mean over rows or targets. "
         f"{_TURN_OFF}"
     )
+
+
+def _batch_loss(
+    dag: OperatorDag,
+    model: torch.nn.Module,
+    loss: LossFunction | None,
+    batch: Any,
+    nudge: int | None,
+) -> float:
+    """Return a whole batch's loss, by the graph or, if that takes fewer rows only, by the model."""
+    tensors, constants = flatten_batch(batch)
+    awake = _awake(_parameters(model))
+    try:
+        sizes = dict(match_batch(dag, tensors, constants, "the check"))
+    except BatchInvalid:
+        eager = Eager(model, loss, batch, awake, draws=False)
+        eager.begin(nudge=nudge)
+        return float(eager.run(list(tensors.values()), grad=False)[0]["loss", ""])
+    parameters = {**_parameters(model), **awake}
+    if nudge is not None:
+        parameters = _nudged(parameters, nudge)
+    return Uncut(dag, parameters, dict(model.named_buffers())).loss(tensors_of(tensors), sizes)
 
 
 def _fresh_loss(uncut: Uncut, tensors: Mapping[str, torch.Tensor], sizes: Sizes) -> float:
@@ -453,21 +474,28 @@ def _same_sizes(dag: OperatorDag, tensors: Mapping[str, torch.Tensor]) -> list[l
 def _resized(
     dag: OperatorDag, symbols: Sequence[Symbol], tensors: Mapping[str, torch.Tensor]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches with another value of a size: half of it, from either end, or one less."""
-    names = {symbol.name for symbol in symbols}
-    dims = {
-        spec.name.removeprefix("in."): [d for d, size in enumerate(spec.shape) if size in names]
-        for spec in dag.inputs
-    }
-    size = tensors[symbols[0].input.removeprefix("in.")].shape[symbols[0].dim]
-    for smaller, begin in ((size // 2, size - size // 2), (size // 2, 0), (size - 1, 1)):
-        if smaller < max(symbol.minimum for symbol in symbols) or smaller == size:
-            continue
+    """Yield batches with other sizes: half of them, from either end, or one less."""
+    by_name = {symbol.name: symbol for symbol in symbols}
+    for smaller, from_end in ((_half, True), (_half, False), (_one_less, True)):
         resized = dict(tensors)
-        for name, found in dims.items():
-            for dim in found:
-                resized[name] = resized[name].narrow(dim, begin, smaller).contiguous()
-        yield resized
+        for spec in dag.inputs:
+            name = spec.name.removeprefix("in.")
+            for dim, symbol in enumerate(map(by_name.get, spec.shape)):
+                if symbol is not None:
+                    size = resized[name].shape[dim]
+                    wanted = max(smaller(size), min(size, symbol.minimum))
+                    begin = size - wanted if from_end else 0
+                    resized[name] = resized[name].narrow(dim, begin, wanted).contiguous()
+        if any(resized[name].shape != tensor.shape for name, tensor in tensors.items()):
+            yield resized
+
+
+def _half(size: int) -> int:
+    return size // 2
+
+
+def _one_less(size: int) -> int:
+    return size - 1
 
 
 def _reason_to_skip(dag: OperatorDag, model: torch.nn.Module, memory_bytes: int | None) -> str:
@@ -564,7 +592,7 @@ def _equal(ours: Outcome, theirs: Outcome) -> bool:
 def _percent(error: float, size: float) -> str:
     if not math.isfinite(error) or not size:
         return "entirely"
-    return f"{error / size:.2%}" if error < 10 * size else f"{error / size:.0f} times"
+    return f"{100 * error / size:.2g} %" if error < 10 * size else f"{error / size:.0f} times"
 
 
 def _short(error: Exception) -> str:

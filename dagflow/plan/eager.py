@@ -75,7 +75,11 @@ class Eager:
         self.changed_attributes: list[str] = []
 
     def run(
-        self, tensors: Sequence[torch.Tensor], keep: Collection[str] | None = None
+        self,
+        tensors: Sequence[torch.Tensor],
+        keep: Collection[str] | None = None,
+        *,
+        grad: bool = True,
     ) -> tuple[Outcome, list[Draw]]:
         """Run the copy on a batch.
 
@@ -88,13 +92,15 @@ class Eager:
             The flattened batch's tensors, in order.
         keep
             Parameters whose gradients are wanted; None runs no backward.
+        grad : bool
+            False saves the memory that a backward would need.
 
         Returns
         -------
         outcome, draws
         """
         before = _plain_attributes(self._model)
-        with _left_alone(self._seed) as has_drawn:
+        with _left_alone(self._seed) as has_drawn, torch.set_grad_enabled(grad):
             found = self._run(tensors, keep)
             self.draws_in_python |= has_drawn()
         self.changed_attributes = _changed(before, _plain_attributes(self._model))

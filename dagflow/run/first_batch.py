@@ -143,11 +143,9 @@ class FirstBatch:
         """Compare the batch's loss with its micro-batches'; return why not, or ""."""
         if len(microbatches) == 1:
             return "there is one micro-batch only"
-        whole = whole_batch(dag, *flatten_batch(self.batch))
-        if whole is None:
-            return "the graph doesn't take the batch whole"
         sized = [(part, dict(m.sizes)) for part, m in zip(parts, microbatches, strict=True)]
-        check_microbatches(dag, self.model, sized, [m.weight for m in microbatches], whole)
+        weights = [microbatch.weight for microbatch in microbatches]
+        check_microbatches(dag, self.model, self.batch, sized, weights, self.loss)
         return ""
 
 
