@@ -25,6 +25,7 @@ from dagflow.errors import SchedulerLost, SettingsInvalid, WorkerIncompatible, W
 from dagflow.run import wire
 from dagflow.run.allocator import with_allocator
 from dagflow.run.interrupts import Interrupts
+from dagflow.run.main_guard import refuse_unguarded_main
 from dagflow.run.watch import LONG_SILENCE_SECONDS
 from dagflow.run.workers import StageScheduler, StageWorker, WorkerFacts, describe, prepare_process
 from dagflow_storage import Store
@@ -118,6 +119,7 @@ def _embedded(settings: ClusterSettings, store: Store) -> Iterator[Client]:
     threads = settings.num_torch_threads or max(1, cores // num_workers)
     processes = not store.is_process_local
     if processes:
+        refuse_unguarded_main()
         environment = {
             **dask.config.get("distributed.nanny.pre-spawn-environ"),
             "OMP_NUM_THREADS": threads,

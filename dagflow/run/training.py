@@ -43,6 +43,7 @@ from dagflow.run.first_batch import FirstBatch, described
 from dagflow.run.generators import doubts
 from dagflow.run.graph import Priorities, StepGraph
 from dagflow.run.ledger import Ledger
+from dagflow.run.main_guard import refuse_unguarded_main
 from dagflow.run.membership import Membership
 from dagflow.run.runs import foreign
 from dagflow.run.seen import SeenBatches, fingerprint
@@ -235,6 +236,8 @@ def train(
         seed=seed,
     )
     url = str(store) if store is not None else _new_folder(model)
+    if client is None and not Store(url).is_process_local:
+        refuse_unguarded_main()
     Store(url).probe()
     where = Store(url, retry=_PATIENT)
     first = data.rows(0, 0, data.batch_size) if stream is None else stream.peek()
