@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from dagflow.errors import BatchInvalid, ResultsDiffer
-from dagflow.graph.batch import flatten_batch, take_rows
-from dagflow.graph.capture import LossFunction
+from dagflow.graph.batch import flatten_batch, take_rows, without_columns
 from dagflow.graph.dag import OperatorDag, Symbol
+from dagflow.graph.loss import LossFunction
 from dagflow.graph.signature import match_batch
 from dagflow.plan.analysis import DagAnalysis
 from dagflow.plan.draws import Draw, ExpectedDraws, RepeatDraws, has_draws
@@ -180,6 +180,7 @@ def _batch_loss(
     nudge: int | None,
 ) -> float:
     """Return a whole batch's loss, by the graph or, if that takes fewer rows only, by the model."""
+    batch = without_columns(batch, dag.dropped_columns)
     tensors, constants = flatten_batch(batch)
     awake = _awake(_parameters(model))
     try:
@@ -238,6 +239,8 @@ class _Check:
         loss: LossFunction | None,
     ) -> None:
         self.dag = dag
+        batch = without_columns(batch, dag.dropped_columns)
+        following = without_columns(following, dag.dropped_columns)
         self.tensors, self.constants = flatten_batch(batch)
         self.following = self.tensors if following is None else flatten_batch(following)[0]
         awake = _awake(_parameters(model))

@@ -127,7 +127,7 @@ class Eager:
             loss = self._module(*(tensor.detach().clone() for tensor in tensors))
         found: Outcome = {("loss", ""): loss.detach().clone()}
         if keep is not None and loss.requires_grad:
-            hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in others]
+            hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in others]  # type: ignore[no-untyped-call]
             loss.backward()
             for hook in hooks:
                 hook.remove()

@@ -23,8 +23,9 @@ from dagflow.graph.dag import OperatorDag, buffer_value
 from dagflow.graph.flops import is_view
 from dagflow.plan.analysis import DagAnalysis
 from dagflow_tasks.interpreter import Executable, RandomAddress
-from dagflow_tasks.operators import Node, dtype_of, evaluate_size, schema_of
+from dagflow_tasks.operators import Node, dtype_of, schema_of
 from dagflow_tasks.program import BufferUse, StageInput, StageOutput, StageProgram, ValueSpec
+from dagflow_tasks.sizes import evaluate_size
 
 Tensors = Mapping[str, torch.Tensor]
 Sizes = Mapping[str, int]

@@ -12,8 +12,9 @@ import torch
 
 from dagflow.errors import SettingsInvalid
 from dagflow.graph.batch import flatten_batch, rebuilder, take_rows
-from dagflow.graph.capture import LossFunction, capture
+from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
+from dagflow.graph.loss import LossFunction
 from dagflow.plan.analysis import DagAnalysis
 from dagflow.plan.check import CheckReport, check_capture, check_microbatches
 from dagflow.plan.loss_weight import LossWeights

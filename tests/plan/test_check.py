@@ -93,7 +93,17 @@ class Unseen(nn.Module):
         return output
 
 
-@pytest.mark.parametrize("kind", [Three, Dropping, Checkpointed, Chaotic, Unseen])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Dropping,
+        Unseen,
+        *(pytest.param(kind, marks=SLOW) for kind in (Three, Checkpointed, Chaotic)),
+    ],
+)
 def test_a_model_and_its_graph_are_the_same_to_the_bit(kind: type[nn.Module]) -> None:
     _, report = check(kind())
     assert (report.skipped, report.exact, report.fixed) == ("", True, ())
@@ -101,7 +111,7 @@ def test_a_model_and_its_graph_are_the_same_to_the_bit(kind: type[nn.Module]) ->
     assert report.one_row is (kind is not Unseen)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_language_models_are_checked_with_their_dropout(name: str) -> None:
     example, dag = build(name), captured(name)
@@ -161,6 +171,7 @@ def test_a_gradient_that_should_not_be_is_found() -> None:
         check(Stopped(), replace(dag, nodes=nodes))
 
 
+@SLOW
 def test_other_dropout_is_found() -> None:
     dag = capture(Dropping(), batch(), loss=cross_entropy)
     wrong = with_node(dag, "aten.dropout", lambda n: replace(n, args=(n.args[0], 0.31, True)))
@@ -192,9 +203,7 @@ def test_what_only_python_remembers_is_found_in_the_second_forward() -> None:
             self.count += 1
             return super().inside(hidden) * self.count
 
-    model = Counting()
-    dag = capture(model, batch(), loss=cross_entropy)
-    model.count = 0
+    model, dag = Counting(), capture(Three(), batch(), loss=cross_entropy)
     with pytest.raises(ResultsDiffer, match=r"second micro-batch.*only Python knows \('count'\)"):
         check(model, dag)
     assert model.count == 0
@@ -206,7 +215,7 @@ def test_pythons_random_numbers_are_found() -> None:
             return super().inside(hidden) if random.random() < 0.5 else hidden
 
     with pytest.raises(ResultsDiffer, match="Python's random or NumPy"):
-        check(Skipping(), capture(Skipping(), batch(), loss=cross_entropy))
+        check(Skipping(), capture(Three(), batch(), loss=cross_entropy))
 
 
 def test_a_graph_that_is_right_for_one_length_only_refuses_others() -> None:
@@ -265,7 +274,10 @@ def triplets(output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return torch.relu(1 + torch.cdist(output, output)).max()
 
 
-@pytest.mark.parametrize("loss", [contrastive, correlations, triplets])
+@pytest.mark.parametrize(
+    "loss",
+    [contrastive, pytest.param(correlations, marks=SLOW), pytest.param(triplets, marks=SLOW)],
+)
 def test_losses_over_the_whole_batch_are_refused_with_both_numbers(
     loss: Callable[..., torch.Tensor],
 ) -> None:
