@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 
 from dagflow.graph.dag import OperatorDag
@@ -10,6 +11,12 @@ from dagflow_tasks.operators import Node, dtype_of, has_gradients, mutated_argum
 # Roughly one volunteer's CPU core; only ratios between operators matter.
 NOMINAL_FLOPS_PER_SECOND = 50e9
 NOMINAL_MEMORY_BYTES_PER_SECOND = 10e9
+
+# Operators whose results have no gradient in torch, whatever they are made from. A value that
+# claimed one in the next stage would have other kernels run there: attention's, for a mask.
+_WITHOUT_GRADIENT = re.compile(
+    r"aten\.(detach\w*|\w+_like|new_\w+|histc|special_(airy_ai|\w*bessel\w*|\w+_polynomial_\w+))\."
+)
 
 
 class DagAnalysis:
@@ -86,7 +93,7 @@ class DagAnalysis:
                 return found
 
     def _carries_gradients(self, node: Node, found: set[str]) -> bool:
-        if node.op.startswith("aten.detach") or not self._has_gradients(node):
+        if _WITHOUT_GRADIENT.match(node.op) or not self._has_gradients(node):
             return False
         if not node.grad:
             # What is written in place under no_grad, a parameter above all, is still itself.

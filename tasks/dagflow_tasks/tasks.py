@@ -378,9 +378,7 @@ def _leaves(executable: Executable, state: StageState, tied: Tensors) -> dict[st
     dtype = executable.autocast_dtype
     leaves = {}
     # The program may write these, and a task may run again: all uses see one copy.
-    copies = {
-        name: state.parameters[name].detach().clone() for name in executable.written_parameters
-    }
+    copies = {name: copied(state.parameters[name]) for name in executable.written_parameters}
     for use in executable.program.parameters:
         if use.parameter in state.parameters:
             cast = (
@@ -401,7 +399,7 @@ def _buffers(
     executable: Executable, state: StageState, latest: Tensors
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
     """Return buffers by value, and copies of the mutated ones, which the program may write."""
-    written = {name: latest[name].clone() for name in executable.program.mutated_buffers}
+    written = {name: copied(latest[name]) for name in executable.program.mutated_buffers}
     values = {
         use.value: written[use.buffer] if use.mutated else state.buffers[use.buffer]
         for use in executable.program.buffers
