@@ -35,10 +35,11 @@ from dagflow.graph.effects import (
 from dagflow.graph.loss import LossFunction, LossModule, check_loss
 from dagflow.graph.trace import OWN_FILES, Trace, explain, follow
 from dagflow.graph.translate import translate
+from dagflow.graph.whole_sequences import whole_sequences
 from dagflow_tasks.program import ValueSpec
 
 # torch.export changes the model and torch itself while it traces: one trace at a time in a process.
-_TRACING = threading.RLock()
+TRACING = threading.RLock()
 
 
 def capture(
@@ -99,7 +100,8 @@ def capture(
     tensors, constants = flatten_batch(batch)
     wrapper = LossModule(model, loss, rebuilder(batch))
     dims = {name: _dynamic_dims(name, tensor, dynamic) for name, tensor in tensors.items()}
-    exported, trace = export_module(wrapper, model, tensors, dims)
+    with TRACING, whole_sequences(model):
+        exported, trace = export_module(wrapper, model, tensors, dims)
     for text in _warnings(trace, model):
         warnings.warn(text, stacklevel=2)
     inputs = [
@@ -158,11 +160,11 @@ def export_module(
     ------
     BatchInvalid, CaptureFailed
     """
-    with _TRACING, _left_as_it_was(model) as states:
+    with TRACING, _left_as_it_was(model) as states:
         exported, trace = _export(wrapper, model, tensors, dims)
         drawn = states.changed()
     if trace.changes or drawn:
-        with _TRACING, _left_as_it_was(model):
+        with TRACING, _left_as_it_was(model):
             _examine(wrapper, model, tensors, dims, (exported, trace))
     return exported, trace
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from dagflow.errors import CaptureFailed
 from dagflow.graph.attention_capture import MaskRead, captured_attention, own_attention
 from dagflow.graph.attention_patterns import capture_patterns
-from dagflow.graph.capture import export_module
+from dagflow.graph.capture import TRACING, export_module
 from dagflow.graph.dag import OperatorDag, buffer_value, input_value
 from dagflow.graph.recurrent import recurrent_layers
 from dagflow.graph.tokenwise import check_tokenwise, take_positions
@@ -94,7 +94,7 @@ def _trace(model: torch.nn.Module, attention: AbstractContextManager[None]) -> O
     row = torch.arange(_EXAMPLE_TOKENS)[None]
     tensors = {TOKENS: row, POSITIONS: row.clone(), ROWS: torch.tensor([1, 3, 4])}
     dims = {TOKENS: (1,), POSITIONS: (1,), ROWS: (0,)}
-    with attention, recurrent_layers(model):
+    with TRACING, attention, recurrent_layers(model):
         exported, _ = export_module(_LogitsModule(model), model, tensors, dims)
     inputs = [ValueSpec(input_value(name), "int64", tuple(t.shape)) for name, t in tensors.items()]
     return translate(exported, model, inputs, {}, scalar=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -38,9 +38,14 @@ _PACKED = frozenset({"cu_seqlens", "seq_idx"})
 def recurrent_layers(model: torch.nn.Module) -> Iterator[None]:
     """Have a model's recurrent layers captured whole while it is traced."""
     states = States()
+    functions = {name: partial(ours, states) for name, ours in FUNCTIONS.items()}
+    methods = {name: partial(ours, states) for name, ours in METHODS.items()}
     with ExitStack() as stack:
-        for owner, name, theirs, ours in _replaced(model):
-            stack.enter_context(patch.object(owner, name, _checked(theirs, partial(ours, states))))
+        for owner, name, ours in [
+            *replaced_functions(model, functions),
+            *_replaced_methods(model, methods),
+        ]:
+            stack.enter_context(patch.object(owner, name, ours))
         for shift in _token_shifts(model):
             stack.enter_context(patch.object(shift, "forward", states.previous))
         handle = model.register_forward_pre_hook(states.begin)
@@ -48,21 +53,30 @@ def recurrent_layers(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def _replaced(
-    model: torch.nn.Module,
-) -> Iterator[tuple[Any, str, Callable[..., Any], Callable[..., Any]]]:
-    """Yield what the model may call: whose attribute it is, its name, itself, and ours for it."""
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
-    own = [kind for kind in kinds if kind.__module__.startswith("transformers.models.")]
-    for code in {kind.__module__ for kind in own}:
-        for name, ours in FUNCTIONS.items():
+def replaced_functions(
+    model: torch.nn.Module, functions: Mapping[str, Callable[..., Any]]
+) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """Yield functions of transformers that a model may call: their module, their name, and ours."""
+    for code in {kind.__module__ for kind in _kinds(model)}:
+        for name, ours in functions.items():
             theirs = getattr(sys.modules[code], name, None)
             if theirs is not None:
-                yield sys.modules[code], name, theirs, ours
-    for kind in own:
-        for (of, name), ours in METHODS.items():
+                yield sys.modules[code], name, _checked(theirs, ours)
+
+
+def _replaced_methods(
+    model: torch.nn.Module, methods: Mapping[tuple[str, str], Callable[..., Any]]
+) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    for kind in _kinds(model):
+        for (of, name), ours in methods.items():
             if kind.__name__ == of:
-                yield kind, name, getattr(kind, name), ours
+                yield kind, name, _checked(getattr(kind, name), ours)
+
+
+def _kinds(model: torch.nn.Module) -> set[type]:
+    """Return the classes of transformers' models that a model is made of."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    return {kind for kind in kinds if kind.__module__.startswith("transformers.models.")}
 
 
 def _token_shifts(model: torch.nn.Module) -> list[torch.nn.Module]:

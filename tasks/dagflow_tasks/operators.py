@@ -22,6 +22,16 @@ from dagflow_tasks.onednn import LINEAR_PACKED, linear_packed
 from dagflow_tasks.quantised import LINEAR_INT4, LINEAR_INT8, linear_int4, linear_int8
 from dagflow_tasks.recurrence import RUNNING_MAX, SCAN, WINDOW, running_max, scan, window
 from dagflow_tasks.sizes import evaluate_size
+from dagflow_tasks.whole_sequences import (
+    DELTA_RULE,
+    KIMI_DELTA,
+    SELECTIVE_SCAN,
+    STATE_SPACE,
+    delta_rule_chunks,
+    kimi_delta_chunks,
+    selective_scan,
+    state_space_chunks,
+)
 
 Argument = Any
 """JSON: None, bool, int, float, str, a list, or a one-key mapping (`ref`, `size`, `dtype`, ...)."""
@@ -282,6 +292,10 @@ _EXTENSIONS: dict[str, Callable[..., Any]] = {
     WINDOW: window,
     SCAN: scan,
     RUNNING_MAX: running_max,
+    SELECTIVE_SCAN: selective_scan,
+    STATE_SPACE: state_space_chunks,
+    DELTA_RULE: delta_rule_chunks,
+    KIMI_DELTA: kimi_delta_chunks,
     LINEAR_INT8: linear_int8,
     LINEAR_INT4: linear_int4,
     LINEAR_PACKED: linear_packed,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import transformers as hf
-from recurrent_families import RECURRENT
 from zoo import SIZES, build
+from zoo.recurrent import RECURRENT
 
 import dagflow
 

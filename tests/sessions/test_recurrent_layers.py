@@ -9,8 +9,8 @@ import pytest
 import torch
 from distributed import Client
 from families import beam_search, greedy, logits_of, stored
-from recurrent_families import RECURRENT
 from test_decoder_stage import _captured, _feed, _part, _stages
+from zoo.recurrent import RECURRENT
 
 import dagflow
 from dagflow.errors import CaptureFailed
@@ -20,7 +20,7 @@ from dagflow.sessions.memory import StageNeeds
 from dagflow_tasks.decoding import ALL, LAST, NOTHING, Part, join, split_logits
 from dagflow_tasks.states import REACH_TOKENS
 
-QUICK = ("mamba", "qwen3_next", "recurrent_gemma", "rwkv")
+QUICK = ("mamba", "qwen3_next", "rwkv")
 SOME = [
     family if family in QUICK else pytest.param(family, marks=pytest.mark.slow)
     for family in RECURRENT

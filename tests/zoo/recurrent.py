@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import transformers as hf
@@ -206,10 +207,12 @@ _SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def _builder(model: str, config: str, settings: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: getattr(hf, model)(getattr(hf, config)(**settings))
+def recurrent_model(family: str, **changes: Any) -> Any:
+    """Return a model of a family, with other settings if wanted."""
+    model, config, settings = _SETTINGS[family]
+    return getattr(hf, model)(getattr(hf, config)(**{**settings, **changes}))
 
 
 RECURRENT: dict[str, Callable[[], Any]] = {
-    family: _builder(*settings) for family, settings in _SETTINGS.items()
+    family: partial(recurrent_model, family) for family in _SETTINGS
 }

@@ -1,0 +1,198 @@
+"""Captures what recurrent layers compute over whole sequences as one operator each, for training.
+
+transformers' reference functions are loops over tokens or chunks. A trace unrolls them: it takes minutes,
+and fixes the sequence's length. See `dagflow_tasks.whole_sequences`.
+"""
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from dagflow.graph.recurrent import replaced_functions
+from dagflow_tasks import whole_sequences as computing
+
+
+@contextmanager
+def whole_sequences(model: torch.nn.Module) -> Iterator[None]:
+    """Have a model's recurrent functions captured whole while it is traced for training."""
+    with ExitStack() as stack:
+        for owner, name, ours in replaced_functions(model, _FUNCTIONS):
+            stack.enter_context(patch.object(owner, name, ours))
+        yield
+
+
+@torch.library.custom_op("dagflow::selective_scan", mutates_args=())
+def _selective_scan(
+    inputs: torch.Tensor,
+    step: torch.Tensor,
+    rates: torch.Tensor,
+    key: torch.Tensor,
+    query: torch.Tensor,
+    skip: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    step_bias: torch.Tensor | None,
+    softplus: bool,
+) -> torch.Tensor:
+    return computing.selective_scan(
+        inputs, step, rates, key, query, skip, gate, step_bias, softplus
+    )
+
+
+@_selective_scan.register_fake
+def _(
+    inputs: torch.Tensor,
+    step: torch.Tensor,
+    rates: torch.Tensor,
+    key: torch.Tensor,
+    query: torch.Tensor,
+    skip: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    *_: Any,
+) -> torch.Tensor:
+    dtype = inputs.dtype
+    for other in (skip, gate):
+        dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
+    return inputs.new_empty(inputs.shape, dtype=dtype)
+
+
+@torch.library.custom_op("dagflow::state_space_chunks", mutates_args=())
+def _state_space_chunks(
+    inputs: torch.Tensor,
+    step: torch.Tensor,
+    rates: torch.Tensor,
+    key: torch.Tensor,
+    query: torch.Tensor,
+    chunk: int,
+    skip: torch.Tensor | None,
+    step_bias: torch.Tensor | None,
+    softplus: bool,
+    least_step: float,
+    most_step: float,
+) -> torch.Tensor:
+    return computing.state_space_chunks(
+        inputs, step, rates, key, query, chunk, skip, step_bias, softplus, least_step, most_step
+    )
+
+
+@_state_space_chunks.register_fake
+def _(inputs: torch.Tensor, *_: Any) -> torch.Tensor:
+    return inputs.new_empty(inputs.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("dagflow::delta_rule_chunks", mutates_args=())
+def _delta_rule_chunks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    chunk: int,
+    normalised: bool,
+) -> torch.Tensor:
+    return computing.delta_rule_chunks(query, key, value, log_decay, beta, chunk, normalised)
+
+
+@torch.library.custom_op("dagflow::kimi_delta_chunks", mutates_args=())
+def _kimi_delta_chunks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    chunk: int,
+    normalised: bool,
+) -> torch.Tensor:
+    return computing.kimi_delta_chunks(query, key, value, log_decay, beta, chunk, normalised)
+
+
+@_delta_rule_chunks.register_fake
+@_kimi_delta_chunks.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return value.new_empty(value.shape, dtype=query.dtype)
+
+
+def _mamba(
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Any:
+    found = _selective_scan(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus)
+    return (found, _no_state(hidden_states, A)) if return_last_state else found
+
+
+def _mamba2(
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    chunk_size: int,
+    D: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+) -> Any:
+    least, most = map(float, dt_limit)
+    found = _state_space_chunks(
+        hidden_states, dt, A, B, C, chunk_size, D, dt_bias, dt_softplus, least, most
+    )
+    return (found, _no_state(hidden_states[:, 0], B[0, 0, 0])) if return_final_states else found
+
+
+def _gated_delta(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    chunk_size: int = 64,
+    use_qk_l2norm_in_kernel: bool = False,
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    found = _delta_rule_chunks(query, key, value, g, beta, chunk_size, use_qk_l2norm_in_kernel)
+    return found, _no_state(value[:, 0], key[0, 0, 0]) if output_final_state else None
+
+
+def _kimi_delta(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    chunk_size: int = 64,
+    use_qk_l2norm_in_kernel: bool = False,
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    found = _kimi_delta_chunks(query, key, value, g, beta, chunk_size, use_qk_l2norm_in_kernel)
+    return found, _no_state(value[:, 0], key[0, 0, 0]) if output_final_state else None
+
+
+def _no_state(values: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Stand for the state after the last token, which a cache gets and nobody reads in training.
+
+    Whoever did would get NaN.
+    """
+    return values.new_full((*values.shape[:2], *keys.shape[-1:], *values.shape[2:]), torch.nan)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "mamba_selective_scan": _mamba,
+    "mamba2_chunk_scan": _mamba2,
+    "torch_chunk_gated_delta_rule": _gated_delta,
+    "chunk_kimi_delta_attention": _kimi_delta,
+}
+"""By the names that they have in transformers' modeling modules."""
