@@ -245,11 +245,7 @@ def _evaluated(model: torch.nn.Module) -> Iterator[None]:
 def _eager_logits(model: Any, tokens: torch.Tensor, num_prefill: int) -> tuple[_Logits, float]:
     """Return a model's own logits, and how much rounding there is in them."""
     try:
-        # Positions as generate gives them: RoBERTa would count its own from another number.
-        known = inspect.signature(model.forward).parameters
-        row = torch.arange(len(tokens))[None]
-        positions = {"position_ids": row} if "position_ids" in known else {}
-        whole = model(input_ids=tokens[None], use_cache=False, **positions).logits[0].float()
+        whole = model(**_whole_text(model, tokens)).logits[0].float()
     except Exception as error:
         raise CaptureFailed(
             f"{type(model).__name__} can't be compared with what was captured of it, because it doesn't "
@@ -264,6 +260,16 @@ def _eager_logits(model: Any, tokens: torch.Tensor, num_prefill: int) -> tuple[_
         return _Logits(whole[:num_prefill], whole[num_prefill:]), 0.0
     noise = float(_difference(steps, whole[num_prefill - 1 :]).max())
     return _Logits(whole[:num_prefill], steps[1:]), noise
+
+
+def _whole_text(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
+    """Return what a model is given of a whole text (T,): positions, too, as `generate` gives them.
+
+    RoBERTa and its like count from another number by themselves than `generate` has them.
+    """
+    options = {"position_ids": torch.arange(len(tokens))[None], "use_cache": False}
+    taken = inspect.signature(model.forward).parameters
+    return {"input_ids": tokens[None], **{n: v for n, v in options.items() if n in taken}}
 
 
 def _generated(model: Any, tokens: torch.Tensor, num_prefill: int) -> torch.Tensor:

@@ -181,3 +181,17 @@ class _Failing(hf.LlamaForCausalLM):
 def test_a_model_that_fails_by_itself_is_named() -> None:
     with pytest.raises(CaptureFailed, match=r"_Failing can't be compared.*only on a GPU"):
         _eager_logits(_llama(_Failing), torch.arange(28), 24)
+
+
+class _Scaled(hf.LlamaForCausalLM):
+    """Makes a number where its weights are, as Falcon and Gemma 3n do."""
+
+    def forward(self, *given: Any, **options: Any) -> Any:
+        found = super().forward(*given, **options)
+        found.logits = found.logits * torch.tensor(0.5, device=self.lm_head.weight.device)
+        return found
+
+
+def test_tensors_that_are_made_where_the_weights_are_have_values(tmp_path: Path) -> None:
+    loaded = dagflow.load(_llama(_Scaled), store=tmp_path)
+    assert loaded.description["check"]["largest_difference"] < 1e-5
