@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -31,6 +32,8 @@ def main() -> None:
     known = _known(options.json) if options.resume else {}
     cases = _chosen(options)
     left = [case for case in cases if (case.group, case.name) not in known]
+    # An exit ends the processes that were forked, which a signal wouldn't.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     warm_up()
