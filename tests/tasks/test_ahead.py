@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from inline import InlineRun, assert_same_bits, run_inline
-from test_replay import neighbours
 from zoo import Example, build, captured
 
 from dagflow.run.graph import Standing
@@ -156,7 +155,7 @@ class Interrupted:
         if lost is not None:
             known[lost] = StageProgress(lost, 1)
             lost_ref = run.refs[lost]
-            restore(lost_ref, 1, run.records, neighbours(run, lost), (1, 1))
+            restore(lost_ref, 1, run.records, run.neighbours(lost), (1, 1))
         run.graph = run.graph.again(uuid.uuid4().hex[:8])
         self.execute(run.graph.step(replace(self.inputs, standing=Standing(known))))
         run.finished(self.inputs)
