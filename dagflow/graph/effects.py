@@ -12,6 +12,7 @@ import linecache
 import pickle
 import random
 import sys
+import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -51,12 +52,19 @@ class Snapshot:
 
     `changes` tells what is different now, `restore` puts everything back, in place: whoever holds
     one of the model's lists holds it still.
+
+    Parameters
+    ----------
+    values : bool
+        Whether to keep what plain tensors hold; not while a trace would see it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, values: bool = True) -> None:
+        self._values = values
         self._by_path = dict(model.named_modules())
         self._attributes: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
         self._contents: dict[int, tuple[Any, Any]] = {}
+        self._tensors: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
         self._owner: dict[int, Change] = {}
         for path, module in self._by_path.items():
             own = module.__dict__
@@ -66,6 +74,10 @@ class Snapshot:
                     self._keep(value, Change(path, name), 0)
 
     def _keep(self, value: Any, owner: Change, depth: int) -> None:
+        is_plain = self._values and type(value) is torch.Tensor
+        if is_plain and owner.attribute not in _TABLES:
+            # Neither parameter nor buffer, which a trace replaces: it writes into this one.
+            self._tensors[id(value)] = (value, value._version, value.detach().clone())
         contents = _contents(value)
         if contents is None or id(value) in self._contents or depth > _DEEPEST:
             return
@@ -80,14 +92,15 @@ class Snapshot:
         for path, own, before in self._attributes:
             now, then = _without_own(own), _without_own(before)
             found += [Change(path, name) for name in _differing(now, then)]
+        tables = []
         for key, (value, before) in self._contents.items():
             owner = self._owner[key]
             if owner.attribute in _TABLES and value is self._table(owner):
-                names = _differing(value, before)
-                found += [Change(owner.module, name) for name in names]
+                tables += [Change(owner.module, name) for name in _differing(value, before)]
             elif not _same(_contents(value), before):
                 found.append(owner)
-        return [change for change in dict.fromkeys(found) if not self._is_torchs(change)]
+        own_changes = [change for change in found if not self._is_torchs(change)]
+        return list(dict.fromkeys([*own_changes, *tables]))
 
     def _is_torchs(self, change: Change) -> bool:
         """Tell whether torch itself keeps an attribute: recurrent layers list their weights."""
@@ -125,7 +138,10 @@ class Snapshot:
         return next(own[owner.attribute] for p, own, _ in self._attributes if p == owner.module)
 
     def restore(self) -> None:
-        """Put all attributes and contents back."""
+        """Put all attributes, contents and plain tensors' values back."""
+        for tensor, version, kept in self._tensors.values():
+            if tensor._version != version:
+                tensor.detach().copy_(kept)
         for _, own, before in self._attributes:
             if own.keys() != before.keys() or any(own[name] is not before[name] for name in before):
                 own.clear()
@@ -281,8 +297,8 @@ def _watching(plain: type[nn.Module], path: str, names: set[str], uses: Uses) ->
         frame = sys._getframe(2)
         if not frame.f_code.co_filename.startswith(_TORCH_FOLDER):
             line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            if kind == "read" and _is_update(frame.f_code.co_filename, frame.f_lineno, name):
-                kind = "update"
+            if kind == "read":
+                kind = _kind(frame.f_code.co_filename, frame.f_lineno, name)
             uses.of.setdefault(Change(path, name), []).append((kind, line))
 
     class Watching(plain):  # type: ignore[misc,valid-type]
@@ -310,8 +326,11 @@ def _statements(file: str) -> list[ast.stmt]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
 
 
-def _is_update(file: str, line: int, name: str) -> bool:
-    """Tell whether a line reads an attribute only to change it: ``self.n += 1``."""
+def _kind(file: str, line: int, name: str) -> str:
+    """Tell what a line that names an attribute does: it may read it only to change it.
+
+    ``self.n += 1`` is an update, ``self.losses.clear()`` a write.
+    """
     around = [
         s
         for s in _statements(file)
@@ -319,7 +338,9 @@ def _is_update(file: str, line: int, name: str) -> bool:
     ]
     lengths = [(s.end_lineno or s.lineno) - s.lineno for s in around]
     innermost = [s for s, n in zip(around, lengths, strict=True) if n == min(lengths)]
-    return bool(innermost) and all(_updates(statement, name) for statement in innermost)
+    if not innermost or not all(_updates(statement, name) for statement in innermost):
+        return "read"
+    return "write" if all(".clear()" in ast.unparse(s) for s in innermost) else "update"
 
 
 def _updates(statement: ast.stmt, name: str) -> bool:
@@ -343,11 +364,13 @@ def _names(tree: ast.AST, name: str) -> bool:
 
 
 @contextmanager
-def watch_generators() -> Iterator[list[str]]:
+def watch_generators(largest: bool) -> Iterator[list[str]]:
     """Note the lines of this thread's code that draw from Python's or NumPy's generators.
 
-    Python's are seen by the interpreter's profiling hook, under whatever name the model's code knows
-    them, which makes a trace slower; NumPy's functions by wrapping them.
+    What is drawn between 0 and 1 is as small or as large as can be, so that whoever decides by it,
+    to skip a layer with some probability, decides otherwise. Python's are seen by the interpreter's
+    profiling hook, under whatever name the model's code knows them, which makes a trace slower;
+    NumPy's functions by wrapping them.
     """
     found: list[str] = []
 
@@ -364,12 +387,23 @@ def watch_generators() -> Iterator[list[str]]:
     def noting(function: Callable[..., Any]) -> Callable[..., Any]:
         def drawn(*args: Any, **kwargs: Any) -> Any:
             note(sys._getframe(1))
-            return function(*args, **kwargs)
+            found = function(*args, **kwargs)
+            return found * 0 + extreme if function.__name__ in _BETWEEN_0_AND_1 else found
 
         return drawn
 
+    extreme = 1 - 2**-53 if largest else 0.0
+    thread = threading.get_ident()
+    python = random._inst.random  # type: ignore[attr-defined]
+
+    def drawn_here() -> float:
+        plain: float = python()
+        return extreme if threading.get_ident() == thread else plain
+
     before = sys.getprofile()
     with ExitStack() as stack:
+        for owner in (random, random._inst):  # type: ignore[attr-defined]
+            stack.enter_context(patch.object(owner, "random", drawn_here))
         for name, function in vars(np.random).items():
             if isinstance(getattr(function, "__self__", None), np.random.RandomState):
                 stack.enter_context(patch.object(np.random, name, noting(function)))
@@ -380,7 +414,8 @@ def watch_generators() -> Iterator[list[str]]:
             sys.setprofile(before)
 
 
-_LIBRARIES = (str(Path(random.__file__)), str(Path(np.__file__).parent), _TORCH_FOLDER)
+_BETWEEN_0_AND_1 = ("rand", "random", "random_sample", "sample", "ranf")
+_LIBRARIES = (__file__, str(Path(random.__file__)), str(Path(np.__file__).parent), _TORCH_FOLDER)
 
 
 def gradient_hooks(model: nn.Module) -> list[str]:

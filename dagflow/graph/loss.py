@@ -22,8 +22,8 @@ class LossModule(torch.nn.Module):
     ----------
     loss : callable, optional
         ``loss(output, target)``: a function, a module, a bound method. What tensors it holds are
-        constants of the graph. Without it the model returns a scalar, a mapping or an object with
-        ``loss``, or a tuple that begins with it.
+        constants of the graph. It returns, as the model does without it, a scalar, a mapping or an
+        object with ``loss``, or a tuple that begins with it.
     rebuild : callable
         Makes a batch of its tensors.
     """
@@ -46,7 +46,9 @@ class LossModule(torch.nn.Module):
         (loss,) = self._loss
         if loss is not None:
             batch, target = split_target(batch)
-            return _scalar(loss(call_model(self.model, batch), target), "loss(output, target)")
+            found = loss(call_model(self.model, batch), target)
+            value = _loss_of(found)
+            return _scalar(found if value is None else value, "loss(output, target)")
         output = call_model(self.model, batch)
         value = _loss_of(output)
         if value is None:

@@ -20,15 +20,15 @@ from torch.overrides import TorchFunctionMode
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.effects import Change, Snapshot
-from dagflow.graph.rnn import stand_in
 from dagflow.graph.sizes import Decision, symbolic_mathematics, watch_decisions
+from dagflow.graph.whole import stand_in
 from dagflow.graph.writes import written_in_place
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _LIBRARIES = (sysconfig.get_path("stdlib"), _TORCH_FOLDER)
 OWN_FILES = frozenset(
     str(Path(__file__).with_name(f"{name}.py"))
-    for name in ("batch", "capture", "effects", "loss", "rnn", "sizes", "trace", "writes")
+    for name in ("batch", "capture", "effects", "loss", "sizes", "trace", "whole", "writes")
 )
 
 
@@ -83,7 +83,8 @@ class _Follower(TorchFunctionMode):
     def __init__(self, trace: Trace) -> None:
         super().__init__()
         self.trace = trace
-        self._recorded_grad = True
+        self._recorded_grad = torch.is_grad_enabled()
+        self._seed = torch.initial_seed()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -100,24 +101,77 @@ class _Follower(TorchFunctionMode):
                 with torch._C.DisableTorchFunction():
                     return func(*args)
             self._recorded_grad = bool(args[0])
-        elif self._recorded_grad is False and torch.is_grad_enabled():
-            self._recorded_grad = True
-            torch._C._set_grad_enabled(True)
+        elif applied is None and self._recorded_grad != torch.is_grad_enabled():
+            # Switched by what nobody records: a function's `apply`, inference mode.
+            self._recorded_grad = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(self._recorded_grad)
+        self._check_seed()
         return self._called(func, args, kwargs or {})
 
+    def _check_seed(self) -> None:
+        if torch.initial_seed() != self._seed:
+            raise self._refused(
+                "seeds torch's random numbers",
+                "a graph draws by the run's own seed, other numbers in every step",
+                "seed outside of forward, or keep what must be the same in a buffer",
+            )
+
+    def _refused(self, what: str, why: str, advice: str) -> CaptureFailed:
+        return CaptureFailed(
+            f"Module {self.trace.module!r} {what} ({line_of_model()}); {why}. What to do: {advice}."
+        )
+
     def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self.trace.operator in ("register_hook", "register_post_accumulate_grad_hook"):
+        name = self.trace.operator
+        if name in _REFUSED and getattr(func, "__module__", None) in (None, *_REFUSED[name][0]):
+            raise self._refused(*_REFUSED[name][1:])
+        if any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
+            raise self._refused(
+                f"draws with a generator of its own in {name}",
+                "workers draw by the run's seed, step and operator, so that a task can run again",
+                "leave generator= out",
+            )
+        if name in ("register_hook", "register_post_accumulate_grad_hook"):
             self.trace.hooks.append((self.trace.module, line_of_model()))
         if getattr(func, "__self__", None) is torch.Tensor.data:
-            if self.trace.operator == "__set__":
-                raise CaptureFailed(
-                    f"Module {self.trace.module!r} replaces a tensor's .data ({line_of_model()}), "
-                    "which a graph can't hold. What to do: write into it under torch.no_grad(), "
-                    "with copy_()."
+            if name == "__set__":
+                raise self._refused(
+                    "replaces a tensor's .data",
+                    "a graph can't hold that",
+                    "write into it under torch.no_grad(), with copy_()",
                 )
             return args[0].detach()
-        return (stand_in(self.trace.operator, args) or func)(*args, **kwargs)
+        return (stand_in(func, name) or func)(*args, **kwargs)
 
+
+_INSIDE = "a graph is the forward alone, and its gradient is what workers make of it"
+# By name: modules of the functions, what they do, why a graph can't hold it, what to do.
+_REFUSED: Mapping[str, tuple[tuple[str, ...], str, str, str]] = {
+    "grad": (
+        ("torch.autograd",),
+        "computes a gradient inside of forward (torch.autograd.grad, torch.func.grad, vjp)",
+        _INSIDE,
+        "write the derivative as a formula",
+    ),
+    "backward": (
+        ("torch._tensor", "torch.autograd"),
+        "calls backward() inside of forward",
+        _INSIDE,
+        "return the loss instead",
+    ),
+    "_pack_padded_sequence": (
+        ("torch",),
+        "packs sequences by their lengths (pack_padded_sequence)",
+        "these depend on the data, and a graph's operators have fixed arguments",
+        "give the padded sequence to the recurrent layer, and mask the result",
+    ),
+    "lazy_load_decompositions": (  # the first that vmap does
+        ("torch._functorch.predispatch",),
+        "calls vmap",
+        "a graph's operators see whole tensors",
+        "write the batch's dimension out: broadcasting, torch.einsum, an index more",
+    ),
+}
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
@@ -204,7 +258,7 @@ def follow(wrapper: Any) -> Iterator[Trace]:
     forward = wrapper.forward
 
     def followed(*tensors: torch.Tensor) -> Any:
-        before = Snapshot(wrapper.model)
+        before = Snapshot(wrapper.model, values=False)
         with _Follower(trace), written_in_place(wrapper.model):
             result = forward(*tensors)
         # Now: torch.export puts numbers back as they were.
@@ -259,8 +313,11 @@ _ADVICE: Mapping[tuple[str, ...], str] = {
     ("torch._dynamo", "Constraint"): (
         "the model fixes a size that varies; pass dynamic={'tensor': [dims that vary]}."
     ),
-    ("parse", "Sparse", "aten::crow_indices"): (
+    ("parse", "Sparse", "nested", "aten::crow_indices"): (
         "programs hold dense tensors only; keep the matrix dense (to_dense()), or gather and "
         "scatter by its indices."
+    ),
+    ("uninitialized parameter",): (
+        "a lazy module gets its shapes from the first batch: call the model once on one before."
     ),
 }

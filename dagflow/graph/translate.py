@@ -25,9 +25,9 @@ from dagflow.graph.dag import (
     dtype_bytes,
 )
 from dagflow.graph.flops import is_view, operator_flops
-from dagflow.graph.rnn import TRACED_AS
 from dagflow.graph.sizes import SIZE_CALLS, Decision, SizeUnknown, SizeWriter, conditions
 from dagflow.graph.trace import OWN_FILES
+from dagflow.graph.whole import TRACED_AS
 from dagflow.graph.writes import check_writes, early
 from dagflow_tasks.layout import odd_strides
 from dagflow_tasks.operators import (

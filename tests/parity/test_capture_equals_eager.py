@@ -15,6 +15,7 @@ from zoo import captured as dag_of
 
 from dagflow.graph.batch import flatten_batch
 from dagflow.graph.dag import OperatorDag
+from dagflow.graph.signature import match_batch
 from dagflow.plan.partition import partition
 from dagflow_tasks.gradient_sums import total_gradients
 from dagflow_tasks.interpreter import Executable, RandomAddress
@@ -54,10 +55,10 @@ def captured(dag: OperatorDag, model: torch.nn.Module, batch: Any) -> Outcome:
         use.value: parameters[use.parameter].detach().requires_grad_(use.trainable)
         for use in program.parameters
     }
-    tensors, _ = flatten_batch(batch)
+    tensors, constants = flatten_batch(batch)
     values = {**tensors_of(tensors), **leaves}
     values |= {use.value: buffers[use.buffer] for use in program.buffers}
-    sizes = {s.name: tensors[s.input.removeprefix("in.")].shape[s.dim] for s in dag.symbols}
+    sizes = dict(match_batch(dag, tensors, constants, "the test"))
     executable = Executable(program, torch.device("cpu"))
     loss = executable.run(values, sizes, RandomAddress(0, 0, 0))[str(program.loss)]
     loss.backward()
