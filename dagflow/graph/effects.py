@@ -394,7 +394,7 @@ def watch_generators(largest: bool) -> Iterator[list[str]]:
 
     extreme = 1 - 2**-53 if largest else 0.0
     thread = threading.get_ident()
-    python = random._inst.random  # type: ignore[attr-defined]
+    python = random._inst.random
 
     def drawn_here() -> float:
         plain: float = python()
@@ -402,7 +402,7 @@ def watch_generators(largest: bool) -> Iterator[list[str]]:
 
     before = sys.getprofile()
     with ExitStack() as stack:
-        for owner in (random, random._inst):  # type: ignore[attr-defined]
+        for owner in (random, random._inst):
             stack.enter_context(patch.object(owner, "random", drawn_here))
         for name, function in vars(np.random).items():
             if isinstance(getattr(function, "__self__", None), np.random.RandomState):

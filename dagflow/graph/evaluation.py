@@ -17,10 +17,10 @@ from dagflow_tasks.operators import (
     argument_references,
     decode_literal,
     dtype_of,
-    evaluate_size,
     mutated_arguments,
     resolve,
 )
+from dagflow_tasks.sizes import evaluate_size
 
 LEAST_TOKENS, MOST_TOKENS = 64, 4096
 _MOST_NUMBERS = 1 << 26  # of scores at a time, all heads together: 0.27 GB

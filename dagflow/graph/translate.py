@@ -13,7 +13,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from dagflow.errors import CaptureFailed
+from dagflow.errors import CaptureFailed, DagflowError
 from dagflow.graph.dag import (
     Buffer,
     Condition,
@@ -64,7 +64,16 @@ def translate(
     decisions
         What the model's code decided by sizes while it was traced.
     """
-    dag = _Translator(exported, model, inputs, batch_constants, scalar, decisions).dag()
+    translator = _Translator(exported, model, inputs, batch_constants, scalar, decisions)
+    try:
+        dag = translator.dag()
+    except DagflowError:
+        raise
+    except Exception as error:
+        raise CaptureFailed(
+            f"The model's graph can't be written as a program: {type(error).__name__}: {error}. "
+            f"{translator.origin} What to do: write that line with plain operators of torch."
+        ) from error
     check_writes(dag)
     return dag
 
@@ -116,6 +125,7 @@ class _Translator:
         self.constants: list[Constant] = []
         self.canonical, self.aliases = _tied_names(model)
         self.buffer_names: list[str] = []
+        self.origin = _Origin("", "", "none yet")
 
     def dag(self) -> OperatorDag:
         specs = self._placeholders()
@@ -264,7 +274,7 @@ class _Translator:
     def _operator(self, node: torch.fx.Node, name: str, setting: _Setting) -> None:
         op = "getitem" if node.target is operator.getitem else str(node.target)
         op = TRACED_AS.get(op, op)
-        origin = _origin(node, op)
+        self.origin = origin = _origin(node, op)
         if not is_allowed(op):
             raise CaptureFailed(
                 f"The model calls {op}, which is not on the allow-list of operators that workers "
