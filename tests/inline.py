@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,14 +81,16 @@ class InlineRun:
         self.results: dict[Any, Any] = {}
         self.losses: list[float] = []
 
-    def step(self, step: int, batches: list[Any]) -> None:
-        inputs = self.inputs(step, batches)
+    def step(self, step: int, batches: list[Any], weights: Sequence[float] | None = None) -> None:
+        inputs = self.inputs(step, batches, weights)
         for key, task in in_order(self.graph.step(inputs)):
             self.before_task(self)
             self.results[key] = travelled(task(self.results))
         self.finished(inputs)
 
-    def inputs(self, step: int, batches: list[Any]) -> StepInputs:
+    def inputs(
+        self, step: int, batches: list[Any], weights: Sequence[float] | None = None
+    ) -> StepInputs:
         """Return what a step is computed from."""
         flat = [flatten_batch(batch)[0] for batch in batches]
         sizes = [
@@ -96,7 +98,8 @@ class InlineRun:
             for tensors in flat
         ]
         microbatches = tuple(
-            Microbatch(step, m, 1 / len(batches), sizes[m]) for m in range(len(batches))
+            Microbatch(step, m, weights[m] if weights else 1 / len(batches), sizes[m])
+            for m in range(len(batches))
         )
 
         def batch(stage: int, index: int) -> dict[str, torch.Tensor]:

@@ -595,7 +595,7 @@ def _equal(ours: Outcome, theirs: Outcome) -> bool:
 def _percent(error: float, size: float) -> str:
     if not math.isfinite(error) or not size:
         return "entirely"
-    return f"{100 * error / size:.2g} %" if error < 10 * size else f"{error / size:.0f} times"
+    return f"{100 * error / size:.3g} %" if error < 10 * size else f"{error / size:.0f} times"
 
 
 def _short(error: Exception) -> str:

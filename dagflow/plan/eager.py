@@ -154,6 +154,9 @@ def copy_model(
             if tensor.grad_fn is not None:  # deepcopy refuses those
                 memo[id(tensor)] = tensor.detach().clone()
     copied = copy.deepcopy(model, memo)
+    for parameter, ours in zip(model.parameters(), copied.parameters(), strict=True):
+        for hook in (parameter._backward_hooks or {}).values():
+            ours.register_hook(hook)
     if isinstance(loss, types.FunctionType):
         return copied, _copied_function(loss, memo)
     return copied, copy.deepcopy(loss, memo)

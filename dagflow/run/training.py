@@ -244,17 +244,19 @@ def train(
     of_first = FirstBatch(
         model, loss, first, num_microbatches, buffer_reader(model, state_dict), config
     )
-    with _training_mode(model):
-        prepared = of_first.prepare(check=config.check and not _is_done(where, total))
+    with _MODELS:
+        with _training_mode(model):
+            prepared = of_first.prepare(check=config.check and not _is_done(where, total))
+        dag = prepared.dag
+        names = tuple(model.state_dict())
+        weights = initial_weights(dag, model, state_dict)
     if config.check:
         line.note(described(prepared.report))
-    dag = prepared.dag
-    names = tuple(model.state_dict())
     with hold_lease(where, on_wait=_waiting_for_the_other(line)) as lease:
-        weights = initial_weights(dag, model, state_dict)
         run = _open_run(where, dag, mathematics, weights, fingerprint(first), names, config, line)
         if not list_snapshots(where):
-            shard = initial_shard(where, dag, model, state_dict)
+            with _MODELS:
+                shard = initial_shard(where, dag, model, state_dict)
             meta = {"decision": None, "run_id": run.run_id, "loss": None}
             commit_snapshot(where, 0, [shard], meta)
         session = _Session(
@@ -289,21 +291,21 @@ def train(
             line.close()
 
 
-# Modes of modules belong to everybody who has the model.
-_MODES = threading.RLock()
+# While a model is traced, its modules hold no real tensors and are in a mode that isn't theirs;
+# another thread may have the same model.
+_MODELS = threading.RLock()
 
 
 @contextmanager
 def _training_mode(model: torch.nn.Module) -> Iterator[None]:
     """Put a model into training mode, and every module back into its own afterwards."""
-    with _MODES:
-        modes = {module: module.training for module in model.modules()}
-        model.train()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _is_done(store: Store, total: int | None) -> bool:
