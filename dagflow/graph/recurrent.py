@@ -43,7 +43,7 @@ def recurrent_layers(model: torch.nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, ours in [
             *replaced_functions(model, functions),
-            *_replaced_methods(model, methods),
+            *replaced_methods(model, methods),
         ]:
             stack.enter_context(patch.object(owner, name, ours))
         for shift in _token_shifts(model):
@@ -64,9 +64,10 @@ def replaced_functions(
                 yield sys.modules[code], name, _checked(theirs, ours)
 
 
-def _replaced_methods(
+def replaced_methods(
     model: torch.nn.Module, methods: Mapping[tuple[str, str], Callable[..., Any]]
 ) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """Yield methods of transformers that a model may call: their class, their name, and ours."""
     for kind in _kinds(model):
         for (of, name), ours in methods.items():
             if kind.__name__ == of:
@@ -81,9 +82,8 @@ def _kinds(model: torch.nn.Module) -> set[type]:
 
 def _token_shifts(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Return RWKV's modules that hand each token what the one before had."""
-    own = [
-        m for m in model.modules() if type(m).__module__ == "transformers.models.rwkv.modeling_rwkv"
-    ]
+    rwkv = "transformers.models.rwkv.modeling_rwkv"
+    own: list[Any] = [m for m in model.modules() if type(m).__module__ == rwkv]
     return [module.time_shift for module in own if hasattr(module, "time_shift")]
 
 

@@ -120,11 +120,12 @@ def dynamic_convolution(
 ) -> torch.Tensor:
     """Inkling 2's: weights of each token's own, shared within a head."""
     size, heads = module.conv_kernel_size, module.num_heads
-    dynamic = module.weight_proj(dynamic_input).float().unflatten(-1, (heads, 1, size))
-    weights = module.static_weight.float().T.unflatten(0, (heads, -1)) + dynamic
+    shape = (*hidden_states.shape[:2], heads, -1, size)
+    dynamic = module.weight_proj(dynamic_input).float().reshape(*shape[:3], 1, size)
+    weights = module.static_weight.float().T.reshape(heads, -1, size) + dynamic
     values = hidden_states.float()
-    windows = states.window(values, size).flip(2).transpose(2, 3).unflatten(2, (heads, -1))
-    found = (windows * weights).sum(-1).flatten(2) + values
+    windows = states.window(values, size).flip(2).transpose(2, 3).reshape(shape)
+    found: torch.Tensor = (windows * weights).sum(-1).flatten(2) + values
     return (found / math.sqrt(2 * size + 1)).to(hidden_states.dtype)
 
 
@@ -142,7 +143,8 @@ def ngram_embedding(states: States, module: Any, input_ids: torch.Tensor) -> tor
         heads = slice(position * module.heads_per_ngram, (position + 1) * module.heads_per_ngram)
         hashed = torch.remainder(mixed[:, None], module.ngram_heads_vocab_sizes[heads])
         blocks.append(hashed + module.ngram_heads_offsets[heads])
-    return module.ngram_embedding(torch.cat(blocks, -1)).flatten(-2)[None]
+    found: torch.Tensor = module.ngram_embedding(torch.cat(blocks, -1)).flatten(-2)[None]
+    return found
 
 
 def dilated_convolution(states: States, module: Any, hidden_states: torch.Tensor) -> torch.Tensor:

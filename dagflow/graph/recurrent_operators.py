@@ -64,7 +64,8 @@ class States:
 
     def window(self, values: torch.Tensor, size: int, fill: float = 0.0) -> torch.Tensor:
         """Return the last `size` values up to each token's (1, N, size, ...), of values (1, N, ...)."""
-        return _window(values, size, next(self._numbers), fill)
+        found: torch.Tensor = _window(values, size, next(self._numbers), fill)
+        return found
 
     def previous(self, values: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         """Return for each token the values of the one before."""
@@ -80,13 +81,16 @@ class States:
         beta: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return `dagflow_tasks.recurrence.scan` of a new state."""
-        return _scan(query, key, value, log_decay, next(self._numbers), rates, beta)
+        number = next(self._numbers)
+        found: torch.Tensor = _scan(query, key, value, log_decay, number, rates, beta)
+        return found
 
     def running_max(
         self, values: torch.Tensor, log_decay: torch.Tensor, initial: float
     ) -> torch.Tensor:
         """Return `dagflow_tasks.recurrence.running_max` of a new state."""
-        return _running_max(values, log_decay, next(self._numbers), initial)
+        found: torch.Tensor = _running_max(values, log_decay, next(self._numbers), initial)
+        return found
 
     def convolution(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return the depthwise causal convolution of (1, N, C) by weights (C, k), in float32."""

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from dagflow.graph.recurrent import replaced_functions
+from dagflow.graph.recurrent import replaced_functions, replaced_methods
 from dagflow_tasks import whole_sequences as computing
 
 
@@ -22,7 +22,10 @@ from dagflow_tasks import whole_sequences as computing
 def whole_sequences(model: torch.nn.Module) -> Iterator[None]:
     """Have a model's recurrent functions captured whole while it is traced for training."""
     with ExitStack() as stack:
-        for owner, name, ours in replaced_functions(model, _FUNCTIONS):
+        for owner, name, ours in [
+            *replaced_functions(model, _FUNCTIONS),
+            *replaced_methods(model, _METHODS),
+        ]:
             stack.enter_context(patch.object(owner, name, ours))
         yield
 
@@ -117,6 +120,30 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> t
     return value.new_empty(value.shape, dtype=query.dtype)
 
 
+@torch.library.custom_op("dagflow::linear_recurrence", mutates_args=())
+def _linear_recurrence(
+    inputs: torch.Tensor, gate: torch.Tensor, state: torch.Tensor | None
+) -> torch.Tensor:
+    return computing.linear_recurrence(inputs, gate, state)
+
+
+@_linear_recurrence.register_fake
+def _(inputs: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(inputs)
+
+
+@torch.library.custom_op("dagflow::weighted_sums", mutates_args=())
+def _weighted_sums(
+    decay: torch.Tensor, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    return computing.weighted_sums(decay, own, key, value)
+
+
+@_weighted_sums.register_fake
+def _(decay: torch.Tensor, own: torch.Tensor, key: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(key)
+
+
 def _mamba(
     hidden_states: torch.Tensor,
     dt: torch.Tensor,
@@ -181,6 +208,23 @@ def _kimi_delta(
     return found, _no_state(value[:, 0], key[0, 0, 0]) if output_final_state else None
 
 
+def _rwkv(
+    time_decay: torch.Tensor, time_first: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, None]:
+    return _weighted_sums(time_decay, time_first, key, value), None
+
+
+def _rg_lru(
+    module: Any,
+    hidden_states: torch.Tensor,
+    recurrent_gate: torch.Tensor,
+    reset: torch.Tensor,
+    recurrent_states: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found = _linear_recurrence(hidden_states, recurrent_gate * ~reset, recurrent_states)
+    return found, found[:, -1].float()
+
+
 def _no_state(values: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Stand for the state after the last token, which a cache gets and nobody reads in training.
 
@@ -194,5 +238,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mamba2_chunk_scan": _mamba2,
     "torch_chunk_gated_delta_rule": _gated_delta,
     "chunk_kimi_delta_attention": _kimi_delta,
+    "rwkv_linear_attention": _rwkv,
 }
-"""By the names that they have in transformers' modeling modules."""
+_METHODS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("RecurrentGemmaRglru", "_rnn_scan"): _rg_lru,
+}
+# By the names that they have in transformers' modeling modules.

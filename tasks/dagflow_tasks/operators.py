@@ -25,12 +25,16 @@ from dagflow_tasks.sizes import evaluate_size
 from dagflow_tasks.whole_sequences import (
     DELTA_RULE,
     KIMI_DELTA,
+    LINEAR_RECURRENCE,
     SELECTIVE_SCAN,
     STATE_SPACE,
+    WEIGHTED_SUMS,
     delta_rule_chunks,
     kimi_delta_chunks,
+    linear_recurrence,
     selective_scan,
     state_space_chunks,
+    weighted_sums,
 )
 
 Argument = Any
@@ -296,6 +300,8 @@ _EXTENSIONS: dict[str, Callable[..., Any]] = {
     STATE_SPACE: state_space_chunks,
     DELTA_RULE: delta_rule_chunks,
     KIMI_DELTA: kimi_delta_chunks,
+    LINEAR_RECURRENCE: linear_recurrence,
+    WEIGHTED_SUMS: weighted_sums,
     LINEAR_INT8: linear_int8,
     LINEAR_INT4: linear_int4,
     LINEAR_PACKED: linear_packed,

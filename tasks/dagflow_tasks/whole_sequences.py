@@ -17,6 +17,8 @@ SELECTIVE_SCAN = "dagflow.selective_scan.default"
 STATE_SPACE = "dagflow.state_space_chunks.default"
 DELTA_RULE = "dagflow.delta_rule_chunks.default"
 KIMI_DELTA = "dagflow.kimi_delta_chunks.default"
+LINEAR_RECURRENCE = "dagflow.linear_recurrence.default"
+WEIGHTED_SUMS = "dagflow.weighted_sums.default"
 
 
 def selective_scan(
@@ -107,7 +109,7 @@ def state_space_chunks(
     inputs = inputs * step[..., None].float()
     logs = rates.to(inputs.dtype) * step.float()
     inputs, logs, key, query = (
-        _padded(t, pad).unflatten(1, (-1, chunk)) for t in (inputs, logs, key, query)
+        _chunked(_padded(t, pad), 1, chunk) for t in (inputs, logs, key, query)
     )
     logs = logs.permute(0, 3, 1, 2)
     sums = torch.cumsum(logs, dim=-1)
@@ -129,6 +131,11 @@ def state_space_chunks(
 
 def _padded(rows: torch.Tensor, pad: int) -> torch.Tensor:
     return functional.pad(rows, (*(0, 0) * (rows.dim() - 2), 0, pad), mode="constant", value=0)
+
+
+def _chunked(rows: torch.Tensor, dim: int, chunk: int) -> torch.Tensor:
+    """Divide a dimension of tokens into chunks."""
+    return rows.reshape(*rows.shape[:dim], -1, chunk, *rows.shape[dim + 1 :])
 
 
 def _sums_between(logs: torch.Tensor) -> torch.Tensor:
@@ -182,10 +189,10 @@ def delta_rule_chunks(
     beta, log_decay = (functional.pad(t, (0, pad)) for t in (beta, log_decay))
     value_beta, key_beta = value * beta.unsqueeze(-1), key * beta.unsqueeze(-1)
     query, key, key_beta, value_beta = (
-        t.unflatten(2, (-1, chunk)) for t in (query, key, key_beta, value_beta)
+        _chunked(t, 2, chunk) for t in (query, key, key_beta, value_beta)
     )
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=query.device).triu(1)
-    sums = log_decay.unflatten(2, (-1, chunk)).cumsum(dim=3)
+    sums = _chunked(log_decay, 2, chunk).cumsum(dim=3)
     left = sums.unsqueeze(4) - sums.unsqueeze(3)
     left = left.masked_fill(later, float("-inf")).exp()
     system = (key_beta @ key.transpose(-1, -2)) * left
@@ -236,7 +243,7 @@ def kimi_delta_chunks(
     beta = functional.pad(beta, (0, pad))
     value_beta, key_beta = value * beta.unsqueeze(-1), key * beta.unsqueeze(-1)
     query, key, log_decay, key_beta, value_beta = (
-        t.unflatten(2, (-1, chunk)) for t in (query, key, log_decay, key_beta, value_beta)
+        _chunked(t, 2, chunk) for t in (query, key, log_decay, key_beta, value_beta)
     )
     sums = log_decay.cumsum(dim=-2)
     ones = torch.ones(chunk, chunk, dtype=torch.bool, device=query.device)
@@ -265,3 +272,60 @@ def kimi_delta_chunks(
         state = state + to_end.transpose(-1, -2) @ corrected
     output = output.flatten(2, 3)[:, :, :length]
     return output.transpose(1, 2).contiguous().to(dtype)
+
+
+def linear_recurrence(
+    inputs: torch.Tensor, gate: torch.Tensor, state: torch.Tensor | None = None
+) -> torch.Tensor:
+    """RG-LRU's sum that forgets (arXiv 2402.19427, equation 4), token by token, in float32.
+
+    Parameters
+    ----------
+    inputs, gate : Tensor (B, T, C)
+        What is added, and by what the sum before is multiplied.
+    state : Tensor (B, C), optional
+        The sum before the first token.
+
+    Returns
+    -------
+    Tensor (B, T, C)
+    """
+    sums = inputs.new_zeros(inputs[:, 0].shape, dtype=torch.float32) if state is None else state
+    output = torch.zeros_like(inputs)
+    for t in range(inputs.shape[1]):
+        sums = gate[:, t].type(torch.float32) * sums
+        sums = sums + inputs[:, t].type(torch.float32)
+        output[:, t] = sums.type(inputs.dtype)
+    return output
+
+
+def weighted_sums(
+    decay: torch.Tensor, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """RWKV's attention (arXiv 2305.13048, equation 16 and appendix D), token by token.
+
+    Parameters
+    ----------
+    decay, own : Tensor (C,)
+        Logarithm of how fast what is past loses weight, and what a token's own key weighs more.
+    key, value : Tensor (B, T, C)
+
+    Returns
+    -------
+    Tensor (B, T, C)
+    """
+    output = torch.zeros_like(key)
+    sums = torch.zeros_like(key[:, 0], dtype=torch.float32)
+    weights = torch.zeros_like(key[:, 0], dtype=torch.float32)
+    most = torch.zeros_like(key[:, 0], dtype=torch.float32) - 1e38
+    decay = -torch.exp(decay)
+    for t in range(key.shape[1]):
+        now, new = key[:, t].float(), value[:, t]
+        top = torch.maximum(most, now + own)
+        past, present = torch.exp(most - top), torch.exp(now + own - top)
+        numerator, denominator = past * sums + present * new, past * weights + present
+        output[:, t] = (numerator / denominator).to(output.dtype)
+        top = torch.maximum(most + decay, now)
+        past, present = torch.exp(most + decay - top), torch.exp(now - top)
+        sums, weights, most = past * sums + present * new, past * weights + present, top
+    return output

@@ -19,6 +19,8 @@ FAMILIES = {
     "mamba2": "dagflow.state_space_chunks.default",
     "qwen3_next": "dagflow.delta_rule_chunks.default",
     "kimi_linear": "dagflow.kimi_delta_chunks.default",
+    "recurrent_gemma": "dagflow.linear_recurrence.default",
+    "rwkv": "dagflow.weighted_sums.default",
 }
 MOST_SECONDS = 10.0
 
