@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -104,6 +105,11 @@ def check_capture(
     else:
         eager = shrunk(source.model, room)
         if eager is None:
+            warnings.warn(
+                f"{type(source.model).__name__} wasn't compared with transformers: memory doesn't hold "
+                "even two layers of each kind, twice in float32. Load it once on a machine with more.",
+                stacklevel=4,
+            )
             return {"seconds": time.perf_counter() - begin, "against": None}
         against = f"random weights in {eager.config.get_text_config(decoder=True).num_hidden_layers} layers"
         worst = _check(eager, capture_decoder(eager), _tensors_of(eager))

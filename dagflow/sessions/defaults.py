@@ -13,9 +13,9 @@ _FILE = "generation_config.json"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # What transformers samples with where the file doesn't say (GenerationConfig's own defaults).
 _WHEN_SAMPLING = {"temperature": 1.0, "top_k": 50}
+_OF_THE_FILE = ("_from_model_config", "transformers_version")
 # They change no answer of ours, or are applied, or say how answers are computed and not which.
 _WITHOUT_EFFECT = {
-    "_from_model_config",
     "bos_token_id",
     "cache_config",
     "cache_implementation",
@@ -31,7 +31,6 @@ _WITHOUT_EFFECT = {
     "output_scores",
     "pad_token_id",
     "return_dict_in_generate",
-    "transformers_version",
     "trust_remote_code",
     "use_cache",
     *_SAMPLING,
@@ -68,7 +67,7 @@ def read_generation(model: Any, folder: Path | None) -> dict[str, Any]:
     if found is None:
         return {}
     given = json.loads(found.to_json_string(use_diff=True))
-    return {n: v for n, v in given.items() if v is not None and n != "transformers_version"}
+    return {n: v for n, v in given.items() if v is not None and n not in _OF_THE_FILE}
 
 
 def end_tokens(generation: Mapping[str, Any], config: Any, tokenizer: Any) -> list[int]:
