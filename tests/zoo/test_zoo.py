@@ -76,6 +76,11 @@ def judged(case: Case) -> dict[str, Any]:
     return dict(record)
 
 
+def family(group: str, name: str) -> Case:
+    (found,) = [case for case in cases_of(group) if case.name == name]
+    return found
+
+
 def idioms() -> dict[str, Case]:
     return {case.name: case for case in cases_of(IDIOMS)}
 
@@ -98,12 +103,30 @@ def test_every_idiom_is_what_it_is_expected_to_be(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["gemma3_text", "mixtral"])
-def test_family_trains_and_is_served_right(name: str) -> None:
-    (case,) = [case for case in cases_of("causal") if case.name == name]
-    record = judged(case)
+def test_family_trains_and_is_served_right() -> None:
+    record = judged(family("causal", "gemma3_text"))
     assert (record["training"], record["serving"]) == ("right", "right"), record
     assert (record["cut"], record["second_shape"]) == ("bits", "yes")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", ["mixtral", "gpt_oss", "llama4_text", "mamba", "qwen3_next", "mpt"]
+)
+def test_more_families_train_and_are_served_right(name: str) -> None:
+    record = judged(family("causal", name))
+    assert (record["training"], record["serving"]) == ("right", "right"), record
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", ["bert", "t5", "swin", "convnext", "segformer", "wav2vec2", "clip", "glm4v", "detr"]
+)
+def test_families_of_other_kinds_train_right(name: str) -> None:
+    record = judged(family("others", name))
+    assert (record["training"], record["cut"]) == ("right", "bits"), record
 
 
 class _Wrong(torch.nn.Module):
