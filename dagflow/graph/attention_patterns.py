@@ -109,12 +109,12 @@ class _Rewriting:
         self._put(new, query, key, value, scores, output)
 
     def fused(self, node: Node) -> None:
-        query, key, value, mask, *rest = [*node.args, *[None] * (6 - len(node.args))]
-        options = {"attn_mask": mask, "dropout_p": rest[0] or 0.0, "is_causal": bool(rest[1])}
-        options |= node.kwargs
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        options = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
+        options |= {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         if options["dropout_p"]:
             raise _unknown(node, "it has dropout")
-        width = self._shape(_name(query))[-1]
+        width = self._shape(_name(options["query"]))[-1]
         if options["attn_mask"] is not None:
             name = _name(options["attn_mask"])
             scores = self._read(node, "", name)
@@ -122,11 +122,11 @@ class _Rewriting:
             scores = _Scores(1.0, 0, None)
         else:
             raise _unknown(node, "its tokens see those after them")
-        given = options.get("scale")
+        given = options["scale"]
         scale = float(given if given is not None else width**-0.5)
         new = _Building(self._info, node, self._tokens)
-        operands = [new.heads_first(_name(argument)) for argument in (query, key, value)]
-        self._put(new, *operands, replace(scores, scale=scale), node)
+        query, key, value = (new.heads_first(_name(options[name])) for name in names[:3])
+        self._put(new, query, key, value, replace(scores, scale=scale), node)
 
     def _put(
         self, new: _Building, query: str, key: str, value: str, scores: _Scores, output: Node

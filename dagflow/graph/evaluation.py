@@ -38,10 +38,7 @@ class Evaluation:
             value = model.get_buffer(buffer.name)
             if not value.is_meta:
                 self._known[buffer_value(buffer.name)] = value.detach()
-        self._forms = {spec.name: (spec.dtype, spec.shape) for spec in dag.inputs}
-        self._forms |= {use: (p.dtype, p.shape) for p in dag.parameters for use in p.uses}
-        self._forms |= {buffer_value(b.name): (b.dtype, b.shape) for b in dag.buffers}
-        self._forms |= {name: i.outputs[0] for name, i in dag.info.items() if i.outputs}
+        self._forms = forms_of(dag)
         self.live = live_values(dag)
         self._writers: dict[str, list[str]] = {}
         for node in dag.nodes:
@@ -135,10 +132,9 @@ class Evaluation:
         # What the product is added to, and by how much it is multiplied.
         beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
         known = {input_value("positions"): torch.arange(count)[None]}
-        return (
-            beta * self._compute(next(argument_references(node.args[0])), known, sizes)
-            + alpha * scores
-        )
+        added = self._compute(next(argument_references(node.args[0])), known, sizes)
+        result: torch.Tensor = beta * added + alpha * scores
+        return result
 
     def _compute(
         self, name: str, known: dict[str, torch.Tensor], sizes: Mapping[str, int]
@@ -215,3 +211,13 @@ def live_values(dag: OperatorDag) -> set[str]:
         if node.name in needed:
             needed.update(node.references())
     return needed
+
+
+def forms_of(dag: OperatorDag) -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Return the dtype and the shape of every value that is one tensor, or of its first one."""
+    found = {spec.name: (spec.dtype, tuple(spec.shape)) for spec in dag.inputs}
+    found |= {use: (p.dtype, p.shape) for p in dag.parameters for use in p.uses}
+    found |= {buffer_value(b.name): (b.dtype, b.shape) for b in dag.buffers}
+    found |= {constant.name: (constant.dtype, constant.shape) for constant in dag.constants}
+    found |= {name: info.outputs[0] for name, info in dag.info.items() if info.outputs}
+    return found

@@ -13,8 +13,8 @@ from typing import Any
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.attention_capture import REMEDY
-from dagflow.graph.dag import OperatorDag, OperatorInfo, buffer_value, input_value
-from dagflow.graph.evaluation import live_values
+from dagflow.graph.dag import OperatorDag, OperatorInfo, input_value
+from dagflow.graph.evaluation import forms_of, live_values
 from dagflow_tasks.attention import ATTEND
 from dagflow_tasks.operators import Node, argument_references
 
@@ -33,8 +33,15 @@ _OVER_ROWS = frozenset((
     "constant_pad_nd", "pad", "scaled_dot_product_attention", "unfold", "avg_pool1d", "max_pool1d",
 ))
 _PICKS = frozenset(("select", "slice", "narrow", "index_select"))
+_ARITHMETIC = frozenset((
+    "add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "pow", "remainder", "fmod",
+    "clamp", "clamp_min", "clamp_max", "gt", "ge", "lt", "le", "eq", "ne", "scalar_tensor",
+))
 _PRODUCTS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm"))
 # fmt: on
+
+
+_Forms = Mapping[str, tuple[str, tuple[Any, ...]]]
 
 
 def check_tokenwise(dag: OperatorDag) -> None:
@@ -57,10 +64,10 @@ def check_tokenwise(dag: OperatorDag) -> None:
             f"The model was captured for {least} tokens and more; a decoder computes one at a time. "
             f"What to do: {REMEDY}"
         )
-    live = live_values(dag)
+    live, forms = live_values(dag), forms_of(dag)
     for node in dag.nodes:
         if node.name in live and node.op != ATTEND:
-            reason = _mixes(dag, node, tokens)
+            reason = _mixes(dag, forms, node, tokens)
             if reason:
                 raise _refusal(dag, node, reason)
     missing = [name for name in ("tokens", "rows") if input_value(name) not in live]
@@ -79,7 +86,7 @@ def _refusal(dag: OperatorDag, node: Node, reason: str) -> CaptureFailed:
     )
 
 
-def _mixes(dag: OperatorDag, node: Node, tokens: str) -> str:
+def _mixes(dag: OperatorDag, forms: _Forms, node: Node, tokens: str) -> str:
     """Return in what way an operator looks at several tokens; "" if it doesn't."""
     outputs = dag.info[node.name].outputs
     for _, shape in outputs:
@@ -89,7 +96,9 @@ def _mixes(dag: OperatorDag, node: Node, tokens: str) -> str:
         if over and not _is_multiple(over[0], tokens):
             return f"shifts, pads or cuts the row of tokens (to {over[0]})"
     name = node.op.split(".")[1] if node.op.startswith("aten.") else node.op
-    given = _first_shape(dag, node)
+    if name in _ARITHMETIC and any(_is_size(argument, tokens) for argument in node.args):
+        return "computes with the number of tokens of a pass, of whatever sessions they are"
+    given = _first_shape(forms, node)
     if node.op.endswith(".other"):
         return ""  # of two tensors, element by element
     if given is None or name not in _REDUCTIONS | _OVER_ROWS | _PICKS | _PRODUCTS:
@@ -118,18 +127,17 @@ def _mixes(dag: OperatorDag, node: Node, tokens: str) -> str:
 _PRODUCTS = frozenset(["linear", "matmul", "mm", "bmm", "addmm", "baddbmm"])
 
 
-def _first_shape(dag: OperatorDag, node: Node) -> tuple[str, tuple[Any, ...]] | None:
+def _first_shape(forms: _Forms, node: Node) -> tuple[str, tuple[Any, ...]] | None:
     at = 1 if node.op.split(".")[1:2] in (["addmm"], ["baddbmm"]) else 0
     if len(node.args) <= at:
         return None
-    name = next(argument_references(node.args[at]), "")
-    return dag.info[name].outputs[0] if name in dag.info and dag.info[name].outputs else None
+    return forms.get(next(argument_references(node.args[at]), ""))
 
 
 def _reduced(node: Node, count: int) -> Iterator[int]:
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     name = node.op.split(".")[1]
-    if name in ("topk", "norm", "linalg_vector_norm"):
+    if name in ("topk", "norm", "linalg_vector_norm", "roll"):
         given = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)
     if name in ("sort", "argsort") and not isinstance(given, int):
         given = -1
@@ -138,6 +146,10 @@ def _reduced(node: Node, count: int) -> Iterator[int]:
         yield from range(count)
         return
     yield from (dim % count for dim in dims)
+
+
+def _is_size(argument: Any, tokens: str) -> bool:
+    return isinstance(argument, Mapping) and _mentions(argument.get("size"), tokens)
 
 
 def _mentions(size: Any, tokens: str) -> bool:
@@ -164,9 +176,9 @@ def take_positions(dag: OperatorDag) -> OperatorDag:
         If it can't be told what is counted.
     """
     tokens = dag.inputs[0].shape[1]
-    live = live_values(dag)
-    counted = [n for n in dag.nodes if n.name in live and _counts(dag, n, tokens)]
-    replaced = [node for node in counted if _is_position(dag, node, tokens, live)]
+    live, forms = live_values(dag), forms_of(dag)
+    counted = [n for n in dag.nodes if n.name in live and _counts(dag, forms, n, tokens)]
+    replaced = [node for node in counted if _is_position(dag, forms, node, tokens, live)]
     for node in replaced:
         if not _begins_at_zero(node, tokens):
             raise _refusal(dag, node, "counts tokens' positions by itself")
@@ -174,14 +186,14 @@ def take_positions(dag: OperatorDag) -> OperatorDag:
     return dag
 
 
-def _counts(dag: OperatorDag, node: Node, tokens: str) -> bool:
+def _counts(dag: OperatorDag, forms: _Forms, node: Node, tokens: str) -> bool:
     """Tell whether an operator counts tokens, or takes a table's first rows for them."""
     shapes = [shape for _, shape in dag.info[node.name].outputs]
     if not any(_mentions(size, tokens) for shape in shapes for size in shape):
         return False
-    if node.op.startswith("aten.arange."):
+    if node.op.startswith(("aten.arange.", "aten.linspace.", "aten.logspace.")):
         return True
-    given = _first_shape(dag, node)
+    given = _first_shape(forms, node)
     if node.op.startswith("aten.cumsum.") and given is not None and "int" in given[0]:
         dim = node.args[1] % len(given[1])
         return _mentions(given[1][dim], tokens)
@@ -201,15 +213,16 @@ def _begins_at_zero(node: Node, tokens: str) -> bool:
     )
 
 
-def _is_position(dag: OperatorDag, counted: Node, tokens: str, live: set[str]) -> bool:
+def _is_position(
+    dag: OperatorDag, forms: _Forms, counted: Node, tokens: str, live: set[str]
+) -> bool:
     """Tell whether what is counted says where a token is, rather than which of the row's it is.
 
     A position looks something up in a table, or is computed with; the other is an index into
     what was computed of the row's tokens, as mixtures of experts have it.
     """
     if counted.op == "aten.slice.Tensor":
-        (table,) = list(argument_references(counted.args[0]))[:1]
-        return table.startswith(("p.", "b.", "c.")) or table == buffer_value(table)
+        return True
     following = {counted.name}
     for node in dag.nodes:
         if node.name not in live or node.name == counted.name:
@@ -222,7 +235,7 @@ def _is_position(dag: OperatorDag, counted: Node, tokens: str, live: set[str]) -
             source = names[0]
             if source in following:
                 following.add(node.name)
-            elif not (source in dag.info and _has_tokens(dag, source, tokens)):
+            elif not any(_mentions(size, tokens) for size in forms[source][1]):
                 return True
         elif op in ("index_put", "index_put_", "index_add", "index_add_", "scatter", "scatter_add"):
             continue
@@ -236,10 +249,6 @@ def _is_position(dag: OperatorDag, counted: Node, tokens: str, live: set[str]) -
     return False
 
 
-def _has_tokens(dag: OperatorDag, name: str, tokens: str) -> bool:
-    return any(_mentions(size, tokens) for _, shape in dag.info[name].outputs for size in shape)
-
-
 def _replaced(dag: OperatorDag, node: Node, tokens: str) -> OperatorDag:
     """Return the DAG with the tokens' positions in place of what counts them."""
     ((dtype, shape),) = dag.info[node.name].outputs
@@ -248,11 +257,11 @@ def _replaced(dag: OperatorDag, node: Node, tokens: str) -> OperatorDag:
     info = dict(dag.info)
     source = info[node.name].source
     info[row] = OperatorInfo((("int64", (tokens,)),), 0, 0, source)
+    op: str = "aten.to.dtype"
+    arguments: tuple[Any, ...] = ({"ref": row}, {"dtype": dtype})
     if node.op == "aten.slice.Tensor":
         dim = node.args[1] if len(node.args) > 1 else 0
         op, arguments = "aten.index_select.default", (node.args[0], dim, {"ref": row})
-    else:
-        op, arguments = "aten.to.dtype", ({"ref": row}, {"dtype": dtype})
     instead = Node(node.name, op, arguments, {}, node.grad, node.autocast, node.module)
     info[node.name] = OperatorInfo(((dtype, shape),), 0, 0, source)
     nodes = [part for n in dag.nodes for part in ([reads, instead] if n is node else [n])]

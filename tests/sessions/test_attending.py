@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from families import ATTENDING, attending_model, greedy, language_model, logits_of
+import torch.nn.functional as F  # noqa: N812
+from families import ATTENDING, attending_model, greedy, logits_of
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.attention_capture import Mask, MaskRead, _read_mask, _Registry
+from dagflow.graph.capture import export_module
+from dagflow.graph.dag import input_value
 from dagflow.graph.decoder import capture_decoder
+from dagflow.graph.tokenwise import check_tokenwise, take_positions
+from dagflow.graph.translate import translate
 from dagflow.sessions.engine import cut_at_layers
 from dagflow_tasks.attention import ATTEND
 from dagflow_tasks.decoding import ALL, DecoderStage, Part
+from dagflow_tasks.program import ValueSpec
 from dagflow_tasks.results import TensorDict
 
 PROMPT = [(7 * n * n + 3 * n + 5) % 90 + 4 for n in range(21)]
@@ -173,33 +180,90 @@ def test_masks_are_handed_on_or_it_is_said_that_they_are_not() -> None:
             use()
 
 
-class _Mixing(torch.nn.Module):
-    """A Llama's MLP with something before it that looks at other tokens."""
+class _Tiny(torch.nn.Module):
+    """Embeds tokens, does something to them, and returns rows."""
 
-    def __init__(self, mlp: torch.nn.Module, mix: Any) -> None:
+    def __init__(self, does: Callable[[_Tiny, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.mlp, self.mix = mlp, mix
+        self.embed, self.places = torch.nn.Embedding(20, 4), torch.nn.Embedding(64, 4)
+        self.register_buffer("table", torch.randn(64, 4))
+        self.does = does
 
-    def forward(self, hidden: torch.Tensor) -> Any:
-        return self.mlp(self.mix(hidden))
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.relu(self.does(self, self.embed(tokens))[:, rows])
 
 
-MIXING = {
-    "a sum over tokens": lambda hidden: hidden - hidden.mean(1, keepdim=True),
-    "a shift": lambda hidden: torch.nn.functional.pad(hidden[:, :-1], (0, 0, 1, 0)),
-    "a running sum": lambda hidden: hidden.cumsum(1),
-    "the last token": lambda hidden: hidden + hidden[:, -1:],
-    "products of tokens": lambda hidden: torch.tanh(hidden @ hidden.transpose(1, 2)) @ hidden,
+class _Wrapper(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        return self.model(*tensors)
+
+
+def _captured(does: Callable[[_Tiny, torch.Tensor], torch.Tensor]) -> Any:
+    model = _Tiny(does)
+    row = torch.arange(5)[None]
+    tensors = {"tokens": row, "positions": row.clone(), "rows": torch.tensor([1, 3, 4])}
+    dims = {"tokens": (1,), "positions": (1,), "rows": (0,)}
+    exported, _ = export_module(_Wrapper(model), model, tensors, dims)
+    inputs = [ValueSpec(input_value(n), "int64", tuple(t.shape)) for n, t in tensors.items()]
+    return translate(exported, model, inputs, {}, scalar=False)
+
+
+MIXING: dict[str, tuple[Callable[[_Tiny, torch.Tensor], torch.Tensor], str]] = {
+    "a mean": (lambda _, x: x - x.mean(1, keepdim=True), "computes mean over tokens"),
+    "a shift": (lambda _, x: F.pad(x[:, :-1], (0, 0, 1, 0)), "shifts, pads or cuts"),
+    "a roll": (lambda _, x: x.roll(1, 1), "computes roll over tokens"),
+    "a running sum": (lambda _, x: x.cumsum(1), "computes cumsum over tokens"),
+    "the last token": (lambda _, x: x + x[:, -1], "takes single tokens"),
+    "a convolution": (
+        lambda _, x: F.conv1d(x.mT, torch.ones(4, 4, 3), padding=1).mT,
+        "computes conv1d over",
+    ),
+    "products of tokens": (lambda _, x: x @ (x.mT @ x), "sums over tokens in a product"),
+    "pairs of tokens": (lambda _, x: torch.tanh(x @ x.mT) @ x, "compares tokens with tokens"),
+    "their number": (lambda _, x: x / x.shape[1], "computes with the number of tokens"),
 }
 
 
-@pytest.mark.parametrize("kind", ["a sum over tokens", "a shift"])
-def test_modules_that_look_at_other_tokens_are_refused_by_name(kind: str) -> None:
-    model = language_model("llama")
-    model.model.layers = model.model.layers[:1]
-    model.model.layers[0].mlp = _Mixing(model.model.layers[0].mlp, MIXING[kind])
-    with pytest.raises(CaptureFailed, match=r"'model.layers.0.mlp'.*What to do"):
-        capture_decoder(model)
+@pytest.mark.parametrize("kind", MIXING)
+def test_what_looks_at_other_tokens_is_refused_with_its_module_and_line(kind: str) -> None:
+    does, reason = MIXING[kind]
+    with pytest.raises(CaptureFailed, match=rf"{reason}.*test_attending.py:\d+.*What to do"):
+        check_tokenwise(_captured(does))
+
+
+def test_what_looks_at_each_token_by_itself_is_taken() -> None:
+    check_tokenwise(_captured(lambda _, x: F.layer_norm(x, (4,)).softmax(-1) @ torch.ones(4, 4)))
+    # Rows that routing has sorted, as mixtures of experts have them.
+    check_tokenwise(_captured(lambda _, x: x[:, x[0, :, 0].long().argsort()]))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        lambda m, x: x + m.places(torch.arange(x.shape[1])),
+        lambda m, x: x + m.places(torch.arange(0, x.shape[1])[None] + 2),
+        lambda m, x: x + m.table[: x.shape[1]],
+        lambda m, x: x + torch.arange(x.shape[1], dtype=torch.float32)[:, None].sin(),
+    ],
+)
+def test_positions_that_are_counted_are_the_sessions(counts: Any) -> None:
+    dag = take_positions(_captured(counts))
+    assert any("in.positions" in node.references() for node in dag.nodes)
+    check_tokenwise(dag)
+
+
+def test_positions_that_are_counted_in_another_way_are_refused() -> None:
+    def counts(model: _Tiny, x: torch.Tensor) -> torch.Tensor:
+        return x + model.places(torch.ones_like(x[..., 0], dtype=torch.int64).cumsum(1) - 1)
+
+    with pytest.raises(CaptureFailed, match="counts tokens' positions by itself"):
+        take_positions(_captured(counts))
 
 
 def test_a_cache_that_forgets_what_attention_sees_is_refused() -> None:
