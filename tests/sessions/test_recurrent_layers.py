@@ -20,13 +20,13 @@ from dagflow.sessions.memory import StageNeeds
 from dagflow_tasks.decoding import ALL, LAST, NOTHING, Part, join, split_logits
 from dagflow_tasks.states import REACH_TOKENS
 
-QUICK = ("mamba", "qwen3_next", "rwkv")
+QUICK = ("mamba", "qwen3_5", "rwkv")
 SOME = [
     family if family in QUICK else pytest.param(family, marks=pytest.mark.slow)
     for family in RECURRENT
 ]
 TOKENS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26] * 7
-FAMILY = "qwen3_next"
+FAMILY = "qwen3_5"
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
@@ -142,9 +142,9 @@ def test_what_sessions_take_is_known_from_the_program(family: str) -> None:
 def test_a_mixer_that_is_given_more_than_is_known_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from transformers.models.qwen3_next import modeling_qwen3_next as code
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as code
 
-    mixer = code.Qwen3NextGatedDeltaNet
+    mixer = code.Qwen3_5GatedDeltaNet
     forward = mixer.forward
 
     def packed(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -7,13 +7,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import dask
 import pytest
 import torch
 from distributed import Client, LocalCluster
-from families import beam_search, greedy, logits_of
+from families import beam_search, greedy, logits_of, stored
 from local import local_cluster, wait_until
 
 import dagflow
@@ -207,6 +208,21 @@ def test_a_beam_search_survives_a_loss(
     ]
     assert [tokens.tolist() for tokens in found.tokens] == [tokens for tokens, _ in answers]
     assert not addresses & {swarm.address(stage) for stage in range(2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [[0], [1], [0, 1]])
+def test_states_of_recurrent_layers_are_made_again_after_a_loss(
+    cluster: LocalCluster, tmp_path: Path, stages: list[int]
+) -> None:
+    model, loaded = stored("qwen3_5", tmp_path)
+    with Client(cluster, set_as_default=False) as client:
+        client.wait_for_workers(NUM_WORKERS, timeout=60)
+        with dagflow.Deployment(loaded, client, num_stages=2) as deployment:
+            swarm = Swarm(client, deployment)
+            swarm.wait_for_spares(1)
+            found = answer(swarm, lambda: kill(swarm, stages))
+    assert found == greedy(model, PROMPT, NUM_NEW)
 
 
 # Last: the cluster doesn't start another in its place.
