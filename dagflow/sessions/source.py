@@ -49,7 +49,19 @@ class Source:
 
 
 def of_module(model: torch.nn.Module) -> Source:
-    """Return a model of transformers that is in memory."""
+    """Return a model of transformers that is in memory.
+
+    Raises
+    ------
+    SettingsInvalid
+        If it has no weights.
+    """
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise SettingsInvalid(
+            f"{len(empty)} of the model's tensors are on the meta device and have no value, "
+            f"{empty[0]!r} the first: load the folder that holds them."
+        )
     read = dict(model.state_dict(keep_vars=True)).__getitem__
     return Source(type(model).__name__.lower(), model, read, lambda: _in_float32(model))
 
@@ -260,22 +272,23 @@ def _pretrained(folder: Path) -> tuple[Any, Mapping[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     config = _config(folder)
+    kind: Any = AutoModelForCausalLM
+    place: Path | None = folder
+    given: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
     if (folder / _INDEX).is_file():
         # transformers prefers a model.safetensors that lies beside the index; the index decides.
         config.transformers_weights = _INDEX
+    elif not (folder / "model.safetensors").is_file():
+        files = WeightFiles(folder)  # under names that transformers doesn't look for
+        kind, place = type(_empty_model(folder, config, torch.float32)), None
+        given = {"state_dict": {name: files.read(name) for name in files.names()}}
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
+            model, info = kind.from_pretrained(
+                place, config=config, dtype=torch.float32, output_loading_info=True, **given
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise SettingsInvalid(f"transformers can't load {folder}: {error}") from error
-    model, info = loaded
     if hasattr(model.config, "transformers_weights"):
         del model.config.transformers_weights
     return model, info

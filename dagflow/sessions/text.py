@@ -35,7 +35,11 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._window = list(before[-_CONTEXT:])
-        self._text = self._decode(self._window) if self._window else ""
+        try:
+            self._text = self._decode(self._window) if self._window else ""
+        except (IndexError, TypeError, OverflowError):
+            # Prompts of token ids may hold some that the model knows, and its tokenizer doesn't.
+            self._window, self._text = [], ""
         self._told = len(self._text)
         # What follows the last complete character: tokens, and how much of their text was told.
         self._fresh, self._fresh_told = len(self._window), 0

@@ -86,6 +86,12 @@ def test_without_an_index_the_one_file_of_transformers_counts(tmp_path: Path) ->
     save_file(other, tmp_path / "consolidated.safetensors", {"format": "pt"})
     assert torch.equal(_read(tmp_path)[_UP], model.state_dict()[_UP])
     (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    (tmp_path / "consolidated.safetensors").rename(tmp_path / "kept")
+    assert torch.equal(_read(tmp_path)[_UP], model.state_dict()[_UP])
+    assert torch.equal(
+        of_folder(tmp_path, torch.float32).eager().state_dict()[_UP], model.state_dict()[_UP]
+    )
+    (tmp_path / "kept").rename(tmp_path / "consolidated.safetensors")
     with pytest.raises(
         SettingsInvalid, match=r"Both .*consolidated.safetensors and part.safetensors"
     ):
@@ -173,6 +179,13 @@ def test_nothing_that_is_missing_is_made_up(damage: Callable[[Path], str], tmp_p
         dagflow.load(tmp_path / "saved", store=tmp_path / "store")
     assert words in str(caught.value)
     assert not list((tmp_path / "store").glob("models/*/model.json"))
+
+
+def test_a_module_without_weights_is_refused(tmp_path: Path) -> None:
+    with dagflow.empty_weights():
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES))
+    with pytest.raises(SettingsInvalid, match=f"{_EMBEDDINGS}.*load the folder"):
+        dagflow.load(model, store=tmp_path)
 
 
 def test_tensors_that_the_model_has_no_place_for_are_told(tmp_path: Path) -> None:
