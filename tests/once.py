@@ -6,10 +6,14 @@ import atexit
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from dagflow.graph.dag import OperatorDag
 
@@ -44,3 +48,22 @@ def _from_file(key: str, capture: Callable[[], OperatorDag]) -> OperatorDag:
             assert OperatorDag.from_json(text) == dag
             file.write(text)
     return OperatorDag.from_json(text)
+
+
+_where_it_was = re.compile(r'"_name_or_path": ".*"')
+
+
+def what_a_dag_follows_from(model: torch.nn.Module) -> Any:
+    """Classes and settings, tensors' forms and which of them are one, and constants."""
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    first = {id(tensor): name for name, tensor in reversed(parameters)}
+    return (
+        type(model),
+        str(model),
+        _where_it_was.sub("", str(getattr(model, "config", ""))),
+        tuple(
+            (name, str(t.dtype), tuple(t.shape), t.requires_grad, first[id(t)])
+            for name, t in parameters
+        ),
+        tuple((name, str(t.dtype), tuple(t.shape), str(t)) for name, t in model.named_buffers()),
+    )

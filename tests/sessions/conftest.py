@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from distributed import Client
 from families import stored
 from local import local_client
-from once import once
+from once import once, what_a_dag_follows_from
 
 import dagflow
 from dagflow.graph.dag import OperatorDag
@@ -26,12 +25,12 @@ def alike_models_are_captured_once() -> Iterator[None]:
     """Capturing was most of what these tests computed; it has tests of its own, as comparing has."""
 
     def capture_once(model: torch.nn.Module) -> OperatorDag:
-        return once(repr(_what_a_dag_follows_from(model)), lambda: capture_decoder(model))
+        return once(repr(what_a_dag_follows_from(model)), lambda: capture_decoder(model))
 
     compared: dict[Any, dict[str, Any]] = {}
 
     def check_once(source: Source, *args: Any) -> dict[str, Any]:
-        key = (_what_a_dag_follows_from(source.model), *map(str, args[2:]))
+        key = (what_a_dag_follows_from(source.model), *map(str, args[2:]))
         if key not in compared:
             compared[key] = check_capture(source, *args)
         return compared[key]
@@ -40,22 +39,6 @@ def alike_models_are_captured_once() -> Iterator[None]:
         patch.setattr(loading, "capture_decoder", capture_once)
         patch.setattr(loading, "check_capture", check_once)
         yield
-
-
-_where_it_was = re.compile(r'"_name_or_path": ".*"')
-
-
-def _what_a_dag_follows_from(model: torch.nn.Module) -> Any:
-    """Classes and settings, tensors' forms and which of them are one, and constants."""
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    first = {id(tensor): name for name, tensor in reversed(parameters)}
-    return (
-        type(model),
-        str(model),
-        _where_it_was.sub("", str(getattr(model, "config", ""))),
-        tuple((name, str(t.dtype), tuple(t.shape), first[id(t)]) for name, t in parameters),
-        tuple((name, str(t.dtype), tuple(t.shape), str(t)) for name, t in model.named_buffers()),
-    )
 
 
 @pytest.fixture(scope="session")

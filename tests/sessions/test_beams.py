@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,16 @@ def test_answers_equal_transformers(family: str, client: Client, tmp_path: Path)
     assert set(reasons) == {"stop", "length"}
 
 
-@pytest.mark.parametrize("early_stopping", [False, True, "never"])
-@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.6, 2.0])
+# Each penalty and each way to stop at least once; the other pairs are slow.
+PENALTIES, WAYS = (-1.0, 0.0, 0.6, 2.0), (False, True, "never")
+FEW = {(-1.0, False), (-1.0, "never"), (0.0, True), (0.6, "never"), (2.0, False), (2.0, True)}
+PAIRS = [
+    pytest.param(*pair, marks=[] if pair in FEW else pytest.mark.slow)
+    for pair in itertools.product(PENALTIES, WAYS)
+]
+
+
+@pytest.mark.parametrize(("length_penalty", "early_stopping"), PAIRS)
 def test_penalties_of_length_and_ways_to_stop(
     length_penalty: float, early_stopping: Any, client: Client, ended: dagflow.Deployment
 ) -> None:

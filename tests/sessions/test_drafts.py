@@ -67,8 +67,15 @@ class Watched:
         return tokens
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral", "gpt2", "bloom"])
-@pytest.mark.parametrize("draft_seed", [0, 1], ids=["right draft", "wrong draft"])
+# A wrong draft has passes taken back, which is where families differ.
+DRAFTED = [
+    pytest.param(family, seed, marks=[] if seed or family == "llama" else pytest.mark.slow)
+    for family in ("llama", "gemma3", "mixtral", "gpt2", "bloom")
+    for seed in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("family", "draft_seed"), DRAFTED)
 def test_answers_are_the_same_with_passes_ahead_and_a_draft(
     family: str, draft_seed: int, client: Client, tmp_path: Path
 ) -> None:
