@@ -46,7 +46,8 @@ class Config:
         Compare the captured graph with the model itself, and the first batch's loss with that of its
         micro-batches, before anything runs. Takes less than two steps.
     force : bool
-        Resume though settings differ from the store's that change the mathematics.
+        Resume though settings differ from the store's that change the mathematics, or batches from
+        those that the run was trained on.
     """
 
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
