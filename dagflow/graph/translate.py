@@ -124,6 +124,9 @@ class _Translator:
         self.info: dict[str, OperatorInfo] = {}
         self.constants: list[Constant] = []
         self.canonical, self.aliases = _tied_names(model)
+        # Regions of autocast are for one kind of device; on the meta device, whose isn't known.
+        self.devices = {p.device.type for p in model.parameters()} or {"cpu"}
+        self.devices |= {"cpu", "cuda"} if "meta" in self.devices else set()
         self.buffer_names: list[str] = []
         self.origin = _Origin("", "", "none yet")
 
@@ -236,9 +239,12 @@ class _Translator:
             self._region(node, region, operands, name, replace(setting, grad=grad))
             return
         if "wrap_with_autocast" in target:
-            _, dtype, enabled, _, region, *operands = node.args
-            own = str(dtype).removeprefix("torch.") if enabled else ""
-            autocast = replace(setting, autocast=bool(enabled), autocast_dtype=own)
+            device, dtype, enabled, _, region, *operands = node.args
+            if enabled and device not in self.devices:
+                autocast = setting  # which has no effect here, as in the model itself
+            else:
+                own = str(dtype).removeprefix("torch.") if enabled else ""
+                autocast = replace(setting, autocast=bool(enabled), autocast_dtype=own)
             self._region(node, region, operands, name, autocast)
             return
         if node.target is operator.getitem:
