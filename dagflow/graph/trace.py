@@ -19,6 +19,7 @@ import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 
 from dagflow.errors import CaptureFailed
+from dagflow.graph.batched import unmapped
 from dagflow.graph.effects import Change, Snapshot
 from dagflow.graph.sizes import Decision, symbolic_mathematics, watch_decisions
 from dagflow.graph.whole import stand_in
@@ -28,7 +29,17 @@ _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _LIBRARIES = (sysconfig.get_path("stdlib"), _TORCH_FOLDER)
 OWN_FILES = frozenset(
     str(Path(__file__).with_name(f"{name}.py"))
-    for name in ("batch", "capture", "effects", "loss", "sizes", "trace", "whole", "writes")
+    for name in (
+        "batch",
+        "batched",
+        "capture",
+        "effects",
+        "loss",
+        "sizes",
+        "trace",
+        "whole",
+        "writes",
+    )
 )
 
 
@@ -165,12 +176,6 @@ _REFUSED: Mapping[str, tuple[tuple[str, ...], str, str, str]] = {
         "these depend on the data, and a graph's operators have fixed arguments",
         "give the padded sequence to the recurrent layer, and mask the result",
     ),
-    "lazy_load_decompositions": (  # the first that vmap does
-        ("torch._functorch.predispatch",),
-        "calls vmap",
-        "a graph's operators see whole tensors",
-        "write the batch's dimension out: broadcasting, torch.einsum, an index more",
-    ),
 }
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
@@ -272,6 +277,7 @@ def follow(wrapper: Any) -> Iterator[Trace]:
             checkpoint,
             _watch_clock(trace.clock),
             symbolic_mathematics(),
+            unmapped(lambda: trace.module),
             watch_decisions(OWN_FILES) as trace.decisions,
         ):
             yield trace

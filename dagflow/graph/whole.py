@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
+from torch.nn import _reduction, functional
 
 _LIBRARY: Any = torch.library.Library("dagflow_trace", "DEF")  # type: ignore[no-untyped-call]
 _OPTIONS = (
@@ -83,7 +83,7 @@ def _ctc_loss_function(
 ) -> Any:
     """Stands for `torch.nn.functional.ctc_loss`."""
     lengths = (input_lengths, target_lengths)
-    kind = functional._Reduction.get_enum(reduction)
+    kind = _reduction.get_enum(reduction)
     is_tensors = all(isinstance(length, torch.Tensor) for length in lengths)
     loss = torch.ops.dagflow_trace.ctc_loss if is_tensors else torch.ctc_loss
     return loss(log_probs, targets, *lengths, blank, kind, zero_infinity)

@@ -151,12 +151,18 @@ def in_inference_mode(m: Model, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     return m.third(m.second(h) * scale.clone())
 
 
+def maps_over_rows(m: Model, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    h = torch.vmap(torch.func.vmap(lambda row: m.second(row) * row.norm()))(m.first(x))
+    return m.third(torch.vmap(lambda a, b: a @ b.T, in_dims=(1, None), out_dims=1)(h, y[0, :4]))
+
+
 BODIES = [
     through_complex_values,
     assigns_a_buffer,
     checkpoints,
     writes_a_view_of_the_batch,
     clamps_a_parameter,
+    maps_over_rows,
     casts_for_itself,
 ]
 SLOWER = [
