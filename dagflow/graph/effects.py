@@ -27,8 +27,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from dagflow_tasks.interpreter import RANDOM_LOCK
-
 # What every module has, and torch itself keeps: parameters, submodules, hooks.
 _MODULES_OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
@@ -152,14 +150,16 @@ class Snapshot:
 
 
 class RandomStates:
-    """The random states of Python, NumPy and torch in this process."""
+    """The states of Python's and NumPy's generators in this process.
+
+    Not torch's: a trace draws nothing from it, and stages in other threads seed it meanwhile.
+    """
 
     def __init__(self) -> None:
         self._python, self._numpy = random.getstate(), np.random.get_state()
-        self._torch = torch.get_rng_state()
 
     def changed(self) -> bool:
-        """Tell whether Python's or NumPy's generator has moved, here or in another thread."""
+        """Tell whether one has moved, here or in another thread."""
         return random.getstate() != self._python or not all(
             np.array_equal(a, b) for a, b in zip(np.random.get_state(), self._numpy, strict=True)
         )
@@ -169,8 +169,6 @@ class RandomStates:
         if self.changed():
             random.setstate(self._python)
             np.random.set_state(self._numpy)
-        with RANDOM_LOCK:
-            torch.set_rng_state(self._torch)
 
 
 _MISSING = object()

@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,6 @@ class _Follower(TorchFunctionMode):
         super().__init__()
         self.trace = trace
         self._recorded_grad = torch.is_grad_enabled()
-        self._seed = torch.initial_seed()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -116,16 +115,7 @@ class _Follower(TorchFunctionMode):
             # Switched by what nobody records: a function's `apply`, inference mode.
             self._recorded_grad = torch.is_grad_enabled()
             torch._C._set_grad_enabled(self._recorded_grad)
-        self._check_seed()
         return self._called(func, args, kwargs or {})
-
-    def _check_seed(self) -> None:
-        if torch.initial_seed() != self._seed:
-            raise self._refused(
-                "seeds torch's random numbers",
-                "a graph draws by the run's own seed, other numbers in every step",
-                "seed outside of forward, or keep what must be the same in a buffer",
-            )
 
     def _refused(self, what: str, why: str, advice: str) -> CaptureFailed:
         return CaptureFailed(
@@ -224,6 +214,31 @@ class _Checkpointed:
 
 
 @contextmanager
+def _refuse_seeds(trace: Trace) -> Iterator[None]:
+    """Refuse that this thread's model seeds torch's generator; others' stages do so all the time."""
+    thread = threading.get_ident()
+
+    def refusing(seed: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            file = sys._getframe(1).f_code.co_filename
+            if threading.get_ident() == thread and not file.startswith((*_LIBRARIES, "<")):
+                raise CaptureFailed(
+                    f"Module {trace.module!r} seeds torch's random numbers ({line_of_model()}); a "
+                    "graph draws by the run's own seed, other numbers in every step. What to do: "
+                    "seed outside of forward, or keep what must be the same in a buffer."
+                )
+            return seed(*args, **kwargs)
+
+        return function
+
+    with ExitStack() as stack:
+        for owner in (torch, torch.random):
+            for name in ("manual_seed", "seed", "set_rng_state"):
+                stack.enter_context(patch.object(owner, name, refusing(getattr(owner, name))))
+        yield
+
+
+@contextmanager
 def _watch_clock(lines: list[str]) -> Iterator[None]:
     """Note the lines of the model's own code, or of who calls it, that ask for the time."""
     thread = threading.get_ident()
@@ -275,6 +290,7 @@ def follow(wrapper: Any) -> Iterator[Trace]:
     try:
         with (
             checkpoint,
+            _refuse_seeds(trace),
             _watch_clock(trace.clock),
             symbolic_mathematics(),
             unmapped(lambda: trace.module),
