@@ -254,6 +254,9 @@ class _Translator:
                 return
         if _is_number(node) or any(word in target for word in _RANGE_CHECKS):
             return  # sizes are carried as expressions where they are used
+        if _is_dropout_off(node):
+            self.environment[node] = self.environment[cast("torch.fx.Node", node.args[0])]
+            return
         self._operator(node, name, setting)
 
     def _region(
@@ -436,6 +439,19 @@ def _symbolic_sizes(node: torch.fx.Node) -> list[Any]:
     if node.op != "placeholder" or not isinstance(value, torch.Tensor):
         return []
     return [size for size in value.shape if isinstance(size, torch.SymInt)]
+
+
+def _is_dropout_off(node: torch.fx.Node) -> bool:
+    """Tell whether an operator is a dropout that returns its input itself.
+
+    The tracer finds such operators by itself and gives what comes later their name alone, but for
+    dropout, which it keeps whole. Behind a cut two names of one tensor would be two tensors, each
+    with a gradient of its own: their sum would have another order than without the cut.
+    """
+    if str(node.target) != "aten.dropout.default":
+        return False
+    given = dict(zip(("input", "p", "train"), node.args, strict=False)) | node.kwargs
+    return given["train"] is False or given["p"] == 0
 
 
 def _tied_names(model: torch.nn.Module) -> tuple[dict[str, str], dict[str, list[str]]]:

@@ -1,4 +1,7 @@
-"""Values, gradients and weights lie in memory as they would without a cut, so no bit changes."""
+"""Values, gradients and weights are behind a cut what they are without one, so no bit changes.
+
+In memory, too: kernels add up in the order of strides, and choose by them.
+"""
 
 from __future__ import annotations
 
@@ -91,6 +94,12 @@ def dropped(layers: Any, h: torch.Tensor) -> torch.Tensor:
     return functional.dropout1d(h.mT, 0.3).mT[..., :WIDTH]
 
 
+def switched_off(layers: Any, h: torch.Tensor) -> torch.Tensor:
+    a = h[..., :WIDTH].tanh()
+    itself = functional.dropout(a, 0.0)
+    return layers["norm"](itself * itself.sin() + itself.cos()) * a + a.square() * itself
+
+
 def eighths(layers: Any, h: torch.Tensor) -> torch.Tensor:
     low = (h.to(torch.float8_e4m3fn), h.to(torch.float8_e5m2), h.bfloat16(), h.half(), h.double())
     return sum(part.float().sigmoid() for part in low)[..., :WIDTH]  # type: ignore[union-attr]
@@ -139,6 +148,7 @@ OPERATIONS = (
     convolved,
     used_often,
     dropped,
+    switched_off,
     eighths,
 )
 
