@@ -21,7 +21,7 @@ from dagflow_tasks.journal import JOURNAL
 from dagflow_tasks.replay import restore
 from dagflow_tasks.state import state_tensors
 
-WIDTH, LENGTH = 24, 10
+WIDTH, LENGTH = 24, 34
 
 
 class Idiom(nn.Module):
@@ -39,8 +39,21 @@ class Idiom(nn.Module):
 
 
 def sliced(layers: Any, h: torch.Tensor) -> torch.Tensor:
-    a, b, c = h.chunk(3, -1)
-    return layers["norm"](a.tanh()) + (b * c.softmax(-1)).flip(1) + layers["norm"](a)
+    a = h[..., 3 : WIDTH + 3]
+    sums = a.sum(1, keepdim=True) + a.mean((0, 1)) + a.mT.sum(-1, keepdim=True).mT
+    return layers["norm"](a) + sums + a.square().mean()
+
+
+def by_heads(layers: Any, h: torch.Tensor) -> torch.Tensor:
+    q, k, v = h.unflatten(-1, (3, 4, WIDTH // 4)).permute(2, 0, 3, 4, 1).unbind(0)
+    weights = functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).mT
+    return (weights.softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2)
+
+
+def joined(layers: Any, h: torch.Tensor) -> torch.Tensor:
+    first = layers["norm"](h[..., :WIDTH]) + layers["norm"].bias
+    both = torch.cat([first, h[..., WIDTH:].tanh()], -1)  # whose gradients are slices
+    return both.mT.unflatten(1, (3, WIDTH)).prod(1).mT
 
 
 def transposed(layers: Any, h: torch.Tensor) -> torch.Tensor:
@@ -50,17 +63,9 @@ def transposed(layers: Any, h: torch.Tensor) -> torch.Tensor:
 
 def expanded(layers: Any, h: torch.Tensor) -> torch.Tensor:
     whole = h[..., :WIDTH].mean(1, keepdim=True).expand(-1, LENGTH, -1)
-    return layers["norm"](whole * h[..., WIDTH : 2 * WIDTH].sum(-1, keepdim=True)) + whole
-
-
-def unaligned(layers: Any, h: torch.Tensor) -> torch.Tensor:
-    late = h[:, :, 1 : WIDTH + 1]
-    return layers["norm"](late) * late.cumsum(1).sigmoid() + late[0] + late[1:2]
-
-
-def overlapping(layers: Any, h: torch.Tensor) -> torch.Tensor:
-    windows = functional.pad(h[..., :WIDTH], (0, 0, 1, 1)).unfold(1, 3, 1)
-    return layers["norm"](windows.softmax(-1).sum(-1)) + windows.amax(-1)
+    return (
+        layers["norm"](whole) + whole * whole.sum((0, 1)) + h[..., -WIDTH:] * whole.square().mean()
+    )
 
 
 def attended(layers: Any, h: torch.Tensor) -> torch.Tensor:
@@ -140,10 +145,10 @@ def _layers(operation: Callable[..., torch.Tensor]) -> dict[str, nn.Module]:
 
 OPERATIONS = (
     sliced,
+    by_heads,
+    joined,
     transposed,
     expanded,
-    unaligned,
-    overlapping,
     attended,
     convolved,
     used_often,
