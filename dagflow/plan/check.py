@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,25 +141,21 @@ def check_microbatches(
     ------
     ResultsDiffer
     """
-    parameters = {**_parameters(model), **_awake(_parameters(model))}
-    uncut = Uncut(dag, parameters, dict(model.named_buffers()))
+    uncut = Uncut(dag, _parameters(model) | _awake(model), dict(model.named_buffers()))
     counted = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
-    # The modes cost more than small operators do.
-    random = has_draws(dag.nodes) or any("batch_norm" in node.op for node in dag.nodes)
-    with ExpectedDraws() if random else nullcontext():  # type: ignore[no-untyped-call]
-        try:
-            losses = [_fresh_loss(uncut, *part) for part, _ in counted]
-            batch_loss = _batch_loss(dag, model, loss, batch, None)
-        except TaskFailed as error:
-            raise ResultsDiffer(f"The captured graph fails on the first batch: {error}") from error
-        added = math.fsum(w * x for (_, w), x in zip(counted, losses, strict=True))
-        sizes = [abs(w * x) for (_, w), x in zip(counted, losses, strict=True)]
-        size = max(abs(batch_loss), math.fsum(sizes))
-        off = abs(batch_loss - added)
-        if not off > _ROUNDING * size:
-            return batch_loss, added
-        nudged_losses = [_batch_loss(dag, model, loss, batch, k) for k in range(_NUM_NUDGES)]
-    noise = max(abs(other - batch_loss) for other in nudged_losses)
+    try:
+        losses = [_calm_loss(uncut, dag, *part) for part, _ in counted]
+        batch_loss = _batch_loss(dag, model, loss, batch, None)
+    except TaskFailed as error:
+        raise ResultsDiffer(f"The captured graph fails on the first batch: {error}") from error
+    added = math.fsum(w * x for (_, w), x in zip(counted, losses, strict=True))
+    sizes = [abs(w * x) for (_, w), x in zip(counted, losses, strict=True)]
+    size = max(abs(batch_loss), math.fsum(sizes))
+    off = abs(batch_loss - added)
+    if not off > _ROUNDING * size:
+        return batch_loss, added
+    nudges = [_batch_loss(dag, model, loss, batch, nudge) for nudge in range(_NUM_NUDGES)]
+    noise = max(abs(other - batch_loss) for other in nudges)
     if off <= _TIMES_OWN_NOISE * noise + _ROUNDING * size:
         return batch_loss, added
     raise ResultsDiffer(
@@ -182,22 +178,34 @@ def _batch_loss(
     """Return a whole batch's loss, by the graph or, if that takes fewer rows only, by the model."""
     batch = without_columns(batch, dag.dropped_columns)
     tensors, constants = flatten_batch(batch)
-    awake = _awake(_parameters(model))
+    awake = _awake(model)
     try:
         sizes = dict(match_batch(dag, tensors, constants, "the check"))
     except BatchInvalid:
         eager = Eager(model, loss, batch, awake, draws=False)
         eager.begin(nudge=nudge)
-        return float(eager.run(list(tensors.values()), grad=False)[0]["loss", ""])
-    parameters = {**_parameters(model), **awake}
+        with _calm(dag):
+            return float(eager.run(list(tensors.values()), grad=False)[0]["loss", ""])
+    parameters = _parameters(model) | awake
     if nudge is not None:
         parameters = _nudged(parameters, nudge)
-    return Uncut(dag, parameters, dict(model.named_buffers())).loss(tensors_of(tensors), sizes)
+    uncut = Uncut(dag, parameters, dict(model.named_buffers()))
+    return _calm_loss(uncut, dag, tensors_of(tensors), sizes)
 
 
-def _fresh_loss(uncut: Uncut, tensors: Mapping[str, torch.Tensor], sizes: Sizes) -> float:
+def _calm_loss(
+    uncut: Uncut, dag: OperatorDag, tensors: Mapping[str, torch.Tensor], sizes: Sizes
+) -> float:
     uncut.begin()
-    return uncut.loss(tensors, sizes)
+    with _calm(dag):
+        return uncut.loss(tensors, sizes)
+
+
+def _calm(dag: OperatorDag) -> AbstractContextManager[Any]:
+    """Switch off what makes a row's result depend on other rows; costs more than small operators."""
+    if has_draws(dag.nodes) or any("batch_norm" in node.op for node in dag.nodes):
+        return ExpectedDraws()  # type: ignore[no-untyped-call]
+    return nullcontext()
 
 
 def _nudged(tensors: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
@@ -243,11 +251,11 @@ class _Check:
         following = without_columns(following, dag.dropped_columns)
         self.tensors, self.constants = flatten_batch(batch)
         self.following = self.tensors if following is None else flatten_batch(following)[0]
-        awake = _awake(_parameters(model))
+        awake = _awake(model)
         self.keep = _spread(dag)
         self.transient = {b.name for b in dag.buffers if not b.persistent}
         self.buffers = dict(model.named_buffers())
-        self.parameters = {**_parameters(model), **awake}
+        self.parameters = _parameters(model) | awake
         self.draws = has_draws(dag.nodes)
         self.eager = Eager(model, loss, batch, awake, self.draws)
         self.uncut = Uncut(dag, self.parameters, self.buffers)
@@ -521,10 +529,10 @@ def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def _awake(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _awake(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return other values for parameters whose numbers are all the same."""
     awake: dict[str, torch.Tensor] = {}
-    for name, tensor in parameters.items():
+    for name, tensor in _parameters(model).items():
         if not tensor.is_floating_point() or tensor.numel() < 2:
             continue
         if bool((tensor == tensor.reshape(-1)[0]).all()):

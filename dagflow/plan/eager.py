@@ -156,7 +156,7 @@ def copy_model(
     copied = copy.deepcopy(model, memo)
     for parameter, ours in zip(model.parameters(), copied.parameters(), strict=True):
         for hook in (parameter._backward_hooks or {}).values():
-            ours.register_hook(hook)
+            ours.register_hook(hook)  # type: ignore[no-untyped-call]
     if isinstance(loss, types.FunctionType):
         return copied, _copied_function(loss, memo)
     return copied, copy.deepcopy(loss, memo)

@@ -295,3 +295,16 @@ def test_losses_over_the_whole_batch_are_refused_with_both_numbers(
 
 def test_a_loss_over_rows_is_compared_on_the_whole_batch() -> None:
     assert first_batch(cross_entropy, batch(9)).microbatches == ""
+
+
+def test_dropout_and_new_layers_do_not_hide_in_the_batchs_loss() -> None:
+    class Normed(Dropping):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(8)  # begins with ones and zeros
+
+        def inside(self, hidden: torch.Tensor) -> torch.Tensor:
+            return super().inside(self.norm(hidden))
+
+    of = FirstBatch(Normed(), cross_entropy, batch(9), 3, {}.get, Config())
+    assert of.prepare(check=True).report.microbatches == ""
