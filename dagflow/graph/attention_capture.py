@@ -139,18 +139,22 @@ def captured_attention(model: torch.nn.Module) -> Iterator[None]:
         )
     before = model.config._attn_implementation
     registry = _Registry(model, before)
-    ALL_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, registry.attention)
-    masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, registry.mask)
     if model.config.model_type == "bloom":
         with _bloom():
             yield
         return
-    model.set_attn_implementation(_IMPLEMENTATION)
-    try:
-        with own_attention(model):
+    attentions = ALL_ATTENTION_FUNCTIONS._global_mapping
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+    with (
+        patch.dict(attentions, {_IMPLEMENTATION: registry.attention}),
+        patch.dict(masks, {_IMPLEMENTATION: registry.mask}),
+        own_attention(model),
+    ):
+        model.set_attn_implementation(_IMPLEMENTATION)
+        try:
             yield
-    finally:
-        model.set_attn_implementation(before)
+        finally:
+            model.set_attn_implementation(before)
 
 
 @contextmanager

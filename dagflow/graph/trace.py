@@ -30,9 +30,11 @@ _LIBRARIES = (sysconfig.get_path("stdlib"), _TORCH_FOLDER)
 OWN_FILES = frozenset(
     str(Path(__file__).with_name(f"{name}.py"))
     for name in (
+        "attention_capture",
         "batch",
         "batched",
         "capture",
+        "decoder",
         "effects",
         "loss",
         "sizes",

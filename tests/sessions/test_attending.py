@@ -276,3 +276,12 @@ def test_a_cache_that_forgets_what_attention_sees_is_refused() -> None:
         _check_windows(dag, config)
     config.max_position_embeddings = 8
     _check_windows(dag, config)
+
+
+def test_transformers_registries_are_left_as_they_were() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = set(ALL_ATTENTION_FUNCTIONS)
+    _served("llama4")
+    assert set(ALL_ATTENTION_FUNCTIONS) == before
+    assert "dagflow" not in before
