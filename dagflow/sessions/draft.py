@@ -63,8 +63,11 @@ class Draft:
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    async def run(self, part: Part, tokens: Sequence[int]) -> tuple[int, float]:
-        """Return the likeliest token after a part's tokens, and how likely it is."""
+    async def run(self, part: Part, tokens: Sequence[int]) -> tuple[int, float] | None:
+        """Return the likeliest token after a part's tokens, and how likely it is.
+
+        None if its session was rewound further than windows and states go back.
+        """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._run, part, tokens)
 
@@ -73,8 +76,10 @@ class Draft:
         with suppress(RuntimeError):  # closed
             self._thread.submit(self._stage.close, name)
 
-    def _run(self, part: Part, tokens: Sequence[int]) -> tuple[int, float]:
+    def _run(self, part: Part, tokens: Sequence[int]) -> tuple[int, float] | None:
         begin = time.perf_counter()
+        if not self._stage.accepts(part):
+            return None
         _, found = self._stage.run([part], {TOKENS: torch.tensor(tokens)})
         shares = torch.softmax(found["logits"][-1, : self._num_tokens], -1)
         chance, token = shares.max(-1)
@@ -126,7 +131,11 @@ class DraftSession:
             start, end = self._num_fed, min(len(tokens), self._num_fed + _CHUNK_TOKENS)
             part = Part(self._name, self._epoch, start, end - start, start, LAST)
             self._num_fed = end
-            token, chance = await self._draft.run(part, tokens[start:end])
+            found = await self._draft.run(part, tokens[start:end])
+            if found is None:
+                self.rewind(0)  # read once more
+                continue
+            token, chance = found
             if end == len(tokens):
                 return Guess(token, Kind(DRAFT, int(8 * chance)), chance)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -10,15 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from distributed import Client
-from families import greedy, language_model
+from families import greedy, language_model, logits_of
 from local import local_client, wait_until
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
+from zoo import SIZES
 
 import dagflow
 from dagflow.errors import SettingsInvalid
+from dagflow.sessions.draft import Draft
 from dagflow.sessions.pace import Pace
 from dagflow.sessions.service import num_tokens_computed
 
@@ -65,6 +69,33 @@ class Watched:
         )
         tokens: list[int] = found.tokens[0].tolist()
         return tokens
+
+
+def test_a_draft_that_is_rewound_further_than_its_windows_keep_reads_its_text_again(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 1, "max_position_embeddings": 512}
+    config = hf.MistralConfig(**sizes, num_key_value_heads=2, sliding_window=8)
+    model: Any = hf.MistralForCausalLM(config).eval()
+    text = [(5 * n * n + n) % 90 + 3 for n in range(200)]
+
+    async def guesses() -> list[int]:
+        found = []
+        session = draft.begin("text")
+        for length in (200, 199, 60):
+            guess = await session.guess(text[:length])
+            assert guess is not None
+            found.append(guess.token)
+        return found
+
+    loaded = dagflow.load(model, store=tmp_path)
+    draft = Draft(loaded, loaded)
+    try:
+        logits = logits_of(model, text)
+        assert asyncio.run(guesses()) == [int(logits[n - 1].argmax()) for n in (200, 199, 60)]
+    finally:
+        draft.close()
 
 
 # A wrong draft has passes taken back, which is where families differ.
