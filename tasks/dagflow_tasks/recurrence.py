@@ -41,7 +41,8 @@ def _over_sessions(number: int, inputs: tuple[torch.Tensor, ...], advance: Advan
             state = span.cache.states.setdefault(number, RecurrentState())
             outputs.append(state.run(span.start, own, advance))
         begin = end
-    return cat_rows(outputs)
+    # Whatever strides they have: a model may ask for views of what it takes to be contiguous.
+    return cat_rows(outputs).contiguous()
 
 
 def window(values: torch.Tensor, size: int, state: int, fill: float = 0.0) -> torch.Tensor:

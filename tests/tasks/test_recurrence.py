@@ -70,6 +70,7 @@ def test_a_sequence_in_pieces_equals_the_whole(kind: str, cuts: list[int]) -> No
     for count in cuts:
         found.append(_fed(run, cache, start, start + count))
         start += count
+    assert all(output.is_contiguous() for output in found)
     torch.testing.assert_close(torch.cat(found, 1), run(slice(None)))
 
 
