@@ -17,10 +17,13 @@ from dagflow.sessions.memory import (
     StageNeeds,
     WorkerMemory,
     cache_budget,
+    fits,
     place_stages,
+    room_of,
     tokens_that_fit,
 )
 from dagflow_tasks.attention import BLOCK_TOKENS, whole_blocks
+from dagflow_tasks.states import REACH_TOKENS
 
 NEEDS = [StageNeeds(1000, 1), StageNeeds(4000, 2)]
 
@@ -88,6 +91,23 @@ def test_the_fullest_worker_says_how_many_tokens_there_may_be() -> None:
     assert apart == 6000 * CACHE_SHARE // 2 // BLOCK_TOKENS * BLOCK_TOKENS
     together = tokens_that_fit(["a", "a"], NEEDS, {"a": 5000}, workers, 960)
     assert together == 960 // 3 // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+def test_a_session_takes_the_largest_share_that_its_states_take_of_a_budget() -> None:
+    needs = [StageNeeds(0, 10, (), 4000), StageNeeds(0, 1, (), 9000)]
+    workers = {"a": WorkerMemory(1 << 20), "b": WorkerMemory(1 << 20)}
+    room = room_of(["a", "b"], needs, {"a": 0, "b": 0}, workers, 64_000)
+    assert room.capacity == 6400
+    assert room.session_tokens == 900  # 9000 of 64000 bytes, of 6400 tokens
+    assert (room.taken(0), room.taken(32), room.reach) == (0, 932, REACH_TOKENS)
+    assert room.longest == (6400 - 900) // BLOCK_TOKENS * BLOCK_TOKENS
+    # As many sessions as fit, short or long, are too much for neither worker.
+    for num_tokens in (32, 640, 5472):
+        count = room.capacity // room.taken(num_tokens)
+        for need in needs:
+            assert count * (need.session_bytes + num_tokens * need.token_bytes) <= 64_000
+    assert not fits(workers["a"], 0, needs[1].least_bytes, 9000)
+    assert room_of(["a"], [StageNeeds(0, 1)], {"a": 0}, workers, 640).reach is None
 
 
 def test_stages_are_placed_in_a_row_where_they_fit_so() -> None:

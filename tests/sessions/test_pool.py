@@ -12,6 +12,7 @@ from dagflow.errors import CacheFull, RequestTooLarge
 from dagflow.sessions import memory
 from dagflow.sessions.pool import LEAST_SHARED_TOKENS, CachePool, Holder, common
 from dagflow_tasks.attention import BLOCK_TOKENS
+from dagflow_tasks.states import REACH_TOKENS
 
 ONE = BLOCK_TOKENS
 PROMPT = list(range(LEAST_SHARED_TOKENS + 4))
@@ -250,6 +251,20 @@ async def test_who_comes_back_and_can_never_fit_hears_of_it(room: Room) -> None:
     room.forgotten(room.leave(holder))
     with pytest.raises(CacheFull, match=f"{3 * ONE} tokens are wanted.*{2 * ONE}"):
         await room.readmit(holder, 3 * ONE)
+
+
+@scenario(4)
+async def test_with_states_only_what_can_be_gone_back_to_is_shared(room: Room) -> None:
+    room.resize(memory.Room(40 * ONE, session_tokens=ONE))
+    source = room.computed(
+        await room.admit(Holder(), ONE), [*PROMPT, *range(40, 40 + REACH_TOKENS)]
+    )
+    assert room.state.used_tokens == 2 * ONE
+    room.end(await room.admit(Holder(), ONE, [*PROMPT, 1]))
+    assert room.decided == [("fork", source, len(PROMPT))]
+    source.tokens.append(7)
+    await room.admit(Holder(), ONE, [*PROMPT, 2])
+    assert len(room.decided) == 1
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 100])
