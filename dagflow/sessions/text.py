@@ -34,12 +34,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window = list(before[-_CONTEXT:])
-        try:
-            self._text = self._decode(self._window) if self._window else ""
-        except (IndexError, TypeError, OverflowError):
-            # Prompts of token ids may hold some that the model knows, and its tokenizer doesn't.
-            self._window, self._text = [], ""
+        self._window, self._text = self._context(before)
         self._told = len(self._text)
         # What follows the last complete character: tokens, and how much of their text was told.
         self._fresh, self._fresh_told = len(self._window), 0
@@ -63,6 +58,17 @@ class Detokenizer:
     def rest(self) -> str:
         """Return what was held back, at the end."""
         return self._tell(len(self._text))
+
+    def _context(self, before: Sequence[int]) -> tuple[list[int], str]:
+        """Return the last tokens of a prompt, and their text, from a character's first byte on."""
+        windows = [list(before[-count:]) for count in range(_CONTEXT, _MOST_UNFINISHED, -1)]
+        try:
+            texts = [self._decode(window) if window else "" for window in windows]
+        except (IndexError, TypeError, OverflowError):
+            # Prompts of token ids may hold some that the model knows, and its tokenizer doesn't.
+            return [], ""
+        pairs = list(zip(windows, texts, strict=True))
+        return next((p for p in pairs if not p[1].startswith(_UNFINISHED)), pairs[0])
 
     def _tell(self, end: int) -> str:
         found = self._text[self._told : end]

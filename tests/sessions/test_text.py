@@ -178,6 +178,17 @@ def test_a_character_behind_a_complete_one_does_not_break_it() -> None:
 
 
 @pytest.mark.parametrize("make", _ALL)
+def test_a_prompt_is_never_cut_within_a_character(make: Any) -> None:
+    tokenizer = make()
+    tokens = _ids(tokenizer, "火山🙂火" * 3)
+    for at in range(len(_ids(tokenizer, "火山🙂火")), len(tokens)):
+        told = tokenizer.decode(tokens[:at])
+        if not told.endswith(_BROKEN) and tokenizer.decode(tokens).startswith(told):
+            pieces = _pieces(tokenizer, tokens[at:], tuple(tokens[:at]))
+            assert told + "".join(pieces) == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("make", _ALL)
 def test_stop_strings_work_across_pieces(make: Any) -> None:
     tokenizer = make()
     stops = StopStrings(["火e"])
