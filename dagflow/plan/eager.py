@@ -133,7 +133,8 @@ class Eager:
                 hook.remove()
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
-                    found["gradient", name] = parameter.grad
+                    # Of a sparse embedding it is sparse, and few operators take that.
+                    found["gradient", name] = parameter.grad.to_dense()
                     parameter.grad = None
         found |= {("buffer", n): b.detach().clone() for n, b in self._model.named_buffers()}
         for name, parameter in parameters.items():

@@ -107,6 +107,6 @@ class Uncut:
         }
         if wanted:
             torch.autograd.backward(loss, inputs=list(wanted.values()))
-        by_use = {name: leaf.grad for name, leaf in wanted.items() if leaf.grad is not None}
+        by_use = {n: leaf.grad.to_dense() for n, leaf in wanted.items() if leaf.grad is not None}
         totals = total_gradients(self.program.parameters, [by_use])
         return {("gradient", name): gradient for name, gradient in totals.items()}
