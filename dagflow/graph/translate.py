@@ -451,7 +451,7 @@ def _is_dropout_off(node: torch.fx.Node) -> bool:
     if str(node.target) != "aten.dropout.default":
         return False
     given = dict(zip(("input", "p", "train"), node.args, strict=False)) | node.kwargs
-    return given["train"] is False or given["p"] == 0
+    return bool(given["train"] is False or given["p"] == 0)
 
 
 def _tied_names(model: torch.nn.Module) -> tuple[dict[str, str], dict[str, list[str]]]:
