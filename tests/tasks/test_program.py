@@ -98,6 +98,13 @@ def drop(*path: Any) -> Callable[[dict[str, Any]], None]:
 CONSTANT = {"name": "c", "dtype": "float32", "shape": [2], "data": "AAAAAAAAAAA="}
 
 
+@pytest.mark.parametrize("odd", [torch.arange(6.0).view(2, 3).t(), torch.ones(3).expand(2, 3)])
+def test_a_constant_keeps_its_strides(odd: torch.Tensor) -> None:
+    read = Constant.from_json(json.loads(json.dumps(Constant.of("c", odd).to_json()))).tensor()
+    assert torch.equal(read, odd)
+    assert read.stride() == odd.stride()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
