@@ -73,6 +73,8 @@ class ExpectedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         drawn = func(*args, **keywords)
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(drawn[1])
+        if not isinstance(drawn, torch.Tensor):  # fused attention, whose dropout is off on CPUs
+            return drawn
         if name == "randperm":
             return drawn.copy_(torch.arange(drawn.numel()))
         if name.startswith("bernoulli") and len(args) > 1 and args[1] is not None:
