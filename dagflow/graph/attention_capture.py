@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -40,8 +40,9 @@ def _attend(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     chunk: int = 0,
+    distances: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return attend(query, key, value, layer, scale, window, slopes, softcap, sinks, chunk)
+    return attend(query, key, value, layer, scale, window, slopes, softcap, sinks, chunk, distances)
 
 
 @_attend.register_fake
@@ -149,6 +150,7 @@ def captured_attention(model: torch.nn.Module) -> Iterator[None]:
         patch.dict(attentions, {_IMPLEMENTATION: registry.attention}),
         patch.dict(masks, {_IMPLEMENTATION: registry.mask}),
         own_attention(model),
+        _biases_by_distance(model),
     ):
         model.set_attn_implementation(_IMPLEMENTATION)
         try:
@@ -189,6 +191,7 @@ class _Registry:
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
         path = self._paths.get(module, type(module).__name__)
+        distances = others.pop("position_bias") if _is_by_distance(module, others) else None
         _check_others(path, others)
         if query.shape[2] != key.shape[2]:
             raise CaptureFailed(
@@ -204,18 +207,9 @@ class _Registry:
         number = self._num_attending
         self._num_attending += 1
         cap = float(softcap or 0.0)
-        looked = _attend(
-            query,
-            key,
-            value,
-            number,
-            scale,
-            mask.window,
-            None,
-            cap,
-            _checked(path, sinks),
-            mask.chunk,
-        )
+        sinks = _checked(path, query, sinks)
+        more = (mask.window, None, cap, sinks, mask.chunk, distances)
+        looked = _attend(query, key, value, number, scale, *more)
         return looked, None
 
     def mask(self, *_: Any, **asked: Any) -> Mask:
@@ -273,13 +267,41 @@ def _check_others(path: str, others: Mapping[str, Any]) -> None:
         )
 
 
-def _checked(path: str, sinks: torch.Tensor | None) -> torch.Tensor | None:
-    if sinks is not None and sinks.dim() != 1:
+def _checked(path: str, query: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor | None:
+    by_token = (*query.shape[:3], 1)
+    if sinks is not None and sinks.dim() != 1 and tuple(sinks.shape) != by_token:
         raise CaptureFailed(
             f"The attention of {path!r} has sinks of shape {list(sinks.shape)}; what is known are "
-            f"those that all tokens share, one a head. What to do: {REMEDY}"
+            f"those of each head (H,), or of each head and token (1, H, N, 1). What to do: {REMEDY}"
         )
     return sinks
+
+
+# Modules that return a bias for every pair of tokens, by how far apart they are.
+_BY_DISTANCE = ("InklingRelativeLogits", "Inkling2RelativeLogits")
+
+
+def _is_by_distance(module: torch.nn.Module, given: Mapping[str, Any]) -> bool:
+    """Tell whether attention is given a bias that `_biases_by_distance` has made."""
+    bias = given.get("position_bias")
+    makers: list[Any] = [m for m in module.children() if type(m).__name__ in _BY_DISTANCE]
+    return bias is not None and len(makers) == 1 and bias.shape[-1] == makers[0].rel_extent
+
+
+@contextmanager
+def _biases_by_distance(model: torch.nn.Module) -> Iterator[None]:
+    """Have biases returned by distance (1, H, N, E), not by pairs of a row's tokens (1, H, N, N)."""
+
+    def forward(self: Any, relative_states: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = (relative_states @ self.proj).transpose(1, 2)
+        return result
+
+    classes = {type(module) for module in model.modules()}
+    with ExitStack() as patches:
+        for cls in classes:
+            if cls.__name__ in _BY_DISTANCE:
+                patches.enter_context(patch.object(cls, "forward", forward))
+        yield
 
 
 def _read_mask(function: Callable[..., Any]) -> Mask:

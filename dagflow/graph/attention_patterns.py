@@ -20,7 +20,7 @@ import torch
 from dagflow.errors import CaptureFailed
 from dagflow.graph.attention_capture import REMEDY
 from dagflow.graph.dag import OperatorDag, OperatorInfo
-from dagflow.graph.evaluation import LEAST_TOKENS, Evaluation
+from dagflow.graph.evaluation import LEAST_TOKENS, Evaluation, forms_of
 from dagflow_tasks.attention import ATTEND
 from dagflow_tasks.operators import Node, argument_references
 from dagflow_tasks.program import Constant
@@ -49,7 +49,7 @@ def capture_patterns(dag: OperatorDag, model: torch.nn.Module) -> OperatorDag:
     """
     rewriting = _Rewriting(dag, model)
     for node in dag.nodes:
-        if node.op == _FUSED:
+        if node.op == _FUSED and rewriting.is_among_tokens(node):
             rewriting.fused(node)
         elif node.op in _SOFTMAX and rewriting.is_over_tokens(node):
             rewriting.written_out(node)
@@ -79,6 +79,7 @@ class _Rewriting:
         self._instead: dict[str, list[Node]] = {}
         self._read_already: dict[Hashable, _Scores] = {}
         self._info = dict(dag.info)
+        self._forms = forms_of(dag)
         self._constants = list(dag.constants)
         self._number = sum(node.op == ATTEND for node in dag.nodes)
 
@@ -92,6 +93,10 @@ class _Rewriting:
             self._dag, nodes=tuple(nodes), info=self._info, constants=tuple(self._constants)
         )
 
+    def is_among_tokens(self, fused: Node) -> bool:
+        """Tell whether fused attention's sequence is that of tokens, and not one that each has."""
+        return bool(self._shape(_name(fused.args[0]))[-2] == self._tokens)
+
     def is_over_tokens(self, softmax: Node) -> bool:
         shape = self._dag.info[softmax.name].outputs[0][1]
         return shape[-1] == self._tokens and softmax.args[1] in (-1, len(shape) - 1)
@@ -100,6 +105,7 @@ class _Rewriting:
         product = self._product_before(softmax)
         output = self._product_after(softmax)
         first, second = product.args[1:3] if "baddbmm" in product.op else product.args[0:2]
+        self._check_computed(output, first, second, output.args[1])
         (source,) = argument_references(softmax.args[0])
         scores = self._read(softmax, product.name, source)
         new = _Building(self._info, output, self._tokens)
@@ -125,8 +131,13 @@ class _Rewriting:
         given = options["scale"]
         scale = float(given if given is not None else width**-0.5)
         new = _Building(self._info, node, self._tokens)
+        self._check_computed(node, *(options[name] for name in names[:3]))
         query, key, value = (new.heads_first(_name(options[name])) for name in names[:3])
         self._put(new, query, key, value, replace(scores, scale=scale), node)
+
+    def _check_computed(self, node: Node, *operands: Any) -> None:
+        if not all(_name(operand) in self._nodes for operand in operands):
+            raise _unknown(node, "its queries, keys or values aren't computed from tokens")
 
     def _put(
         self, new: _Building, query: str, key: str, value: str, scores: _Scores, output: Node
@@ -145,7 +156,7 @@ class _Rewriting:
         self._info = new.info
 
     def _shape(self, name: str) -> tuple[Any, ...]:
-        return self._dag.info[name].outputs[0][1]
+        return self._forms[name][1]
 
     def _product_before(self, softmax: Node) -> Node:
         """Return the product of queries and keys whose scores the softmax is taken of."""

@@ -301,6 +301,7 @@ def attend(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     chunk: int = 0,
+    distances: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of each token over its session, which it is appended to.
 
@@ -317,10 +318,13 @@ def attend(
         Of a bias that grows with the key's position (ALiBi, arXiv 2108.12409).
     softcap : float
         Scores go through ``softcap * tanh(score / softcap)``; 0 for not at all.
-    sinks : Tensor (H,), optional
-        A score of each head that takes its share of the attention and adds nothing (arXiv 2309.17453).
+    sinks : Tensor (H,) or (1, H, N, 1), optional
+        A score of each head, or of each head and token, that takes its share of the attention and
+        adds nothing (arXiv 2309.17453).
     chunk : int
         Tokens see those of their own chunk of so many tokens only; 0 for no chunks.
+    distances : Tensor (1, H, N, E), optional
+        What is added to the scores of keys that are 0 to E - 1 tokens back; nothing to others'.
 
     Returns
     -------
@@ -340,7 +344,11 @@ def attend(
         elif span.cache is not None:
             keys, values = span.cache.put(layer, span.start, keys, values)
         mask = _mask(query, span, first, keys.shape[1], window, slopes, chunk)
-        looked = _look_back(query[0, :, begin:end], keys, values, scale, mask, softcap, sinks)
+        if distances is not None:
+            bias = _by_distance(distances[0, :, begin:end], span, first, keys.shape[1])
+            mask = bias if mask is None else mask + bias
+        own = sinks if sinks is None or sinks.dim() == 1 else sinks[0, :, begin:end]
+        looked = _look_back(query[0, :, begin:end], keys, values, scale, mask, softcap, own)
         output[begin:end] = looked.transpose(0, 1)
         begin = end
     return output[None]
@@ -406,6 +414,15 @@ def _mask(
     return bias + slopes[:, None, None].to(query.dtype) * of.to(query.dtype)
 
 
+def _by_distance(distances: torch.Tensor, span: Span, first: int, length: int) -> torch.Tensor:
+    """Return what is added to the scores (H, T, L) of keys from position `first` on."""
+    at = torch.arange(span.start, span.start + span.count, device=distances.device)[:, None]
+    back = at - torch.arange(first, first + length, device=distances.device)[None, :]
+    most = distances.shape[2] - 1
+    index = back.clamp(0, most).expand(distances.shape[0], -1, -1)
+    return distances.gather(2, index).masked_fill((back < 0) | (back > most), 0.0)
+
+
 def _with_sinks(
     rows: torch.Tensor,
     keys: torch.Tensor,
@@ -417,13 +434,14 @@ def _with_sinks(
 ) -> torch.Tensor:
     """Attention of rows (K, H / K * T, D), with a further score a head that has no value."""
     heads, length = sinks.shape[0], keys.shape[1]
+    sinks = sinks if sinks.dim() == 3 else sinks[:, None, None]
     scores = torch.matmul(rows, keys.transpose(1, 2)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.reshape(heads, -1, length)
     if mask is not None:
         scores = scores + mask
-    sink = sinks.to(scores.dtype)[:, None, None].expand(heads, scores.shape[1], 1)
+    sink = sinks.to(scores.dtype).expand(heads, scores.shape[1], 1)
     shares = torch.softmax(torch.cat([scores, sink], -1).float(), -1)[..., :-1].to(rows.dtype)
     looked = torch.matmul(shares.reshape(keys.shape[0], -1, length), values)
     return looked.reshape(heads, -1, values.shape[2])

@@ -116,7 +116,7 @@ def _attend(**given: Any) -> Any:
         {"head_mask": torch.ones(2)},
         {"dropout": 0.1},
         {"block_indices": torch.zeros(3)},
-        {"sinks": torch.zeros(1, 2, 3, 1)},
+        {"sinks": torch.zeros(1, 2, 1, 1)},
     ],
 )
 def test_arguments_that_are_not_known_are_errors(given: dict[str, Any]) -> None:

@@ -122,6 +122,32 @@ def test_caches_keep_everything_while_they_grow() -> None:
     assert fork.num_bytes == 2 * 2 * whole_blocks(40) * WIDTH * 4
 
 
+@pytest.mark.parametrize("cuts", [[LENGTH], [10, 13], [1] * LENGTH])
+@pytest.mark.parametrize("window", [0, 5])
+def test_biases_by_distance_and_sinks_of_tokens_in_pieces_equal_the_whole(
+    window: int, cuts: list[int]
+) -> None:
+    query, key, value = _qkv(2)
+    distances, sinks = torch.randn(1, HEADS, LENGTH, 7), torch.randn(1, HEADS, LENGTH, 1)
+    cache, found, start = SessionCache(), [], 0
+    for count in cuts:
+        piece = slice(start, start + count)
+        with attending([Span(cache, start, count)]):
+            given = (t[:, :, piece] for t in (query, key, value))
+            more = {"sinks": sinks[:, :, piece], "distances": distances[:, :, piece]}
+            found.append(attend(*given, 0, SCALE, window, **more))
+        start += count
+    back = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)[None, :]
+    bias = torch.zeros(1, HEADS, LENGTH, LENGTH)
+    for distance in range(7):
+        bias = torch.where(back == distance, distances[..., distance, None], bias)
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * SCALE + bias
+    hidden = (back < 0) | (back >= (window or LENGTH))
+    scores = torch.cat([scores.masked_fill(hidden, -torch.inf), sinks], -1)
+    wanted = torch.softmax(scores, -1)[..., :-1] @ value.repeat_interleave(2, 1)
+    torch.testing.assert_close(torch.cat(found, 1), wanted.transpose(1, 2))
+
+
 SHORT_SIGHTED = {"window": {"window": 40}, "chunks": {"chunk": 40}}
 
 
