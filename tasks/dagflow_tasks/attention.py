@@ -338,10 +338,12 @@ def attend(
     for span in spans:
         end = begin + span.count
         keys, values, first = key[0, :, begin:end], value[0, :, begin:end], 0
-        if span.cache is not None and (window or chunk):
+        # A session's first tokens that come again see nothing else, and may be gone from its cache.
+        again = span.cache is not None and span.start == 0 and span.count < span.cache.length
+        if span.cache is not None and (window or chunk) and not again:
             reach = Reach(window, chunk)
             keys, values, first = span.cache.put_within(layer, span.start, keys, values, reach)
-        elif span.cache is not None:
+        elif span.cache is not None and not again:
             keys, values = span.cache.put(layer, span.start, keys, values)
         mask = _mask(query, span, first, keys.shape[1], window, slopes, chunk)
         if distances is not None:
