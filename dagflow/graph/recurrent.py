@@ -46,8 +46,10 @@ def recurrent_layers(model: torch.nn.Module) -> Iterator[None]:
             *replaced_methods(model, methods),
         ]:
             stack.enter_context(patch.object(owner, name, ours))
-        for shift in _token_shifts(model):
-            stack.enter_context(patch.object(shift, "forward", states.previous))
+        stack.enter_context(as_they_are(model))
+        for module in _of_rwkv(model):
+            if hasattr(module, "time_shift"):  # hands each token what the one before had
+                stack.enter_context(patch.object(module.time_shift, "forward", states.previous))
         handle = model.register_forward_pre_hook(states.begin)
         stack.callback(handle.remove)
         yield
@@ -80,11 +82,23 @@ def _kinds(model: torch.nn.Module) -> set[type]:
     return {kind for kind in kinds if kind.__module__.startswith("transformers.models.")}
 
 
-def _token_shifts(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return RWKV's modules that hand each token what the one before had."""
+@contextmanager
+def as_they_are(model: torch.nn.Module) -> Iterator[None]:
+    """Have a model leave its weights as they are when it runs.
+
+    RWKV divides some of them in place when it first runs in evaluation mode, and its hidden states on the
+    way, for the range of float16: both or neither.
+    """
+    with ExitStack() as stack:
+        for module in _of_rwkv(model):
+            if hasattr(module, "_rescale_layers"):
+                stack.enter_context(patch.object(module, "_rescale_layers", lambda: None))
+        yield
+
+
+def _of_rwkv(model: torch.nn.Module) -> list[Any]:
     rwkv = "transformers.models.rwkv.modeling_rwkv"
-    own: list[Any] = [m for m in model.modules() if type(m).__module__ == rwkv]
-    return [module.time_shift for module in own if hasattr(module, "time_shift")]
+    return [module for module in model.modules() if type(module).__module__ == rwkv]
 
 
 def _checked(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,10 +62,6 @@ def rg_lru_scan(
     return found.to(hidden_states.dtype), recurrent_states
 
 
-def without_rescaling(states: States, module: Any) -> None:
-    """RWKV divides its weights when it is first run, in place, for the range of float16."""
-
-
 def mlstm(
     states: States,
     module: Any,
@@ -159,7 +155,6 @@ METHODS: dict[tuple[str, str], Callable[..., Any]] = {
     ("MiniMaxLightningAttention", "forward"): lightning_attention,
     ("RecurrentGemmaRecurrentBlock", "forward"): recurrent_block,
     ("RecurrentGemmaRglru", "_rnn_scan"): rg_lru_scan,
-    ("RwkvModel", "_rescale_layers"): without_rescaling,
     ("xLSTMBackend", "forward"): mlstm,
     ("ZayaCCAProjection", "forward"): compressed_attention,
     ("Inkling2DynamicShortConvolution", "forward"): dynamic_convolution,

@@ -29,6 +29,7 @@ from distributed.system import MEMORY_LIMIT
 from dagflow.errors import CaptureFailed, ResultsDiffer
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.decoder import capture_decoder
+from dagflow.graph.recurrent import as_they_are
 from dagflow.plan.partition import partition
 from dagflow.sessions.shrinking import shrunk, windows
 from dagflow.sessions.source import Source, quiet_transformers
@@ -241,7 +242,7 @@ def _evaluated(model: torch.nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_they_are(model):
             yield
     finally:
         for module in training:

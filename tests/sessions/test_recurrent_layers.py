@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed import Client
-from families import beam_search, greedy, logits_of, stored
+from families import beam_search, greedy, language_model, logits_of, stored
 from test_decoder_stage import _captured, _feed, _part, _stages
 from zoo.recurrent import RECURRENT
 
@@ -17,6 +18,7 @@ from dagflow.errors import CaptureFailed
 from dagflow.graph.decoder import capture_decoder
 from dagflow.sessions.engine import cut_at_layers
 from dagflow.sessions.memory import StageNeeds
+from dagflow.sessions.models import read_stage
 from dagflow_tasks.decoding import ALL, LAST, NOTHING, Part, join, split_logits
 from dagflow_tasks.states import REACH_TOKENS
 
@@ -197,3 +199,17 @@ def test_a_session_goes_back_to_any_token(deployed: tuple[Any, dagflow.Deploymen
                 tokens = [*fork.tokens, 9]
                 found = fork.decode(9)
                 torch.testing.assert_close(found, logits_of(model, tokens)[-1], **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("was_run", [False, True])
+def test_rwkv_is_served_with_the_weights_that_it_has(was_run: bool, tmp_path: Path) -> None:
+    model = language_model("rwkv")
+    if was_run:  # transformers divides some of them then
+        logits_of(model, TOKENS[:5])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loaded = dagflow.load(model, store=tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    stage = read_stage(loaded.ref, cut_at_layers(loaded.dag, 1).programs[0], torch.device("cpu"))
+    found = _feed([stage], _part(0, 40), TOKENS[:40])
+    torch.testing.assert_close(found, logits_of(model, TOKENS[:40]), **CLOSE)
