@@ -66,4 +66,6 @@ def what_a_dag_follows_from(model: torch.nn.Module) -> Any:
             for name, t in parameters
         ),
         tuple((name, str(t.dtype), tuple(t.shape), str(t)) for name, t in model.named_buffers()),
+        # RWKV's, which divides its hidden states once it has divided its weights.
+        any(getattr(module, "layers_are_rescaled", False) for module in model.modules()),
     )
