@@ -79,7 +79,8 @@ def _state_bytes(dag: OperatorDag, node: Node) -> int:
     # Of a scan's arguments the rates are the same for all tokens.
     given = [*node.args[:4], *node.args[6:]] if node.op == SCAN else node.args
     names = [name for argument in given for name in argument_references(argument)]
-    inputs = [dag.info[name].outputs[0] for name in names]
+    known = {spec.name: (spec.dtype, spec.shape) for spec in dag.inputs}
+    inputs = [known[name] if name in known else dag.info[name].outputs[0] for name in names]
     row_bytes = sum(_bytes(*tensor) for tensor in inputs)
     if node.op == SCAN:  # in float32: each head's keys times its values
         key, value = inputs[1][1], inputs[2][1]
