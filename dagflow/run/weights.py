@@ -148,9 +148,16 @@ def _read_index(index: Path) -> dict[str, str]:
     if missing:
         raise SettingsInvalid(
             f"{index.parent} lacks {len(missing)} of its {len(wanted)} files: {', '.join(missing[:5])}. "
-            "Fetch them, and load again: what is stored already isn't stored twice."
+            + _remedy(index, len(missing) == len(wanted))
         )
     return named
+
+
+def _remedy(index: Path, lacks_all: bool) -> str:
+    if lacks_all and (index.parent / "model.safetensors").is_file():
+        # As after save_pretrained into a folder that held a larger model before.
+        return f"There is a model.safetensors: if that is the model, remove {index.name}."
+    return "Fetch them, and load again: what is stored already isn't stored twice."
 
 
 def _files_that_count(path: Path, named: Mapping[str, str]) -> list[Path]:

@@ -31,13 +31,13 @@ def windows(config: Any) -> list[int]:
 def shrunk(model: Any, room_bytes: int) -> Any | None:
     """Return a model with two layers of each kind, windows of 8 tokens, and random weights.
 
-    None if even that takes more memory than there is room, twice.
+    None if even that takes more memory than there is room.
     """
     config = copy.deepcopy(model.config)
     _shrink(config.get_text_config(decoder=True))
     with empty_weights():
         outline = type(model)(copy.deepcopy(config))
-    if 2 * 4 * sum(parameter.numel() for parameter in outline.parameters()) > room_bytes:
+    if 4 * sum(parameter.numel() for parameter in outline.parameters()) > room_bytes:
         return None
     with torch.random.fork_rng():
         torch.manual_seed(0)

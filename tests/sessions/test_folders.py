@@ -47,7 +47,7 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
     return {name: source.read(name) for name in source.model.state_dict()}
 
 
-def _edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def _edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change what a folder's files hold, and put it into one."""
     tensors: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
@@ -153,6 +153,27 @@ def _without_the_head(folder: Path) -> str:
     return _HEAD
 
 
+def _without_either_of_a_tied_pair(folder: Path) -> str:
+    _edit(folder, lambda tensors: (tensors.pop(_HEAD), tensors.pop(_EMBEDDINGS)))
+    _configure(folder, tie_word_embeddings=True)
+    return _EMBEDDINGS
+
+
+def _without_a_tensor_in_index_and_shard(folder: Path) -> str:
+    index = json.loads((folder / _INDEX).read_text())
+    shard = folder / index["weight_map"].pop(_UP)
+    tensors = load_file(shard)
+    del tensors[_UP]
+    save_file(tensors, shard, {"format": "pt"})
+    (folder / _INDEX).write_text(json.dumps(index))
+    return _UP
+
+
+def _saved_again_beside_an_older_index(folder: Path) -> str:
+    hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES)).save_pretrained(folder)
+    return f"if that is the model, remove {_INDEX}"
+
+
 def _of_no_language_model(folder: Path) -> str:
     _configure(folder, model_type="vit")
     return "no causal language model"
@@ -169,6 +190,9 @@ def _of_no_language_model(folder: Path) -> str:
         _without_weights,
         _of_another_layout_and_incomplete,
         _without_the_head,
+        _saved_again_beside_an_older_index,
+        _without_either_of_a_tied_pair,
+        _without_a_tensor_in_index_and_shard,
         _of_no_language_model,
     ],
 )
@@ -244,6 +268,17 @@ def test_an_untied_head_is_stored_and_computed_with(
     found = read_weights(loaded.ref, program, torch.device("cpu"))
     assert torch.equal(found[_HEAD], model.state_dict()[_HEAD])
     assert "different values" in loaded.notes[0]
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_files_in_half_precision_are_compared_in_whatever_they_are_loaded(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "check_capture", check_capture)
+    _saved(tmp_path / "float32").bfloat16().save_pretrained(tmp_path / "saved")
+    for source in (tmp_path / "saved", _loaded_by_transformers(tmp_path / "saved").bfloat16()):
+        loaded = dagflow.load(source, store=tmp_path / "store", weights=weights)
+        assert loaded.description["check"]["largest_difference"] < 1e-5
 
 
 def test_buffers_that_were_trained_come_from_the_files(tmp_path: Path) -> None:
