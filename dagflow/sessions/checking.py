@@ -27,7 +27,7 @@ import torch
 from distributed.system import MEMORY_LIMIT
 
 from dagflow.errors import CaptureFailed, ResultsDiffer
-from dagflow.graph.dag import OperatorDag
+from dagflow.graph.dag import Buffer, OperatorDag, Parameter
 from dagflow.graph.decoder import capture_decoder
 from dagflow.graph.recurrent import as_they_are
 from dagflow.plan.partition import partition
@@ -138,7 +138,8 @@ def _check_own(
     # Buffers that are computed when the model is built are rounded where it is built in half precision.
     computed = {b.name for b in dag.buffers if not (exact or b.persistent)} & theirs.keys()
     weights = {}
-    for name, kind in ((t.name, dtype_of(t.dtype)) for t in (*dag.parameters, *dag.buffers)):
+    specs: list[Parameter | Buffer] = [*dag.parameters, *dag.buffers]
+    for name, kind in ((spec.name, dtype_of(spec.dtype)) for spec in specs):
         ours = (theirs[name] if name in computed else read(name)).detach().to(kind)
         # Memory holds one of two that are the same.
         is_same = name in theirs and torch.equal(ours, theirs[name])
