@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,7 +22,9 @@ from torch.nn.functional import (
 from dagflow.errors import BatchInvalid
 from dagflow.graph.capture import capture
 from dagflow.plan.loss_weight import LossWeights
-from dagflow.run.feed import split_batch
+from dagflow.run.data import TokenDataset
+from dagflow.run.feed import TokenFeed, split_batch
+from dagflow.run.graph import StepGraph
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -196,3 +200,25 @@ def test_only_what_is_in_a_batch_makes_its_weights_be_computed_each_step() -> No
     assert needed == {
         "mean": False, "sum": False, "squares": False, "class weights": True, "masked": True,
     }  # fmt: skip
+
+
+def test_a_token_datasets_steps_are_weighed_by_their_own_tokens(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 5, 200).astype("uint16")
+    TokenDataset.write(str(tmp_path), tokens)
+    dataset = TokenDataset(str(tmp_path), batch_size=8, sequence_length=6)
+
+    class Renamed(WithLoss):
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return super().forward(input_ids, labels)
+
+    model = Renamed()
+    dag = capture(model, dataset.rows(0, 0, 2))
+    feed = TokenFeed(dataset, dag, 4, LossWeights(dag, dict(model.named_buffers()).get))
+    graph = StepGraph("prefix", (), (), (), ())
+    for step in (0, 3):
+        found = feed.prepare(step, graph)
+        assert found is not None
+        assert {microbatch.step for microbatch in found.microbatches} == {step}
+        losses = [model(**dataset.rows(step, 2 * m, 2 * m + 2)).item() for m in range(4)]
+        added = sum(m.weight * x for m, x in zip(found.microbatches, losses, strict=True))
+        assert added == pytest.approx(model(**dataset.rows(step, 0, 8)).item(), rel=1e-6)
