@@ -1,47 +1,43 @@
 """Checks, before a run begins, that dagflow will compute what the model computes.
 
-The captured graph is compared with the user's own module and loss, run eagerly; and the batch's loss
-with its micro-batches' losses, as the run will add them up. Both on the first batch, on copies of the
-model, in fp32, without leaving a trace on it.
+The captured graph is compared with the user's own module and loss, run eagerly, on the first batch and
+on copies of the model, in fp32; the model is left as it was.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dagflow.errors import BatchInvalid, ResultsDiffer
+from dagflow.errors import ResultsDiffer
 from dagflow.graph.batch import flatten_batch, take_rows, without_columns
 from dagflow.graph.dag import OperatorDag, Symbol
 from dagflow.graph.loss import LossFunction
 from dagflow.graph.signature import match_batch
+from dagflow.plan.agreement import (
+    NUM_NUDGES,
+    TURN_OFF,
+    awake,
+    error_of,
+    how_it_differs,
+    parameters_of,
+)
 from dagflow.plan.analysis import DagAnalysis
-from dagflow.plan.draws import Draw, ExpectedDraws, RepeatDraws, has_draws
-from dagflow.plan.eager import Eager, nudged
+from dagflow.plan.draws import Draw, RepeatDraws, has_draws
+from dagflow.plan.eager import Eager
 from dagflow.plan.locate import first_different_module
-from dagflow.plan.uncut import Outcome, Sizes, Uncut
+from dagflow.plan.uncut import Outcome, Uncut
 from dagflow_tasks.errors import TaskFailed
 from dagflow_tasks.tasks import tensors_of
 
-# Other kernels or another order of sums differ by some units in the last place of each operator.
-_ROUNDING = 1e-5
-# Where that isn't enough: so many times what the model's own results change when its parameters
-# change by a unit in the last place. Gradients that are zero but for rounding change by all of it.
-_TIMES_OWN_NOISE = 16
-_NUM_NUDGES = 2
 # Gradients are compared of all parameters, or of as many as take this much memory.
 _GRADIENT_BYTES = 256 << 20
-# Parameters that are all alike (zeros, ones) are changed by up to this: behind a layer of zeros
-# nothing could be seen.
-_WAKE = 0.02
 _MOST_NAMED = 4
-_TURN_OFF = "Config(check=False) trains without this check."
 
 
 @dataclass(frozen=True)
@@ -110,111 +106,6 @@ def check_capture(
     return _Check(dag, model, batch, following, loss).run(begin)
 
 
-def check_microbatches(
-    dag: OperatorDag,
-    model: torch.nn.Module,
-    batch: Any,
-    parts: Sequence[tuple[Mapping[str, torch.Tensor], Sizes]],
-    weights: Sequence[float],
-    loss: LossFunction | None = None,
-) -> tuple[float, float]:
-    """Compare a batch's loss with the weighted sum of its micro-batches' losses.
-
-    Dropout and other random numbers are off, and batch normalisation takes its running statistics:
-    what is compared is the loss. The statistics of micro-batches are their own in any case, as
-    wherever gradients are accumulated.
-
-    Parameters
-    ----------
-    batch
-        The whole batch, as the user's data yields it.
-    parts
-        Tensors by value name, and sizes, of the micro-batches.
-    weights
-        With which the micro-batches' losses will count.
-
-    Returns
-    -------
-    batch_loss, sum_of_losses
-
-    Raises
-    ------
-    ResultsDiffer
-    """
-    uncut = Uncut(dag, _parameters(model) | _awake(model), dict(model.named_buffers()))
-    counted = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
-    try:
-        losses = [_calm_loss(uncut, dag, *part) for part, _ in counted]
-        batch_loss = _batch_loss(dag, model, loss, batch, None)
-    except TaskFailed as error:
-        raise ResultsDiffer(f"The captured graph fails on the first batch: {error}") from error
-    added = math.fsum(w * x for (_, w), x in zip(counted, losses, strict=True))
-    sizes = [abs(w * x) for (_, w), x in zip(counted, losses, strict=True)]
-    size = max(abs(batch_loss), math.fsum(sizes))
-    off = abs(batch_loss - added)
-    if not off > _ROUNDING * size:
-        return batch_loss, added
-    nudges = [_batch_loss(dag, model, loss, batch, nudge) for nudge in range(_NUM_NUDGES)]
-    noise = max(abs(other - batch_loss) for other in nudges)
-    if off <= _TIMES_OWN_NOISE * noise + _ROUNDING * size:
-        return batch_loss, added
-    raise ResultsDiffer(
-        f"The loss of the first batch is {batch_loss:.6g}, but its {len(parts)} micro-batches' losses "
-        f"add up to {added:.6g}, {_percent(off, abs(batch_loss))} off: training would follow another "
-        "loss than the model's. Does the loss compare rows with each other (contrastive losses, "
-        "triplets, correlations over the batch), or divide by a number of its own? What to do: train "
-        "with num_microbatches=1, or make the loss a sum or a mean over rows or targets. "
-        f"{_TURN_OFF}"
-    )
-
-
-def _batch_loss(
-    dag: OperatorDag,
-    model: torch.nn.Module,
-    loss: LossFunction | None,
-    batch: Any,
-    nudge: int | None,
-) -> float:
-    """Return a whole batch's loss, by the graph or, if that takes fewer rows only, by the model."""
-    batch = without_columns(batch, dag.dropped_columns)
-    tensors, constants = flatten_batch(batch)
-    awake = _awake(model)
-    try:
-        sizes = dict(match_batch(dag, tensors, constants, "the check"))
-    except BatchInvalid:
-        eager = Eager(model, loss, batch, awake, draws=False)
-        eager.begin(nudge=nudge)
-        with _calm(dag):
-            return float(eager.run(list(tensors.values()), grad=False)[0]["loss", ""])
-    parameters = _parameters(model) | awake
-    if nudge is not None:
-        parameters = _nudged(parameters, nudge)
-    uncut = Uncut(dag, parameters, dict(model.named_buffers()))
-    return _calm_loss(uncut, dag, tensors_of(tensors), sizes)
-
-
-def _calm_loss(
-    uncut: Uncut, dag: OperatorDag, tensors: Mapping[str, torch.Tensor], sizes: Sizes
-) -> float:
-    uncut.begin()
-    with _calm(dag):
-        return uncut.loss(tensors, sizes)
-
-
-def _calm(dag: OperatorDag) -> AbstractContextManager[Any]:
-    """Switch off what makes a row's result depend on other rows; costs more than small operators."""
-    if has_draws(dag.nodes) or any("batch_norm" in node.op for node in dag.nodes):
-        return ExpectedDraws()  # type: ignore[no-untyped-call]
-    return nullcontext()
-
-
-def _nudged(tensors: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    return {
-        name: nudged(tensor.detach(), seed) if tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-    }
-
-
 Tensors = Mapping[str, torch.Tensor]
 Script = list[tuple[Tensors, Collection[str] | None]]
 """Batches to run one after the other, each with the parameters whose gradients are wanted."""
@@ -251,13 +142,13 @@ class _Check:
         following = without_columns(following, dag.dropped_columns)
         self.tensors, self.constants = flatten_batch(batch)
         self.following = self.tensors if following is None else flatten_batch(following)[0]
-        awake = _awake(model)
+        changed = awake(model)
         self.keep = _spread(dag)
         self.transient = {b.name for b in dag.buffers if not b.persistent}
         self.buffers = dict(model.named_buffers())
-        self.parameters = _parameters(model) | awake
+        self.parameters = parameters_of(model) | changed
         self.draws = has_draws(dag.nodes)
-        self.eager = Eager(model, loss, batch, awake, self.draws)
+        self.eager = Eager(model, loss, batch, changed, self.draws)
         self.uncut = Uncut(dag, self.parameters, self.buffers)
 
     def run(self, begin: float) -> tuple[OperatorDag, CheckReport]:
@@ -301,7 +192,7 @@ class _Check:
                     found.append(self.uncut.run(tensors_of(tensors), sizes, keep))
                 except TaskFailed as error:
                     raise ResultsDiffer(
-                        f"The captured graph fails where the model doesn't: {error} {_TURN_OFF}"
+                        f"The captured graph fails where the model doesn't: {error} {TURN_OFF}"
                     ) from error
         return found
 
@@ -316,13 +207,13 @@ class _Check:
         if not self._compare(found, outcomes, None):
             return []
         noise: list[dict[tuple[str, str], float]] = [{} for _ in script]
-        for nudge in range(_NUM_NUDGES):
+        for nudge in range(NUM_NUDGES):
             self.eager.begin(nudge=nudge)
             for known, outcome, (other, _) in zip(
                 noise, outcomes, self._by_model(script), strict=True
             ):
                 for key, tensor in outcome.items():
-                    known[key] = max(known.get(key, 0.0), _error(other.get(key), tensor))
+                    known[key] = max(known.get(key, 0.0), error_of(other.get(key), tensor))
         return self._compare(found, outcomes, noise)
 
     def _compare(
@@ -343,7 +234,7 @@ class _Check:
                 if key[0] == "buffer" and (key[1] in self.transient or key[1] not in self.buffers):
                     continue  # shows in the second loss, if it matters
                 allowed = noise[number].get(key, 0.0) if noise is not None else 0.0
-                text = _differs(ours.get(key), theirs.get(key), allowed)
+                text = how_it_differs(ours.get(key), theirs.get(key), allowed)
                 if text:
                     differences.append((number, _Difference(*key, text)))
         return differences
@@ -369,7 +260,7 @@ class _Check:
         return (
             "The captured graph doesn't compute what the model computes by itself. "
             f"{where} ({rows} rows) {listed}{more}. "
-            f"What to do: {_advice(shown, bool(first), attributes, draws_in_python)} {_TURN_OFF}"
+            f"What to do: {_advice(shown, bool(first), attributes, draws_in_python)} {TURN_OFF}"
         )
 
     def _first_module(self) -> str | None:
@@ -391,7 +282,7 @@ class _Check:
                 raise ResultsDiffer(
                     "The model's forward draws from Python's random or NumPy, and its loss depends on "
                     "it; a graph would hold one number for ever. What to do: draw with torch "
-                    f"(torch.rand(1) < p as a mask). {_TURN_OFF}"
+                    f"(torch.rand(1) < p as a mask). {TURN_OFF}"
                 )
 
     # Other sizes
@@ -525,23 +416,6 @@ def _reason_to_skip(dag: OperatorDag, model: torch.nn.Module, memory_bytes: int 
     return ""
 
 
-def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def _awake(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return other values for parameters whose numbers are all the same."""
-    awake: dict[str, torch.Tensor] = {}
-    for name, tensor in _parameters(model).items():
-        if not tensor.is_floating_point() or tensor.numel() < 2:
-            continue
-        if bool((tensor == tensor.reshape(-1)[0]).all()):
-            generator = torch.Generator().manual_seed(len(awake))
-            noise = _WAKE * torch.rand(tensor.shape, generator=generator)
-            awake[name] = tensor + noise.to(tensor.dtype)
-    return awake
-
-
 def _spread(dag: OperatorDag) -> set[str]:
     """Choose parameters whose gradients are compared: the small ones, and others spread evenly."""
     trainable = [p for p in dag.parameters if p.trainable and p.uses]
@@ -558,52 +432,12 @@ def _spread(dag: OperatorDag) -> set[str]:
     return chosen
 
 
-def _differs(ours: torch.Tensor | None, theirs: torch.Tensor | None, noise: float) -> str:
-    """Say how a result differs from the model's; "" if it doesn't, but for rounding."""
-    if ours is None or theirs is None:
-        there = theirs if ours is None else ours
-        if there is None or not bool((there != 0).any()):
-            return ""
-        return "is missing" if ours is None else "should be none at all"
-    if ours.shape != theirs.shape:
-        return f"has shape {list(ours.shape)} instead of {list(theirs.shape)}"
-    error, size = _error(ours, theirs), float(_finite(theirs).norm())
-    if error <= _ROUNDING * size + _TIMES_OWN_NOISE * noise:
-        return ""
-    if theirs.numel() == 1:
-        return f"is {float(ours):.6g} instead of {float(theirs):.6g}"
-    return f"is {_percent(error, size)} off"
-
-
-def _error(ours: torch.Tensor | None, theirs: torch.Tensor) -> float:
-    """Return the norm of the difference; infinite if one is finite where the other isn't."""
-    if ours is None or ours.shape != theirs.shape:
-        return math.inf
-    if torch.equal(ours, theirs):
-        return 0.0
-    same = (ours == theirs) | ((ours != ours) & (theirs != theirs))
-    wide = torch.complex128 if theirs.is_complex() else torch.float64
-    error = float(torch.where(same, 0.0, ours.to(wide) - theirs.to(wide)).norm())
-    return error if math.isfinite(error) else math.inf
-
-
-def _finite(tensor: torch.Tensor) -> torch.Tensor:
-    wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-    return torch.where(torch.isfinite(wide), wide, 0.0)
-
-
 def _only_loss(outcome: Outcome) -> Outcome:
     return {("loss", ""): outcome["loss", ""]}
 
 
 def _equal(ours: Outcome, theirs: Outcome) -> bool:
     return all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items() if key in theirs)
-
-
-def _percent(error: float, size: float) -> str:
-    if not math.isfinite(error) or not size:
-        return "entirely"
-    return f"{100 * error / size:.3g} %" if error < 10 * size else f"{error / size:.0f} times"
 
 
 def _short(error: Exception) -> str:

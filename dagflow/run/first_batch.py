@@ -16,7 +16,8 @@ from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.loss import LossFunction
 from dagflow.plan.analysis import DagAnalysis
-from dagflow.plan.check import CheckReport, check_capture, check_microbatches
+from dagflow.plan.check import CheckReport, check_capture
+from dagflow.plan.check_batch import check_microbatches
 from dagflow.plan.loss_weight import LossWeights
 from dagflow.run.data import num_rows, split_rows
 from dagflow.run.feed import least_rows, split_batch, whole_batch

@@ -1,0 +1,135 @@
+"""Checks that a batch's loss is what its micro-batches' losses add up to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from dagflow.errors import BatchInvalid, ResultsDiffer
+from dagflow.graph.batch import flatten_batch, without_columns
+from dagflow.graph.dag import OperatorDag
+from dagflow.graph.loss import LossFunction
+from dagflow.graph.signature import match_batch
+from dagflow.plan.agreement import (
+    NUM_NUDGES,
+    ROUNDING,
+    TIMES_OWN_NOISE,
+    TURN_OFF,
+    awake,
+    parameters_of,
+    percent,
+)
+from dagflow.plan.draws import ExpectedDraws, has_draws
+from dagflow.plan.eager import Eager, nudged
+from dagflow.plan.uncut import Sizes, Uncut
+from dagflow_tasks.errors import TaskFailed
+from dagflow_tasks.tasks import tensors_of
+
+
+def check_microbatches(
+    dag: OperatorDag,
+    model: torch.nn.Module,
+    batch: Any,
+    parts: Sequence[tuple[Mapping[str, torch.Tensor], Sizes]],
+    weights: Sequence[float],
+    loss: LossFunction | None = None,
+) -> tuple[float, float]:
+    """Compare a batch's loss with the weighted sum of its micro-batches' losses.
+
+    Dropout and other random numbers are off, and batch normalisation takes its running statistics:
+    what is compared is the loss. The statistics of micro-batches are their own in any case, as
+    wherever gradients are accumulated.
+
+    Parameters
+    ----------
+    batch
+        The whole batch, as the user's data yields it.
+    parts
+        Tensors by value name, and sizes, of the micro-batches.
+    weights
+        With which the micro-batches' losses will count.
+
+    Returns
+    -------
+    batch_loss, sum_of_losses
+
+    Raises
+    ------
+    ResultsDiffer
+    """
+    uncut = Uncut(dag, parameters_of(model) | awake(model), dict(model.named_buffers()))
+    counted = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+    try:
+        losses = [_calm_loss(uncut, dag, *part) for part, _ in counted]
+        batch_loss = _batch_loss(dag, model, loss, batch, None)
+    except TaskFailed as error:
+        raise ResultsDiffer(f"The captured graph fails on the first batch: {error}") from error
+    added = math.fsum(w * x for (_, w), x in zip(counted, losses, strict=True))
+    sizes = [abs(w * x) for (_, w), x in zip(counted, losses, strict=True)]
+    size = max(abs(batch_loss), math.fsum(sizes))
+    off = abs(batch_loss - added)
+    if not off > ROUNDING * size:
+        return batch_loss, added
+    nudges = [_batch_loss(dag, model, loss, batch, nudge) for nudge in range(NUM_NUDGES)]
+    noise = max(abs(other - batch_loss) for other in nudges)
+    if off <= TIMES_OWN_NOISE * noise + ROUNDING * size:
+        return batch_loss, added
+    raise ResultsDiffer(
+        f"The loss of the first batch is {batch_loss:.6g}, but its {len(parts)} micro-batches' losses "
+        f"add up to {added:.6g}, {percent(off, abs(batch_loss))} off: training would follow another "
+        "loss than the model's. Does the loss compare rows with each other (contrastive losses, "
+        "triplets, correlations over the batch), or divide by a number of its own? What to do: train "
+        "with num_microbatches=1, or make the loss a sum or a mean over rows or targets. "
+        f"{TURN_OFF}"
+    )
+
+
+def _batch_loss(
+    dag: OperatorDag,
+    model: torch.nn.Module,
+    loss: LossFunction | None,
+    batch: Any,
+    nudge: int | None,
+) -> float:
+    """Return a whole batch's loss, by the graph or, if that takes fewer rows only, by the model."""
+    batch = without_columns(batch, dag.dropped_columns)
+    tensors, constants = flatten_batch(batch)
+    changed = awake(model)
+    try:
+        sizes = dict(match_batch(dag, tensors, constants, "the check"))
+    except BatchInvalid:
+        eager = Eager(model, loss, batch, changed, draws=False)
+        eager.begin(nudge=nudge)
+        with _calm(dag):
+            return float(eager.run(list(tensors.values()), grad=False)[0]["loss", ""])
+    parameters = parameters_of(model) | changed
+    if nudge is not None:
+        parameters = _nudged(parameters, nudge)
+    uncut = Uncut(dag, parameters, dict(model.named_buffers()))
+    return _calm_loss(uncut, dag, tensors_of(tensors), sizes)
+
+
+def _calm_loss(
+    uncut: Uncut, dag: OperatorDag, tensors: Mapping[str, torch.Tensor], sizes: Sizes
+) -> float:
+    uncut.begin()
+    with _calm(dag):
+        return uncut.loss(tensors, sizes)
+
+
+def _calm(dag: OperatorDag) -> AbstractContextManager[Any]:
+    """Switch off what makes a row's result depend on other rows; costs more than small operators."""
+    if has_draws(dag.nodes) or any("batch_norm" in node.op for node in dag.nodes):
+        return ExpectedDraws()  # type: ignore[no-untyped-call]
+    return nullcontext()
+
+
+def _nudged(tensors: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    return {
+        name: nudged(tensor.detach(), seed) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
