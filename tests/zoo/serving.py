@@ -59,6 +59,8 @@ def _generate(model: Any, prompt: torch.Tensor) -> tuple[list[int], torch.Tensor
         do_sample=False,
         num_beams=1,
         eos_token_id=None,
+        forced_bos_token_id=None,
+        forced_eos_token_id=None,
         pad_token_id=0,
         return_dict_in_generate=True,
         output_logits=True,
