@@ -154,6 +154,7 @@ class _Check:
     def run(self, begin: float) -> tuple[OperatorDag, CheckReport]:
         script: Script = [(self.tensors, self.keep), (self.following, None)]
         try:
+            self.eager.begin()  # which fails for models that can't be copied
             wanted = self._by_model(script)
         except Exception as error:
             reason = f"the model doesn't run by itself here ({_short(error)})"

@@ -24,7 +24,7 @@ _SEED = 20
 
 
 class Eager:
-    """The user's model and loss, which are left alone: a copy of them runs.
+    """The user's model and loss, which are left alone: a copy of them, that `begin` takes, runs.
 
     Parameters
     ----------
@@ -48,7 +48,6 @@ class Eager:
         self._given, self._example = (model, loss), example
         self._changed = changed
         self._draws = draws
-        self.begin()
 
     def begin(self, *, nudge: int | None = None, python_seed: int = 0) -> None:
         """Take a new copy.

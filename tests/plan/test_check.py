@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -310,3 +311,19 @@ def test_dropout_and_new_layers_do_not_hide_in_the_batchs_loss() -> None:
 
     of = FirstBatch(Normed(), cross_entropy, batch(9), 3, {}.get, Config())
     assert of.prepare(check=True).report.microbatches == ""
+
+
+class HoldsALock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).square().mean()
+
+
+def test_a_model_that_cannot_be_copied_is_skipped_in_a_sentence() -> None:
+    model, batch = HoldsALock(), torch.randn(4, 4)
+    _, report = check_capture(capture(model, batch), model, batch)
+    assert "cannot pickle" in report.skipped
