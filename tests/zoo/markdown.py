@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
+
+from .case import IDIOMS
 
 BEGIN, END = "<!-- zoo: begin -->", "<!-- zoo: end -->"
 _TITLES = {
@@ -37,7 +41,7 @@ def write_markdown(file: Path, records: Sequence[Row]) -> None:
 def markdown(records: Sequence[Row]) -> str:
     """Return the table: numbers by group, then names."""
     groups: dict[str, list[Row]] = defaultdict(list)
-    for record in records:
+    for record in sorted(records, key=lambda r: (list(_TITLES).index(r["group"]), r["name"])):
         groups[record["group"]].append(record)
     parts = [_training_table(groups)]
     served = [r for r in groups.get("causal", []) if r.get("generates")]
@@ -61,7 +65,7 @@ def _training_table(groups: Mapping[str, Sequence[Row]]) -> str:
     lines = [f"| training | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, members in groups.items():
         counts = [str(sum(map(fits, members))) for fits in columns.values()]
-        lines.append(f"| {_TITLES.get(name, name)} | {' | '.join(counts)} |")
+        lines.append(f"| {_TITLES[name]} | {' | '.join(counts)} |")
     return "\n".join(lines)
 
 
@@ -76,8 +80,10 @@ def _serving(members: Sequence[Row]) -> str:
         found[str(record.get("serving"))].append(record)
     right = ", ".join(f"`{r['name']}`" for r in found.pop("right", []))
     lines = [
-        f"Of {len(members)} families of causal language models that generate, these are served as "
-        f"transformers generates, token for token: {right}."
+        _wrapped(
+            f"Of {len(members)} families of causal language models that generate, these are served "
+            f"as transformers generates, token for token: {right}."
+        )
     ]
     for verdict, records in found.items():
         lines.append(f"Serving, {verdict}:")
@@ -87,7 +93,9 @@ def _serving(members: Sequence[Row]) -> str:
 
 def _training_names(group: str, members: Sequence[Row]) -> str:
     right = ", ".join(f"`{r['name']}`" for r in members if r.get("training") == "right")
-    parts = [f"### {_TITLES.get(group, group)}", f"Trained right: {right or 'none'}."]
+    parts = [f"### {_TITLES[group]}"]
+    if group != IDIOMS:
+        parts.append(_wrapped(f"Trained right: {right or 'none'}."))
     others = [r for r in members if r.get("training") not in ("right", "not run")]
     if others:
         parts.append("\n".join(_reason(r, "cause") for r in others))
@@ -102,4 +110,9 @@ def _reason(record: Row, cause: str, verdict: str = "") -> str:
     verdict = verdict or ("serving" if cause == "serving_cause" else "training")
     why = record.get(cause) or record.get("stopped") or record.get("zoo_failed") or ""
     why = str(why).partition(" Source:")[0].partition(" What to do:")[0]
-    return f"- `{record['name']}`, {record.get(verdict)}: {why[:200]}"
+    why = re.sub(r"/[\w./-]+/(\w+\.py)", r"\1", why)  # where the code lay when it was tried
+    return _wrapped(f"- `{record['name']}`, {record.get(verdict)}: {why[:200]}", "  ")
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return fill(text, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
