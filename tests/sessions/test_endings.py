@@ -120,9 +120,9 @@ def test_a_stop_string_that_the_last_token_completes_has_stopped(tmp_path: Path)
     language_model("llama").save_pretrained(tmp_path)
     model = dagflow.load(tmp_path, store="memory://stopped")
     for stop, ended, text in (
-        ((), LENGTH, "so far\ufffd"),
-        (("far",), STOP, "so "),
-        (("far\ufffd!",), LENGTH, "so far\ufffd"),
+        ((), LENGTH, " so far\ufffd"),
+        (("far",), STOP, " so "),
+        (("far\ufffd!",), LENGTH, " so far\ufffd"),
     ):
         telling = Telling(model, Request((1,), 2, stop=stop), 0)
         tokens = [telling.say(Chosen(0)), telling.say(Chosen(1))]
