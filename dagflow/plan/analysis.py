@@ -54,7 +54,12 @@ class DagAnalysis:
         They are recomputed where they are needed instead of shipped.
         """
         mutated = {f"b.{buffer.name}" for buffer in self.dag.buffers if buffer.mutated}
-        tainted = set(self.parameter_uses) | mutated
+        tainted = self.depending_on(set(self.parameter_uses) | mutated)
+        return {node.name for node in self.dag.nodes} - tainted
+
+    def depending_on(self, values: set[str]) -> set[str]:
+        """Return values and all that depends on them, through memory written in place too."""
+        tainted = set(values)
         while True:
             before = len(tainted)
             for node in self.dag.nodes:
@@ -67,7 +72,7 @@ class DagAnalysis:
                 if self.storage[node.name] in tainted:
                     tainted.add(node.name)
             if len(tainted) == before:
-                return {node.name for node in self.dag.nodes} - tainted
+                return tainted
 
     @cached_property
     def differentiable(self) -> set[str]:

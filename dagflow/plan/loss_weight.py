@@ -1,82 +1,35 @@
 """How a batch's loss is made of its micro-batches' losses, read off the operator DAG.
 
 A mean over tokens that ignores padding isn't the mean of its micro-batches' means, and a sum is no
-mean at all. From the loss backwards, through operators that are linear, this finds what divides it:
-rows, targets that count, their classes' weights, a mask's sum, or nothing. What divides is computed
-from each micro-batch and from the whole batch, and a micro-batch counts for the ratio of the two.
-Where the DAG says nothing, micro-batches count by rows; `dagflow.plan.check` finds out if that is
-wrong.
+mean at all. `dagflow.plan.loss_terms` finds what divides it. That is computed from each micro-batch
+and from the whole batch, and a micro-batch counts for the ratio of the two. Where the DAG says
+nothing, micro-batches count by rows; `dagflow.plan.check` finds out if that is wrong.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
-from dagflow.errors import BatchInvalid
+from dagflow.errors import BatchInvalid, ResultsDiffer
 from dagflow.graph.dag import OperatorDag, buffer_value
 from dagflow.graph.flops import is_view
 from dagflow.plan.analysis import DagAnalysis
+from dagflow.plan.loss_terms import Factor, LossReader, Rows, Size, Targets, Term, Value, short_name
 from dagflow_tasks.interpreter import Executable, RandomAddress
-from dagflow_tasks.operators import Node, dtype_of, schema_of
 from dagflow_tasks.program import BufferUse, StageInput, StageOutput, StageProgram, ValueSpec
 from dagflow_tasks.sizes import evaluate_size
 
 Tensors = Mapping[str, torch.Tensor]
 Sizes = Mapping[str, int]
 
-_MEAN, _SUM = 1, 2
-_IGNORE_INDEX = -100
 # Terms of a loss are weighed alike if their weights differ by rounding only.
 _SAME_WEIGHT = 1e-6
 
-_CROSS_ENTROPIES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"})
-# What hands a loss on, but for a constant factor.
-# fmt: off
-_PASSED_ON = frozenset([
-    "to", "_to_copy", "clone", "alias", "detach", "neg", "view", "reshape", "squeeze", "unsqueeze",
-    "contiguous", "flatten", "stack", "cat",
-])
-# fmt: on
 _PADDING = frozenset({"pad", "constant_pad_nd", "clone", "lift_fresh_copy", "detach"})
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A mean over rows, or over elements of which each row has as many."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """A number that follows from the batch's sizes."""
-
-    expression: Any
-
-
-@dataclass(frozen=True)
-class Value:
-    """A scalar that the DAG computes from the batch without parameters: a mask's sum."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Targets that aren't ignored, each by its class's weight if classes have weights."""
-
-    target: str
-    ignore_index: int
-    class_weight: str | None = None
-
-
-Factor = Rows | Size | Value | Targets
-Term = tuple[tuple[Factor, int], ...]
-"""Factors, with their exponents 1 or -1, of what divides a part of the loss. A sum has none."""
 
 
 class LossWeights:
@@ -92,6 +45,8 @@ class LossWeights:
     ----------
     terms : tuple of Term
         What divides the parts that the loss adds up; weights hold if all parts agree on them.
+    obstacle : str
+        Why no weights of micro-batches would be right, as a sentence; empty if some are.
     """
 
     def __init__(
@@ -101,7 +56,9 @@ class LossWeights:
     ) -> None:
         self._dag = dag
         self._analysis = DagAnalysis(dag)
-        self.terms = _Reader(self._analysis).loss()
+        reader = LossReader(self._analysis)
+        self.terms = reader.loss()
+        self.obstacle = reader.obstacle
         names = {name for term in self.terms for factor, _ in term for name in _needed(factor)}
         program = _program(self._analysis, sorted(names))
         buffers = {use.value: read_buffer(use.buffer) for use in program.buffers}
@@ -127,7 +84,7 @@ class LossWeights:
         if factor.class_weight is not None:
             return False
         nodes = self._executable.program.nodes
-        return all(is_view(node.op) or _short(node.op) in _PADDING for node in nodes)
+        return all(is_view(node.op) or short_name(node.op) in _PADDING for node in nodes)
 
     def __call__(
         self,
@@ -153,8 +110,14 @@ class LossWeights:
         ------
         BatchInvalid
             If the loss adds up parts that weigh the micro-batches differently.
+        ResultsDiffer
+            If no weights make it the sum of its micro-batches' losses.
         """
+        if self.obstacle and len(parts) > 1:
+            raise ResultsDiffer(self.obstacle)
         divisors = [self._divisors(part, size) for part, size in zip(parts, sizes, strict=True)]
+        if len(parts) == 1:
+            return [float(any(divisors[0]))]
         totals = [math.fsum(column) for column in zip(*divisors, strict=True)]
         if whole is not None and not all(map(_adds_up, self.terms)):
             totals = self._divisors(*whole)
@@ -226,146 +189,6 @@ def _evaluate(factor: Factor, values: Tensors, sizes: Sizes) -> float:
     if factor.class_weight is None:
         return float(counted.sum())
     return float(values[factor.class_weight].double()[target[counted]].sum())
-
-
-class _Reader:
-    """Walks from the loss backwards, and finds what divides it."""
-
-    def __init__(self, analysis: DagAnalysis) -> None:
-        self.analysis = analysis
-        self.dag = analysis.dag
-        self.by_name = {node.name: node for node in self.dag.nodes}
-        self.given = {spec.name for spec in self.dag.inputs} | {c.name for c in self.dag.constants}
-        self.given |= {buffer_value(b.name) for b in self.dag.buffers if not b.mutated}
-        self.rows = {symbol.name for symbol in self.dag.symbols if symbol.dim == 0}
-        self.from_batch = {spec.name for spec in self.dag.inputs}
-        for node in self.dag.nodes:
-            if not self.from_batch.isdisjoint(node.references()):
-                self.from_batch.add(node.name)
-
-    def loss(self) -> tuple[Term, ...]:
-        # Without parts that are the same for every batch (a penalty on weights): those want weights
-        # that add up to 1, which only a mean's do.
-        fixed: Term = ()
-        found = list(dict.fromkeys(self._terms(self.dag.loss)))
-        terms = [term for term in found if term is not None]
-        if not terms or (None in found and fixed in terms):
-            return (((Rows(), 1),),)
-        return tuple(terms)
-
-    def _terms(self, name: str) -> list[Term | None]:
-        """Return the terms of a value that holds part of the loss; None for one without a batch."""
-        node = self.by_name.get(name)
-        if name not in self.from_batch:
-            return [None]
-        unknown: list[Term | None] = [((Rows(), 1),)]
-        if node is None:
-            return unknown
-        op, tensors = _short(node.op), list(node.references())
-        reduction = _argument(node, "reduction")
-        if op in _CROSS_ENTROPIES:
-            return self._cross_entropy(node) or unknown
-        if reduction in (_MEAN, _SUM):
-            return unknown if reduction == _MEAN else [()]
-        if op in ("sum", "mean", "nansum"):
-            if self._has_rows(tensors[0]):
-                if self._has_rows(name):
-                    return unknown
-                return [()] if op != "mean" else unknown
-            return self._terms(tensors[0])
-        if op in _PASSED_ON or (op == "select" and not self._has_rows(tensors[0])):
-            return [term for tensor in tensors for term in self._terms(tensor)]
-        if op in ("add", "sub", "rsub"):
-            return [term for tensor in tensors for term in self._terms(tensor)]
-        if op in ("mul", "div"):
-            return self._product(node, -1 if op == "mul" else 1) or unknown
-        return unknown
-
-    def _cross_entropy(self, node: Node) -> list[Term | None] | None:
-        target, weight = _argument(node, "target"), _argument(node, "weight")
-        reduction = _argument(node, "reduction", _MEAN)
-        if reduction == _SUM:
-            return [()]
-        if reduction != _MEAN or self._dtype(target["ref"]).is_floating_point:
-            return None
-        names = [target["ref"], *([weight["ref"]] if weight is not None else [])]
-        if not all(self._is_known(name) for name in names):
-            return None
-        ignored = _argument(node, "ignore_index", _IGNORE_INDEX)
-        factor = Targets(names[0], int(ignored), names[1] if len(names) > 1 else None)
-        return [((factor, 1),)]
-
-    def _product(self, node: Node, power: int) -> list[Term | None] | None:
-        """Return the terms of a quotient by, or a product with, what isn't part of the loss."""
-        first, second = node.args[0], node.args[1]
-        if "rounding_mode" in node.kwargs:
-            return None
-        if power < 0 and not self._holds_loss(first):
-            first, second = second, first  # a * b is b * a
-        if not self._holds_loss(first) or self._holds_loss(second):
-            return None
-        terms = self._terms(first["ref"])
-        if not isinstance(second, Mapping):
-            return terms
-        factor: Factor
-        if "size" in second:
-            factor = Size(_hashable(second["size"]))
-        elif second.get("ref") not in self.from_batch:
-            return terms
-        elif self._is_known(second["ref"]) and not self._shape(second["ref"]):
-            factor = Value(second["ref"])
-        else:
-            return None
-        return [term if term is None else (*term, (factor, power)) for term in terms]
-
-    def _holds_loss(self, argument: Any) -> bool:
-        """Tell whether an argument depends on the batch and on parameters."""
-        name = argument.get("ref") if isinstance(argument, Mapping) else None
-        return name in self.from_batch and name in self.by_name and not self._is_known(name)
-
-    def _is_known(self, name: str) -> bool:
-        """Tell whether a value can be computed from the batch alone."""
-        return name in self.analysis.free_of_parameters or name in self.given
-
-    def _dtype(self, name: str) -> torch.dtype:
-        if name in self.by_name:
-            return dtype_of(self.dag.info[name].outputs[0][0])
-        return next((dtype_of(s.dtype) for s in self.dag.inputs if s.name == name), torch.int64)
-
-    def _shape(self, name: str) -> tuple[Any, ...]:
-        if name in self.by_name:
-            return self.dag.info[name].outputs[0][1]
-        return next((spec.shape for spec in self.dag.inputs if spec.name == name), ())
-
-    def _has_rows(self, name: str) -> bool:
-        """Tell whether a value grows with the batch; a scalar doesn't."""
-        shape = self._shape(name)
-        return bool(shape) and (not self.rows or any(_mentions(size, self.rows) for size in shape))
-
-
-def _short(op: str) -> str:
-    return op.split(".")[1] if "." in op else op
-
-
-def _hashable(expression: Any) -> Any:
-    return tuple(map(_hashable, expression)) if isinstance(expression, list) else expression
-
-
-def _mentions(size: Any, symbols: set[str]) -> bool:
-    if isinstance(size, (list, tuple)):
-        return any(_mentions(part, symbols) for part in size[1:])
-    return size in symbols
-
-
-def _argument(node: Node, name: str, default: Any = None) -> Any:
-    """Return an operator's argument by its formal name."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    schema = schema_of(node.op)
-    for position, formal in enumerate(schema.arguments if schema is not None else ()):
-        if formal.name == name:
-            return node.args[position] if position < len(node.args) else formal.default_value
-    return default
 
 
 def _program(analysis: DagAnalysis, names: Sequence[str]) -> StageProgram:

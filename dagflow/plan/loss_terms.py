@@ -1,0 +1,338 @@
+"""What divides the parts of a loss, read off the operator DAG.
+
+From the loss backwards, through operators that are linear, this finds what divides it: rows, targets
+that count, their classes' weights, a mask's sum, or nothing. It also finds losses that are no sum
+over rows, whatever they are divided by: of those a first batch may say nothing (a hinge of a mean
+that is active, a mask that is full), and a later one be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from dagflow.graph.dag import buffer_value
+from dagflow.graph.flops import is_view
+from dagflow.plan.analysis import DagAnalysis
+from dagflow_tasks.operators import Node, draws_random_numbers, dtype_of, schema_of
+
+_MEAN, _SUM = 1, 2
+_IGNORE_INDEX = -100
+
+_CROSS_ENTROPIES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"})
+# fmt: off
+# What hands a loss on, but for a constant factor.
+_PASSED_ON = frozenset([
+    "to", "_to_copy", "clone", "alias", "detach", "neg", "view", "reshape", "squeeze", "unsqueeze",
+    "contiguous", "flatten", "stack", "cat", "nan_to_num", "getitem",
+])
+# Linear in each tensor: where one of them holds what rows have been summed to, so does the result.
+_LINEAR_IN_EACH = frozenset([
+    "where", "masked_fill", "index", "index_select", "gather", "repeat", "roll", "flip", "diag",
+    "diagonal", "trace", "tril", "triu", "cumsum", "linear", "matmul", "mm", "mv", "dot", "vdot",
+    "inner", "bmm", "einsum", "addmm", "lerp", "split", "chunk", "unbind",
+])
+# Of rows, these are neither sums nor means.
+_NO_SUMS = frozenset([
+    "nanmean", "max", "min", "amax", "amin", "aminmax", "prod", "logsumexp", "median", "nanmedian",
+    "quantile", "nanquantile", "kthvalue", "mode", "std", "var", "std_mean", "var_mean", "norm",
+    "linalg_vector_norm", "linalg_matrix_norm", "linalg_norm",
+])
+# Whole numbers that are places in a tensor, and so never an index that is ignored.
+_PLACES = frozenset(["argmax", "argmin", "argsort", "topk", "sort", "max", "min"])
+# fmt: on
+_CONTRACTIONS = frozenset({"dot", "vdot", "einsum", "matmul", "inner", "mv", "mm"})
+_SCALING = frozenset({"neg", "to", "_to_copy", "clone", "contiguous"})
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A mean over rows, or over elements of which each row has as many."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number that follows from the batch's sizes."""
+
+    expression: Any
+
+
+@dataclass(frozen=True)
+class Value:
+    """A scalar that the DAG computes from the batch without parameters: a mask's sum."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Targets that aren't ignored, each by its class's weight if classes have weights."""
+
+    target: str
+    ignore_index: int
+    class_weight: str | None = None
+
+
+Factor = Rows | Size | Value | Targets
+Term = tuple[tuple[Factor, int], ...]
+"""Factors, with their exponents 1 or -1, of what divides a part of the loss. A sum has none."""
+
+
+class LossReader:
+    """Walks from the loss backwards, and finds what divides it.
+
+    Attributes
+    ----------
+    obstacle : str
+        After `loss`: why the loss isn't a sum of its micro-batches' losses, as a sentence, or "".
+    """
+
+    def __init__(self, analysis: DagAnalysis) -> None:
+        self.analysis = analysis
+        self.dag = analysis.dag
+        self.obstacle = ""
+        self.by_name = {node.name: node for node in self.dag.nodes}
+        self.given = {spec.name for spec in self.dag.inputs} | {c.name for c in self.dag.constants}
+        self.given |= {buffer_value(b.name) for b in self.dag.buffers if not b.mutated}
+        self.rows = {symbol.name for symbol in self.dag.symbols if symbol.dim == 0}
+        inputs = {spec.name for spec in self.dag.inputs}
+        made = {node.name for node in self.dag.nodes if self.rows and self._has_rows(node.name)}
+        self.from_batch = analysis.depending_on(inputs | made)
+        self.from_rows = analysis.depending_on({n for n in inputs if self._has_rows(n)} | made)
+
+    @cached_property
+    def drawn(self) -> set[str]:
+        """Values that depend on random numbers: each worker draws its own."""
+        draws = {node.name for node in self.dag.nodes if draws_random_numbers(node.op)}
+        return self.analysis.depending_on(draws)
+
+    def loss(self) -> tuple[Term, ...]:
+        """Return the terms of the loss."""
+        # Without parts that are the same for every batch (a penalty on weights): those want weights
+        # that add up to 1, which only a mean's do.
+        fixed: Term = ()
+        found = list(dict.fromkeys(self._terms(self.dag.loss)))
+        terms = [term for term in found if term is not None]
+        if self.obstacle or not terms or (None in found and fixed in terms):
+            return (((Rows(), 1),),)
+        return tuple(terms)
+
+    def _terms(self, name: str) -> list[Term | None]:
+        """Return the terms of a value that holds part of the loss; None for one without a batch."""
+        if name not in self.from_batch:
+            return [None]
+        unknown: list[Term | None] = [((Rows(), 1),)]
+        writers = [node.name for node in self.analysis.companions(name)]
+        if writers and name not in writers:
+            name = writers[-1]
+        node = self.by_name.get(name)
+        if node is None:
+            return unknown
+        op, tensors = short_name(node.op), list(node.references())
+        reduction = _argument(node, "reduction")
+        if op in _CROSS_ENTROPIES:
+            return self._cross_entropy(node) or unknown
+        if reduction in (_MEAN, _SUM):
+            self._refuse_statistics(node, tensors)
+            return unknown if reduction == _MEAN else [()]
+        if op in ("sum", "mean", "nansum"):
+            return self._reduction(node, op, tensors[0])
+        if op in _PASSED_ON or (
+            (op == "select" or is_view(node.op)) and not self._has_rows(tensors[0])
+        ):
+            return [term for tensor in tensors for term in self._terms(tensor)]
+        if op in ("add", "sub", "rsub", "add_", "sub_"):
+            return [term for tensor in tensors for term in self._terms(tensor)]
+        if op in ("mul", "div", "mul_", "div_"):
+            return self._product(node, -1 if op[:3] == "mul" else 1) or unknown
+        return self._other(node, op, tensors) or unknown
+
+    def _reduction(self, node: Node, op: str, over: str) -> list[Term | None]:
+        if not self._has_rows(over):
+            return self._terms(over)
+        if self._has_rows(node.name):
+            return [((Rows(), 1),)]
+        scaled = self._scaled(over)
+        return [((Rows(), 1), *scaled) if op == "mean" else scaled]
+
+    def _scaled(self, name: str) -> Term:
+        """Return the factors by which rows are scaled before they are added up.
+
+        Such as ``(e * (mask / mask.sum())).sum()``.
+        """
+        node = self.by_name.get(name)
+        if node is None or self.analysis.companions(name):
+            return ()
+        op, tensors = short_name(node.op), list(node.references())
+        if op in _SCALING or is_view(node.op):
+            return self._scaled(tensors[0])
+        if op not in ("mul", "div"):
+            return ()
+        found: Term = ()
+        for place, argument in enumerate(node.args[:2]):
+            tensor = argument.get("ref") if isinstance(argument, Mapping) else None
+            if tensor is None:
+                continue
+            power = 1 if place and op == "div" else -1
+            if self._is_statistic(tensor):
+                if not self._is_known(tensor) or self._shape(tensor):
+                    self._refuse(node, "scales rows by what the batch has been summed up to")
+                    return ()
+                found += ((Value(tensor), power),)
+            elif power < 0:
+                found += self._scaled(tensor)
+        return found
+
+    def _other(self, node: Node, op: str, tensors: list[str]) -> list[Term | None] | None:
+        """Return the terms of what an operator makes that isn't one of those that hand a loss on."""
+        held = [t for t in tensors if self._is_statistic(t) and not self._is_known(t)]
+        moving = [t for t in tensors if t in self.from_rows]
+        if held and op in _LINEAR_IN_EACH and len(moving) == 1:
+            return self._terms(held[0])
+        if held:
+            self._refuse(node, "isn't linear in what has been summed or averaged over rows")
+        elif op in _NO_SUMS and any(self._holds_loss({"ref": t}) for t in tensors):
+            self._refuse(node, "is neither a sum nor a mean over rows")
+        elif op in _CONTRACTIONS and len(moving) == len(tensors) == 2 and self.rows:
+            return None if self._has_rows(node.name) else [()]
+        return None
+
+    def _cross_entropy(self, node: Node) -> list[Term | None] | None:
+        target, weight = _argument(node, "target"), _argument(node, "weight")
+        reduction = _argument(node, "reduction", _MEAN)
+        self._refuse_statistics(node, list(node.references()))
+        if reduction == _SUM:
+            return [()]
+        if reduction != _MEAN or self._dtype(target["ref"]).is_floating_point:
+            return None
+        ignored = int(_argument(node, "ignore_index", _IGNORE_INDEX))
+        if weight is None and ignored < 0 and self._are_places(target["ref"]):
+            return None
+        names = [target["ref"], *([weight["ref"]] if weight is not None else [])]
+        for name in names:
+            if name in self.drawn:
+                self._refuse(node, "divides by targets that are drawn while the model runs")
+            elif not self._is_known(name):
+                what = "targets" if name == names[0] else "class weights"
+                self._refuse(node, f"divides by {what} that the model computes")
+        if not all(map(self._is_known, names)):
+            return None
+        return [((Targets(names[0], ignored, names[1] if len(names) > 1 else None), 1),)]
+
+    def _are_places(self, name: str) -> bool:
+        """Tell whether targets are such as argmax makes, of which all count."""
+        node = self.by_name.get(name)
+        if node is None:
+            return False
+        op = short_name(node.op)
+        if op in _PLACES:
+            return True
+        handed_on = op in _SCALING - {"neg"} or op in ("detach", "getitem") or is_view(node.op)
+        return handed_on and self._are_places(next(iter(node.references())))
+
+    def _product(self, node: Node, power: int) -> list[Term | None] | None:
+        """Return the terms of a quotient by, or a product with, what isn't part of the loss."""
+        first, second = node.args[0], node.args[1]
+        if "rounding_mode" in node.kwargs:
+            return None
+        if power < 0 and not self._holds_loss(first):
+            first, second = second, first  # a * b is b * a
+        if self._holds_loss(second) and self._is_statistic(second["ref"]):
+            doing = "multiplies by" if power < 0 else "divides by"
+            self._refuse(node, f"{doing} what is made of the model's results, or drawn")
+        if not self._holds_loss(first) or self._holds_loss(second):
+            return None
+        terms = self._terms(first["ref"])
+        if not isinstance(second, Mapping):
+            return terms
+        factor: Factor
+        if "size" in second:
+            factor = Size(_hashable(second["size"]))
+        elif second.get("ref") not in self.from_batch:
+            return terms
+        elif self._is_known(second["ref"]) and not self._shape(second["ref"]):
+            factor = Value(second["ref"])
+        else:
+            if self._is_statistic(second["ref"]):
+                self._refuse(node, "uses different statistics of the batch for parts of the loss")
+            return None
+        return [term if term is None else (*term, (factor, power)) for term in terms]
+
+    def _refuse_statistics(self, node: Node, tensors: list[str]) -> None:
+        if any(map(self._is_statistic, tensors)):
+            self._refuse(node, "is given what has been summed or averaged over rows")
+
+    def _refuse(self, node: Node, what: str) -> None:
+        source = self.dag.info[node.name].source
+        where = "in the loss function" if "dagflow/graph/loss.py" in source else source
+        drawn = any(name in self.drawn for name in node.references()) and "drawn" in what
+        remedy = (
+            "draw masks and targets where the data is made"
+            if drawn
+            else "make the loss a sum or a mean over rows or targets"
+        )
+        self.obstacle = self.obstacle or (
+            f"The batch's loss isn't the sum of its micro-batches' losses: {short_name(node.op)} "
+            f"({where or 'source unknown'}) {what}. Training would follow another loss than the "
+            f"model's. What to do: train with num_microbatches=1, or {remedy}."
+        )
+
+    def _is_statistic(self, name: str) -> bool:
+        """Tell whether a value is made of rows, and has none."""
+        return name in self.from_rows and not self._has_rows(name)
+
+    def _holds_loss(self, argument: Any) -> bool:
+        """Tell whether an argument depends on the batch and on parameters or draws."""
+        name = argument.get("ref") if isinstance(argument, Mapping) else None
+        return name in self.from_batch and name in self.by_name and not self._is_known(name)
+
+    def _is_known(self, name: str) -> bool:
+        """Tell whether a value can be computed from the batch alone."""
+        free = name in self.analysis.free_of_parameters or name in self.given
+        return free and name not in self.drawn
+
+    def _dtype(self, name: str) -> torch.dtype:
+        if name in self.by_name:
+            return dtype_of(self.dag.info[name].outputs[0][0])
+        return next((dtype_of(s.dtype) for s in self.dag.inputs if s.name == name), torch.int64)
+
+    def _shape(self, name: str) -> tuple[Any, ...]:
+        if name in self.by_name:
+            outputs = self.dag.info[name].outputs
+            return outputs[0][1] if outputs else ()
+        return next((spec.shape for spec in self.dag.inputs if spec.name == name), ())
+
+    def _has_rows(self, name: str) -> bool:
+        """Tell whether a value grows with the batch; a scalar doesn't."""
+        shape = self._shape(name)
+        return bool(shape) and (not self.rows or any(_mentions(size, self.rows) for size in shape))
+
+
+def short_name(op: str) -> str:
+    """Return an operator's name without its namespace and overload."""
+    return op.split(".")[1] if "." in op else op
+
+
+def _hashable(expression: Any) -> Any:
+    return tuple(map(_hashable, expression)) if isinstance(expression, list) else expression
+
+
+def _mentions(size: Any, symbols: set[str]) -> bool:
+    if isinstance(size, (list, tuple)):
+        return any(_mentions(part, symbols) for part in size[1:])
+    return size in symbols
+
+
+def _argument(node: Node, name: str, default: Any = None) -> Any:
+    """Return an operator's argument by its formal name."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    schema = schema_of(node.op)
+    for position, formal in enumerate(schema.arguments if schema is not None else ()):
+        if formal.name == name:
+            return node.args[position] if position < len(node.args) else formal.default_value
+    return default
