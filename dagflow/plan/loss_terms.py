@@ -21,6 +21,8 @@ from dagflow.plan.analysis import DagAnalysis
 from dagflow_tasks.operators import Node, draws_random_numbers, dtype_of, schema_of
 
 _MEAN, _SUM = 1, 2
+# Where operators of a loss function come from that is no module.
+_WRAPPER = "dagflow/graph/loss.py"
 _IGNORE_INDEX = -100
 
 _CROSS_ENTROPIES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"})
@@ -214,11 +216,9 @@ class LossReader:
             return None
         names = [target["ref"], *([weight["ref"]] if weight is not None else [])]
         for name in names:
-            if name in self.drawn:
-                self._refuse(node, "divides by targets that are drawn while the model runs")
-            elif not self._is_known(name):
+            if not self._is_known(name):
                 what = "targets" if name == names[0] else "class weights"
-                self._refuse(node, f"divides by {what} that the model computes")
+                self._refuse(node, f"divides by {what} that {self._how(name)}", name)
         if not all(map(self._is_known, names)):
             return None
         return [((Targets(names[0], ignored, names[1] if len(names) > 1 else None), 1),)]
@@ -243,7 +243,7 @@ class LossReader:
             first, second = second, first  # a * b is b * a
         if self._holds_loss(second) and self._is_statistic(second["ref"]):
             doing = "multiplies by" if power < 0 else "divides by"
-            self._refuse(node, f"{doing} what is made of the model's results, or drawn")
+            self._refuse(node, f"{doing} numbers that {self._how(second['ref'])}", second["ref"])
         if not self._holds_loss(first) or self._holds_loss(second):
             return None
         terms = self._terms(first["ref"])
@@ -266,19 +266,24 @@ class LossReader:
         if any(map(self._is_statistic, tensors)):
             self._refuse(node, "is given what has been summed or averaged over rows")
 
-    def _refuse(self, node: Node, what: str) -> None:
-        source = self.dag.info[node.name].source
-        where = "in the loss function" if "dagflow/graph/loss.py" in source else source
-        drawn = any(name in self.drawn for name in node.references()) and "drawn" in what
+    def _how(self, name: str) -> str:
+        return "the model draws at random" if self._is_only_drawn(name) else "the model computes"
+
+    def _is_only_drawn(self, name: str) -> bool:
+        return name in self.drawn and name in self.analysis.free_of_parameters
+
+    def _refuse(self, node: Node, what: str, cause: str = "") -> None:
+        source = self.dag.info[node.name].source or "source unknown"
+        where = "in the loss function" if _WRAPPER in source else source
         remedy = (
             "draw masks and targets where the data is made"
-            if drawn
+            if self._is_only_drawn(cause)
             else "make the loss a sum or a mean over rows or targets"
         )
         self.obstacle = self.obstacle or (
             f"The batch's loss isn't the sum of its micro-batches' losses: {short_name(node.op)} "
-            f"({where or 'source unknown'}) {what}. Training would follow another loss than the "
-            f"model's. What to do: train with num_microbatches=1, or {remedy}."
+            f"({where}) {what}. Training would follow another loss than the model's. What to do: "
+            f"train with num_microbatches=1, or {remedy}."
         )
 
     def _is_statistic(self, name: str) -> bool:

@@ -17,9 +17,10 @@ from torch.nn.functional import (
     log_softmax,
     mse_loss,
     nll_loss,
+    one_hot,
 )
 
-from dagflow.errors import BatchInvalid
+from dagflow.errors import BatchInvalid, ResultsDiffer
 from dagflow.graph.capture import capture
 from dagflow.plan.loss_weight import LossWeights
 from dagflow.run.data import TokenDataset
@@ -87,6 +88,17 @@ def binary(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return binary_cross_entropy_with_logits(output, wanted, CLASS_WEIGHT)
 
 
+def of_share(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The masked loss, by the part that each target has of all."""
+    losses, mask = masked(output, target)
+    return (losses * (mask / mask.sum())).sum()
+
+
+def contracted(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    losses, mask = masked(output, target)
+    return torch.einsum("bt,bt->", losses, mask) / mask.sum()
+
+
 LOSSES: dict[str, Loss] = {
     "mean": entropy(),
     "sum": entropy(reduction="sum"),
@@ -107,6 +119,8 @@ LOSSES: dict[str, Loss] = {
     "sum of a mean over rows": lambda o, t: (o**2).mean((0, 1)).sum(),
     "mean of a sum over rows": lambda o, t: (o**2).sum((0, 1)).mean(),
     "scaled, in another dtype": lambda o, t: (0.5 * entropy()(o, t)).double() / 3,
+    "by shares": of_share,
+    "contracted": contracted,
     "two terms": lambda o, t: entropy()(o, t) + 0.1 * entropy(label_smoothing=0.3)(o, t),
     "stacked terms": lambda o, t: torch.stack([entropy()(o, t), 2 * entropy()(o, t)]).mean(),
     "two sums": lambda o, t: (o**2).sum() - 0.1 * o.abs().sum(),
@@ -188,6 +202,107 @@ def test_terms_that_weigh_rows_differently_are_refused() -> None:
         weighed(Tagger(), loss, batch())
     whole = torch.randint(0, 11, (10, 6)), torch.randint(0, 5, (10, 6))
     assert weighed(Tagger(), loss, whole)[0] == [0.3, 0.3, 0.2, 0.2]
+
+
+class DrawsTargets(Tagger):
+    """Masked language modelling whose masks are drawn in forward."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        drawn = torch.rand(ids.shape) < 0.15
+        logits = super().forward(ids.masked_fill(drawn, 0))
+        return self.of_drawn(logits, ids % 5, drawn)
+
+    def of_drawn(
+        self, logits: torch.Tensor, wanted: torch.Tensor, drawn: torch.Tensor
+    ) -> torch.Tensor:
+        return entropy()(logits, torch.where(drawn, wanted, -100))
+
+
+class DrawsMask(DrawsTargets):
+    def of_drawn(
+        self, logits: torch.Tensor, wanted: torch.Tensor, drawn: torch.Tensor
+    ) -> torch.Tensor:
+        losses = cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
+        return (losses * drawn).sum() / drawn.sum().clamp(min=1)
+
+
+class DrawsWeights(DrawsTargets):
+    def of_drawn(
+        self, logits: torch.Tensor, wanted: torch.Tensor, drawn: torch.Tensor
+    ) -> torch.Tensor:
+        weights = torch.empty(logits.shape[0]).uniform_()
+        return ((logits**2).mean((1, 2)) * weights).sum() / weights.sum()
+
+
+@pytest.mark.parametrize("kind", [DrawsTargets, DrawsMask, DrawsWeights])
+def test_what_is_drawn_in_forward_does_not_weigh_microbatches(kind: type[Tagger]) -> None:
+    ids = torch.randint(0, 11, (10, 6))
+    dag = capture(kind(), (ids[:3],))
+    weights = LossWeights(dag)
+    with pytest.raises(ResultsDiffer, match=r"test_loss_weight.*draws at random.*microbatches=1"):
+        split_batch(dag, (ids,), 0, 4, weights)
+    assert [m.weight for m in split_batch(dag, (ids,), 0, 1, weights)[1]] == [1.0]
+
+
+def squares(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output**2).mean(-1)
+
+
+def hard(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean of the examples that are hard: all, on the first batch."""
+    losses = squares(output, target)
+    kept = (losses.detach() < 1e9).float()
+    return (losses * kept).sum() / kept.sum().clamp(min=1)
+
+
+def own_labels(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    sure = output.detach().amax(-1) > -1e9
+    return entropy()(output, torch.where(sure, output.detach().argmax(-1), -100))
+
+
+def balanced(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    share = one_hot(target.clamp(min=0), 5).float().mean((0, 1))
+    return entropy(weight=1 / share.clamp(min=0.9))(output, target)
+
+
+def positives(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    wanted = (target > 2).float()
+    weight = (1 - wanted.mean()) / wanted.mean().clamp(min=0.1)
+    return binary_cross_entropy_with_logits(output[..., 0], wanted, pos_weight=weight)
+
+
+NO_SUMS: dict[str, tuple[str, Loss]] = {
+    "hard examples": ("div", hard),
+    "own labels": ("cross_entropy_loss", own_labels),
+    "balanced classes": ("cross_entropy_loss", balanced),
+    "balanced positives": ("binary_cross_entropy_with_logits", positives),
+    "mean of what is no nan": ("nanmean", lambda o, t: squares(o, t).nanmean()),
+    "flooded": ("abs", lambda o, t: (squares(o, t).mean() + 1.0).abs() - 1.0),
+    "hinge of a mean": ("relu", lambda o, t: (squares(o, t).mean() + 1.0).relu()),
+    "larger of two": ("maximum", lambda o, t: torch.maximum(squares(o, t).mean(), o.new_zeros(()))),
+    "largest of means": ("max", lambda o, t: o.mean((0, 1)).max()),
+}
+FEW = ("hard examples", "own labels", "balanced classes", "flooded")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FEW else [pytest.mark.slow]) for n in NO_SUMS]
+)
+def test_a_loss_that_is_no_sum_over_rows_is_refused_by_its_operator(name: str) -> None:
+    operator, loss = NO_SUMS[name]
+    dag = capture(Tagger(), tuple(tensor[:3] for tensor in batch()), loss=loss)
+    weights = LossWeights(dag)
+    with pytest.raises(ResultsDiffer, match=rf": {operator} \(in the loss.*num_microbatches=1"):
+        split_batch(dag, batch(), 0, 4, weights)
+    assert [m.weight for m in split_batch(dag, batch(), 0, 1, weights)[1]] == [1.0]
+
+
+@pytest.mark.slow
+def test_targets_that_argmax_makes_all_count() -> None:
+    def distilled(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return entropy()(output, (output.detach() * 2).argmax(-1))
+
+    assert weighed(Tagger(), distilled, batch())[0] == [0.3, 0.3, 0.2, 0.2]
 
 
 def test_only_what_is_in_a_batch_makes_its_weights_be_computed_each_step() -> None:
