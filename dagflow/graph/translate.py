@@ -25,10 +25,11 @@ from dagflow.graph.dag import (
     dtype_bytes,
 )
 from dagflow.graph.flops import is_view, operator_flops
+from dagflow.graph.sharing import check_sharing
 from dagflow.graph.sizes import SIZE_CALLS, Decision, SizeUnknown, SizeWriter, conditions
 from dagflow.graph.trace import OWN_FILES
 from dagflow.graph.whole import TRACED_AS
-from dagflow.graph.writes import check_writes, early
+from dagflow.graph.writes import check_frozen, check_writes, early, written
 from dagflow_tasks.layout import odd_strides
 from dagflow_tasks.operators import (
     Argument,
@@ -75,7 +76,19 @@ def translate(
             f"{translator.origin} What to do: write that line with plain operators of torch."
         ) from error
     check_writes(dag)
+    if scalar:
+        check_frozen(dag)
+        check_sharing(model, written(dag), _named_constants(exported))
     return dag
+
+
+def _named_constants(exported: ExportedProgram) -> dict[str, torch.Tensor]:
+    """Return the graph's constants by the attributes' names, or the tracer's names if none."""
+    return {
+        name.removeprefix("model."): constant
+        for name, constant in exported.constants.items()
+        if isinstance(constant, torch.Tensor)
+    }
 
 
 @dataclass(frozen=True)

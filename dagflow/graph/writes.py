@@ -155,6 +155,35 @@ def check_writes(dag: OperatorDag) -> None:
             )
 
 
+def check_frozen(dag: OperatorDag) -> None:
+    """Refuse writes into parameters that aren't trained: nobody updates them, or sends them.
+
+    Raises
+    ------
+    CaptureFailed
+    """
+    frozen = {use: p.name for p in dag.parameters if not p.trainable for use in p.uses}
+    root = storages(dag.nodes)
+    for node in dag.nodes:
+        for name in mutated_arguments(node):
+            parameter = frozen.get(root.get(name, name))
+            if parameter is not None:
+                raise CaptureFailed(
+                    f"Forward writes into the parameter {parameter!r}, which isn't trained "
+                    f"(requires_grad=False), so that no step keeps it. {_place(node, dag.info)} "
+                    "What to do: make it a buffer (register_buffer), as a teacher that follows a "
+                    "student is one, or train it."
+                )
+
+
+def written(dag: OperatorDag) -> set[str]:
+    """Return the names of the parameters and buffers that forward writes."""
+    root = storages(dag.nodes)
+    values = {root.get(name, name) for node in dag.nodes for name in mutated_arguments(node)}
+    parameters = {p.name for p in dag.parameters if values & set(p.uses)}
+    return parameters | {b.name for b in dag.buffers if b.mutated}
+
+
 def _place(node: Node, info: Mapping[str, OperatorInfo]) -> str:
     module = node.module or "the model itself"
     return (
