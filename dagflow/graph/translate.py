@@ -29,7 +29,7 @@ from dagflow.graph.sharing import check_sharing
 from dagflow.graph.sizes import SIZE_CALLS, Decision, SizeUnknown, SizeWriter, conditions
 from dagflow.graph.trace import OWN_FILES
 from dagflow.graph.whole import TRACED_AS
-from dagflow.graph.writes import check_frozen, check_writes, early, written
+from dagflow.graph.writes import check_frozen, check_writes, early, read_from_copies, written
 from dagflow_tasks.layout import odd_strides
 from dagflow_tasks.operators import (
     Argument,
@@ -148,6 +148,7 @@ class _Translator:
         for node in self.exported.graph.nodes:
             if node.op == "call_function":
                 self._call(node, "", _Setting())
+        self._read_from_copies()
         self.nodes = early(self.nodes)
         loss = self._loss()
         mutated = self._mutated_buffers()
@@ -417,6 +418,21 @@ class _Translator:
                 )
             )
         return tuple(found)
+
+    def _read_from_copies(self) -> None:
+        trained = {
+            use
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+            for use in self.uses.get(name, ())
+        }
+        self.nodes, copies = read_from_copies(self.nodes, trained)
+        for name in self.buffer_names:
+            for copy in (c for c, value in copies.items() if value == buffer_value(name)):
+                tensor = self.model.get_buffer(name)
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                outputs = ((dtype, tuple(tensor.shape)),)
+                self.info[copy] = OperatorInfo(outputs, 0, 2 * _bytes(tensor), "")
 
     def _buffer(self, name: str, mutated: bool) -> Buffer:
         tensor = self.model.get_buffer(name)

@@ -6,14 +6,16 @@ place. Writes into parameters are done to a stage's weights once a step, and mus
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.dag import OperatorDag, OperatorInfo
 from dagflow_tasks.operators import (
+    Argument,
     Node,
     argument_references,
     draws_random_numbers,
@@ -99,7 +101,74 @@ def early(nodes: Sequence[Node]) -> list[Node]:
 
 
 def _buffer(node: Node) -> bool:
-    return next(iter(argument_references(node.args[0])), "").startswith("b.")
+    return _target(node).startswith("b.")
+
+
+def _target(node: Node) -> str:
+    return next(iter(argument_references(node.args[0])), "")
+
+
+def read_from_copies(
+    nodes: Sequence[Node], trained: Collection[str]
+) -> tuple[list[Node], dict[str, str]]:
+    """Let all but the assignment use a copy of a buffer that forward assigns, if gradients need it.
+
+    Autograd keeps what it will need of the buffer, and refuses the backward if it has been written
+    meanwhile; in torch an assignment leaves the former tensor as it was.
+
+    Parameters
+    ----------
+    trained
+        Uses of the parameters that are trained.
+
+    Returns
+    -------
+    nodes, copies
+        The buffer's value by the name of the node that copies it.
+    """
+    root = storages(nodes)
+    differentiable = set(trained)
+    kept: set[str] = set()
+    writers: dict[str, list[Node]] = {}
+    last: dict[str, Node] = {}
+    for node in nodes:
+        references = set(node.references())
+        if node.grad and not node.op.startswith("aten.detach") and references & differentiable:
+            differentiable.add(node.name)
+            kept |= {root.get(name, name) for name in references}
+        for value in {root.get(name, name) for name in references}:
+            last[value] = node
+        for name in mutated_arguments(node):
+            writers.setdefault(root.get(name, name), []).append(node)
+    copies = {
+        value: f"copy_of_{value}".replace(".", "_")
+        for value, (*_, writer) in writers.items()
+        if value in kept and writer is last[value]
+        if writer.op == _COPY and _target(writer) == value and value.startswith("b.")
+    }
+    clones = [Node(name, "aten.clone.default", ({"ref": v},)) for v, name in copies.items()]
+    changed = [
+        replace(
+            node,
+            args=tuple(
+                argument if node is last.get(_ref(argument)) else _renamed(argument, copies)
+                for argument in node.args
+            ),
+            kwargs={key: _renamed(argument, copies) for key, argument in node.kwargs.items()},
+        )
+        for node in nodes
+    ]
+    return [*clones, *changed], {name: value for value, name in copies.items()}
+
+
+def _ref(argument: Argument) -> str:
+    return str(argument.get("ref", "")) if isinstance(argument, Mapping) else ""
+
+
+def _renamed(argument: Argument, names: Mapping[str, str]) -> Argument:
+    if isinstance(argument, Mapping):
+        return {"ref": names[_ref(argument)]} if _ref(argument) in names else argument
+    return [_renamed(a, names) for a in argument] if isinstance(argument, list) else argument
 
 
 def _comes_before(other: Node, copy: Node, root: dict[str, str]) -> bool:

@@ -11,6 +11,9 @@ from torch import nn
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.capture import capture
+from dagflow.run.first_batch import FirstBatch
+from dagflow.run.settings import Config
+from dagflow.run.weights import buffer_reader
 
 BATCH = torch.randn(3, 8)
 
@@ -157,3 +160,34 @@ def test_a_frozen_parameter_that_forward_writes_is_refused(body: Any) -> None:
 
 def test_a_trained_parameter_may_be_written() -> None:
     capture(Model(tied, clamps), BATCH)
+
+
+def scale(m: Any) -> None:
+    m.register_buffer("v", torch.ones(8))
+    m.norm = nn.BatchNorm1d(8)
+
+
+def uses_then_assigns(m: Any, h: torch.Tensor) -> torch.Tensor:
+    y = m.k(h / m.v)
+    m.v = 0.9 * m.v + 0.1 * h.detach().var(0)
+    return y
+
+
+def assigns_between(m: Any, h: torch.Tensor) -> torch.Tensor:
+    y = h * m.v[None]
+    m.v = m.v.clamp(0.1, 0.5)
+    return y * m.v
+
+
+def clamps_a_mean(m: Any, h: torch.Tensor) -> torch.Tensor:
+    y = m.norm(h)
+    m.norm.running_mean = m.norm.running_mean.clamp(-0.01, 0.01)
+    return y + m.norm.running_mean
+
+
+@pytest.mark.parametrize("body", [uses_then_assigns, assigns_between, clamps_a_mean])
+def test_a_buffer_that_a_gradient_needs_may_be_assigned(body: Any) -> None:
+    model = Model(scale, body)
+    reader = buffer_reader(model, None)
+    prepared = FirstBatch(model, None, (BATCH,), 1, reader, Config()).prepare(check=True)
+    assert any(buffer.mutated for buffer in prepared.dag.buffers)
