@@ -224,18 +224,26 @@ def _examine(
     exported, trace = first
     trace.make_changes()
     graphs = [_fingerprint(exported)]
-    with watch_attributes(model, trace.changes) as uses, watch_generators(largest=True) as lines:
+    with watch_attributes(model, trace.changes) as uses, watch_generators(largest=True) as draws:
         again, later = _export(wrapper, model, tensors, dims)
     graphs.append(_fingerprint(again))
-    if lines:
+    if draws.lines:
         with watch_generators(largest=False):
             graphs.append(_fingerprint(_export(wrapper, model, tensors, dims)[0]))
     is_same = len(set(graphs)) == 1
     _refuse_state(model, trace.changes if later.changes or not is_same else (), uses)
     trace.attributes = [change for change in trace.changes if uses.is_only_written(change)]
-    lines = [line for line in lines if line.rpartition(":")[0] not in OWN_FILES]
+    lines = [line for line in draws.lines if line.rpartition(":")[0] not in OWN_FILES]
     if lines:
         trace.drawn = ", ".join(dict.fromkeys(lines))
+        untried = set(draws.untried) & set(lines)
+        if untried and is_same:
+            raise CaptureFailed(
+                "Forward draws from Python's or NumPy's random numbers "
+                f"({', '.join(sorted(untried))}), and nothing shows that what it computes never "
+                "depends on them. A graph would hold the first draw for ever. What to do: draw with "
+                "torch (torch.rand), which is drawn anew in every step, or draw in the data loader."
+            )
         if not is_same:
             raise CaptureFailed(
                 f"Forward draws from Python's or NumPy's random numbers ({trace.drawn}), and what it "

@@ -361,8 +361,24 @@ def _names(tree: ast.AST, name: str) -> bool:
     return any(isinstance(node, ast.Attribute) and node.attr == name for node in ast.walk(tree))
 
 
+@dataclass
+class Draws:
+    """Lines that draw from Python's or NumPy's generators.
+
+    Attributes
+    ----------
+    lines
+        All of them.
+    untried
+        Those whose numbers can't be made as small and as large as can be.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    untried: list[str] = field(default_factory=list)
+
+
 @contextmanager
-def watch_generators(largest: bool) -> Iterator[list[str]]:
+def watch_generators(largest: bool) -> Iterator[Draws]:
     """Note the lines of this thread's code that draw from Python's or NumPy's generators.
 
     What is drawn between 0 and 1 is as small or as large as can be, so that whoever decides by it,
@@ -370,25 +386,37 @@ def watch_generators(largest: bool) -> Iterator[list[str]]:
     profiling hook, under whatever name the model's code knows them, which makes a trace slower;
     NumPy's functions by wrapping them.
     """
-    found: list[str] = []
+    found = Draws()
 
-    def note(frame: types.FrameType | None) -> None:
+    def note(frame: types.FrameType | None, tried: bool) -> None:
         while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
             frame = frame.f_back
         if frame is not None:
-            found.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+            line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            found.lines.append(line)
+            if not tried:
+                found.untried.append(line)
 
     def called(frame: types.FrameType, event: str, function: Any) -> None:
         if event == "c_call" and isinstance(getattr(function, "__self__", None), random.Random):
-            note(frame)
+            ours, caller = frame.f_code is drawn_here.__code__, frame.f_back
+            by_library = caller is not None and caller.f_code.co_filename == random.__file__
+            is_uniform = caller is not None and caller.f_code is random.Random.uniform.__code__
+            note(frame, ours and (is_uniform or not by_library))
 
     def noting(function: Callable[..., Any]) -> Callable[..., Any]:
-        def drawn(*args: Any, **kwargs: Any) -> Any:
-            note(sys._getframe(1))
-            found = function(*args, **kwargs)
-            return found * 0 + extreme if function.__name__ in _BETWEEN_0_AND_1 else found
+        name = function.__name__
 
-        return drawn
+        def uniform(low: Any = 0.0, high: Any = 1.0, size: Any = None) -> Any:
+            note(sys._getframe(1), tried=True)
+            return function(low, high, size) * 0 + low + (high - low) * extreme
+
+        def drawn(*args: Any, **kwargs: Any) -> Any:
+            note(sys._getframe(1), tried=name in _BETWEEN_0_AND_1)
+            found = function(*args, **kwargs)
+            return found * 0 + extreme if name in _BETWEEN_0_AND_1 else found
+
+        return uniform if name == "uniform" else drawn
 
     extreme = 1 - 2**-53 if largest else 0.0
     thread = threading.get_ident()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import random
+import secrets
 import sys
 import sysconfig
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -241,6 +245,32 @@ def _refuse_seeds(trace: Trace) -> Iterator[None]:
 
 
 @contextmanager
+def _refuse_entropy(trace: Trace) -> Iterator[None]:
+    """Refuse that this thread's model asks the operating system for random numbers."""
+    thread, urandom = threading.get_ident(), os.urandom
+
+    def drawn(size: int) -> bytes:
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename in _SOURCES_OF_ENTROPY:
+            frame = frame.f_back
+        file = frame.f_code.co_filename if frame is not None else "<"
+        if threading.get_ident() == thread and not file.startswith((*_LIBRARIES, "<")):
+            raise CaptureFailed(
+                f"Module {trace.module!r} draws random numbers of the operating system "
+                f"({file}:{frame.f_lineno}: os.urandom, secrets, uuid). A graph would hold the "
+                "first draw for ever. What to do: draw with torch (torch.rand), or draw in the "
+                "data loader."
+            )
+        return urandom(size)
+
+    with patch.object(os, "urandom", drawn), patch.object(random, "_urandom", drawn):
+        yield
+
+
+_SOURCES_OF_ENTROPY = (random.__file__, secrets.__file__, uuid.__file__)
+
+
+@contextmanager
 def _watch_clock(lines: list[str]) -> Iterator[None]:
     """Note the lines of the model's own code, or of who calls it, that ask for the time."""
     thread = threading.get_ident()
@@ -293,6 +323,7 @@ def follow(wrapper: Any) -> Iterator[Trace]:
         with (
             checkpoint,
             _refuse_seeds(trace),
+            _refuse_entropy(trace),
             _watch_clock(trace.clock),
             symbolic_mathematics(),
             unmapped(lambda: trace.module),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -101,6 +103,30 @@ def draws_with_its_own(self: Any, h: torch.Tensor) -> torch.Tensor:
 
 def draws_for_nothing(self: Any, h: torch.Tensor) -> torch.Tensor:
     return h if random.random() >= 0.0 else h.relu()
+
+
+def decides(draw: Callable[[], bool]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    return lambda self, h: h if draw() else h.relu()
+
+
+RARE = {
+    "np.normal": lambda: np.random.normal() > 9,
+    "np.choice": lambda: np.random.choice([0] * 49 + [1]) > 1,
+    "np.randint": lambda: np.random.randint(50) > 49,
+    "np.uniform": lambda: np.random.uniform(size=3).min() < 1e-9,
+    "gauss": lambda: random.gauss(0, 1) > 9,
+    "choice": lambda: random.choice([0] * 49 + [1]) > 1,
+    "uniform": lambda: random.uniform(0, 1) < 1e-9,
+    "urandom": lambda: os.urandom(8) == b"0" * 8,
+    "secrets": lambda: secrets.randbelow(50) > 49,
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_numbers_that_decide_seldom_are_refused(name: str) -> None:
+    message = "random numbers.*(test_effects|depends on them).*torch.rand"
+    with pytest.raises(CaptureFailed, match=message):
+        capture_unchanged(decides(RARE[name]))
 
 
 def keeps_for_itself(self: Any, h: torch.Tensor) -> torch.Tensor:
