@@ -81,10 +81,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 def _recurrent(args: Sequence[Any]) -> int:
     """Matrix products of LSTM, GRU and plain recurrences: every weight matrix, every time step."""
-    data, weights = (
-        args[0],
-        next(a for a in args[1:] if isinstance(a, (list, tuple)) and len(a) >= 4),
-    )
+    data, _, weights = args[:3]
     rows = data.shape[0] * data.shape[1]
     return sum(2 * rows * weight.numel() for weight in weights if weight.dim() == 2)
 

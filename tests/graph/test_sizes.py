@@ -144,6 +144,9 @@ class Recurrent(nn.Module):
         (nn.LSTM, {"proj_size": 2}),
         (nn.GRU, {"batch_first": True}),
         (nn.RNN, {"nonlinearity": "relu"}),
+        (nn.LSTM, {"bias": False}),
+        (nn.GRU, {"bias": False}),
+        (nn.RNN, {"bias": False, "batch_first": True}),
     ],
 )
 def test_recurrent_layers_take_sequences_of_any_length(
