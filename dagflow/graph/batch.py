@@ -130,6 +130,45 @@ def unknown_columns(model: torch.nn.Module, batch: Any, has_loss: bool) -> tuple
     return tuple(name for name in batch if name not in known)
 
 
+def check_columns(model: torch.nn.Module, batch: Any, dropped: Sequence[str]) -> None:
+    """Check that a mapping holds what the model's forward can't do without.
+
+    Parameters
+    ----------
+    batch
+        What the model is called with: without the target if that goes to a loss function, and
+        without the dropped columns.
+    dropped
+        Entries of the batch that forward doesn't take.
+
+    Raises
+    ------
+    BatchInvalid
+    """
+    if not isinstance(batch, Mapping):
+        return
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    missing = [
+        parameter.name
+        for parameter in inspect.signature(model.forward).parameters.values()
+        if parameter.kind not in variable
+        and parameter.default is parameter.empty
+        and parameter.name not in batch
+    ]
+    if not missing:
+        return
+    name = type(model).__name__
+    columns = [*batch, *dropped]
+    text = (
+        f"The forward of {name} needs {', '.join(map(repr, missing))}, and the batch has the "
+        f"columns {', '.join(map(repr, columns)) or 'none'}. A mapping is passed by keyword: name "
+        "its columns as the arguments of forward."
+    )
+    if len(missing) == 1 and not batch:
+        text += f" If {missing[0]!r} is to be the whole mapping, yield {{{missing[0]!r}: batch}}."
+    raise BatchInvalid(text)
+
+
 def without_columns(batch: Any, names: Sequence[str]) -> Any:
     """Return a batch without some of a mapping's entries."""
     if not names or not isinstance(batch, Mapping):

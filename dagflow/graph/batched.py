@@ -77,7 +77,16 @@ def _traced(
         outside.enter_context(_Watch(module))
         with fake_mode:
             copies = [tensor.detach() for tensor in tensors]
-        graph = make_fx(function, _allow_non_fake_inputs=True)(*copies)
+        try:
+            graph = make_fx(function, _allow_non_fake_inputs=True)(*copies)
+        except RuntimeError as error:
+            if "not tracked with proxy" not in str(error):
+                raise
+            raise CaptureFailed(
+                f"Module {module()!r} maps a function with vmap that uses a tensor from outside of "
+                "it, whose sizes are open. What to do: pass it as an argument that isn't mapped: "
+                "vmap(lambda w, x: x @ w, in_dims=(0, None))(weights, x)."
+            ) from error
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

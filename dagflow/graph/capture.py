@@ -18,8 +18,15 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from dagflow.errors import BatchInvalid, CaptureFailed
-from dagflow.graph.batch import flatten_batch, rebuilder, unknown_columns, without_columns
-from dagflow.graph.dag import OperatorDag, input_value
+from dagflow.graph.batch import (
+    check_columns,
+    flatten_batch,
+    rebuilder,
+    split_target,
+    unknown_columns,
+    without_columns,
+)
+from dagflow.graph.dag import FixedSize, OperatorDag, input_value
 from dagflow.graph.effects import (
     Change,
     RandomStates,
@@ -31,6 +38,7 @@ from dagflow.graph.effects import (
     without_gradient_hooks,
 )
 from dagflow.graph.loss import LossFunction, LossModule, check_loss
+from dagflow.graph.sizes import what_fixed
 from dagflow.graph.trace import OWN_FILES, Trace, explain, follow
 from dagflow.graph.translate import translate
 from dagflow.graph.whole_sequences import whole_sequences
@@ -84,17 +92,19 @@ def capture(
     UserWarning
         If the model calls a `torch.autograd.Function` (its forward is captured, its backward isn't)
         or has hooks on gradients; if it sets attributes that stay as they are in training; if the
-        batch has columns that forward doesn't take, which are dropped.
+        batch has columns that forward doesn't take, which are dropped; if its code fixes a size
+        that was to be open, with `len(x)` or `float(x.shape[0])` say.
     """
     check_loss(loss, model)
     dropped = unknown_columns(model, example_batch, loss is not None)
+    batch = without_columns(example_batch, dropped)
+    check_columns(model, batch if loss is None else split_target(batch)[0], dropped)
     if dropped:
         warnings.warn(
             f"The batch's columns {', '.join(map(repr, dropped))} are dropped: the forward of "
             f"{type(model).__name__} doesn't take them.",
             stacklevel=2,
         )
-    batch = without_columns(example_batch, dropped)
     tensors, constants = flatten_batch(batch)
     wrapper = LossModule(model, loss, rebuilder(batch))
     dims = {name: _dynamic_dims(name, tensor, dynamic) for name, tensor in tensors.items()}
@@ -107,7 +117,35 @@ def capture(
         for name, t in tensors.items()
     ]
     dag = translate(exported, model, inputs, constants, decisions=trace.decisions)
-    return replace(dag, dropped_columns=dropped)
+    fixed = _fixed_sizes(dag, trace, dims)
+    for size in fixed:
+        # Operators fix lengths for good reasons (tables of positions), the number of rows for none.
+        if not size.by_operator or size.dim == 0:
+            warnings.warn(_fixed_warning(size), stacklevel=2)
+    return replace(dag, dropped_columns=dropped, fixed_sizes=fixed)
+
+
+def _fixed_sizes(
+    dag: OperatorDag, trace: Trace, dims: Mapping[str, Sequence[int]]
+) -> tuple[FixedSize, ...]:
+    """Find the sizes that were to be open and are fixed, with the lines that did it."""
+    found = []
+    for spec, open_dims, traced in zip(dag.inputs, dims.values(), trace.shapes, strict=True):
+        for dim in open_dims:
+            if not isinstance(spec.shape[dim], int):
+                continue
+            symbol = traced[dim]
+            by = None if isinstance(symbol, int) else what_fixed(symbol, trace.decisions)
+            source, by_operator = ("", True) if by is None else (by.source, by.by_operator)
+            found.append(FixedSize(spec.name, dim, source, by_operator))
+    return tuple(found)
+
+
+def _fixed_warning(fixed: FixedSize) -> str:
+    return (
+        f"The size of {fixed.input.removeprefix('in.')!r} in dimension {fixed.dim} is fixed to that "
+        f"of the example batch: {fixed.reason} Batches of another size will be refused."
+    )
 
 
 def _warnings(trace: Trace, model: torch.nn.Module) -> Iterator[str]:

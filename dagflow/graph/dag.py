@@ -60,6 +60,41 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class FixedSize:
+    """A size that was to be open and that the model has fixed.
+
+    Attributes
+    ----------
+    source : str
+        That line; empty where it isn't known.
+    by_operator : bool
+        Whether an operator that it calls takes this size only; it makes a number of it otherwise.
+    """
+
+    input: str
+    dim: int
+    source: str
+    by_operator: bool = False
+
+    @property
+    def reason(self) -> str:
+        """What fixed it, and what to do."""
+        if self.by_operator:
+            return (
+                f"an operator{self.source and ' at '}{self.source} takes this size only "
+                "(a table or a weight of that size, a number in view(), an unbind). What to do: "
+                "write it with x.shape, slice the table to it."
+            )
+        return (
+            f"{self.source} makes a plain number of it. What to write instead: x.shape[0] for "
+            "len(x), the size T itself for int(T) or float(T) (T ** -0.5 for float(T) ** -0.5), "
+            "torch.arange(T) for range(T) or numpy.arange(T), operators on whole tensors for a loop "
+            "over them; where the size never changes, leave it out of dynamic={'tensor': [dims "
+            "that vary]}."
+        )
+
+
+@dataclass(frozen=True)
 class Parameter:
     """A parameter by its first name in the model; `aliases` are further names (tied weights).
 
@@ -129,6 +164,8 @@ class OperatorDag:
         What `dagflow.graph.signature.match_batch` checks of every batch besides its form.
     dropped_columns : tuple of str
         Entries of a batch that the model's forward doesn't take, and `match_batch` passes over.
+    fixed_sizes : tuple of FixedSize
+        Where the model's code has fixed a size, to name the line when a batch has another.
     """
 
     symbols: tuple[Symbol, ...]
@@ -142,6 +179,7 @@ class OperatorDag:
     batch_constants: Mapping[str, Any]
     conditions: tuple[Condition, ...] = ()
     dropped_columns: tuple[str, ...] = ()
+    fixed_sizes: tuple[FixedSize, ...] = ()
 
     @cached_property
     def checked_sizes(self) -> dict[tuple[int, ...], str]:
@@ -204,6 +242,7 @@ class OperatorDag:
             "batch_constants": dict(self.batch_constants),
             "conditions": [asdict(condition) for condition in self.conditions],
             "dropped_columns": list(self.dropped_columns),
+            "fixed_sizes": [asdict(fixed) for fixed in self.fixed_sizes],
         }
         return json.dumps(body)
 
@@ -239,6 +278,7 @@ class OperatorDag:
             batch_constants=body["batch_constants"],
             conditions=tuple(Condition(**condition) for condition in body.get("conditions", ())),
             dropped_columns=tuple(body.get("dropped_columns", ())),
+            fixed_sizes=tuple(FixedSize(**fixed) for fixed in body.get("fixed_sizes", ())),
         )
 
     def defined_values(self) -> set[str]:

@@ -53,8 +53,9 @@ class LossModule(torch.nn.Module):
         value = _loss_of(output)
         if value is None:
             raise BatchInvalid(
-                f"The model returned a {type(output).__name__} without a loss. Are labels missing "
-                "from the batch? Add them, or pass loss=function(output, target)."
+                f"The model returned a {type(output).__name__} without a loss{_contents(output)}. "
+                "Are labels missing from the batch? Add them, or pass loss=function(output, target)"
+                f"{_loss_advice(output)}."
             )
         return _scalar(value, "the model")
 
@@ -68,6 +69,41 @@ def _loss_of(output: Any) -> Any:
         first = output[0] if output else None
         return first if isinstance(first, torch.Tensor) and first.dim() == 0 else None
     return getattr(output, "loss", None)
+
+
+def _contents(output: Any) -> str:
+    """Say what a result holds in which no loss was found."""
+    if isinstance(output, Mapping):
+        return f"; its keys are {', '.join(map(repr, output)) or 'none'}"
+    if isinstance(output, (tuple, list)):
+        items = [
+            (f"a tensor of {item.dim()} dimensions" if item.dim() else "a scalar tensor")
+            if isinstance(item, torch.Tensor)
+            else f"a {type(item).__name__}"
+            for item in output
+        ]
+        return f" in front; its items are {', '.join(items) or 'none'}"
+    return ""
+
+
+def _loss_advice(output: Any) -> str:
+    """Say which part of a result may be the loss, and how to have it taken."""
+    if isinstance(output, Mapping):
+        named = [key for key in output if "loss" in str(key).lower()]
+        parts = " + ".join(f"output[{key!r}]" for key in named)
+        if named:
+            return (
+                f": have forward return it as 'loss', or loss=lambda output, target: {parts}, "
+                "with the target in the batch by its name"
+            )
+    if isinstance(output, (tuple, list)):
+        scalars = [i for i, x in enumerate(output) if isinstance(x, torch.Tensor) and x.dim() == 0]
+        if scalars:
+            return (
+                ": have forward return the loss first, or "
+                f"loss=lambda output, target: output[{scalars[0]}]"
+            )
+    return ""
 
 
 def _scalar(value: Any, origin: str) -> torch.Tensor:

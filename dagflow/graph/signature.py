@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dagflow.errors import BatchInvalid
-from dagflow.graph.dag import Condition, OperatorDag, buffer_value
+from dagflow.graph.dag import Condition, FixedSize, OperatorDag, buffer_value
 from dagflow_tasks.operators import ASSERTIONS, Argument, Node, decode_literal, dtype_of, resolve
 from dagflow_tasks.program import ValueSpec
 from dagflow_tasks.sizes import evaluate_size, size_text
@@ -50,7 +50,7 @@ def match_batch(
         )
     sizes: dict[str, int] = {}
     for name, spec in wanted.items():
-        _match_tensor(sizes, tensors[name], spec, f"{name!r} of {where}")
+        _match_tensor(sizes, tensors[name], spec, f"{name!r} of {where}", dag.fixed_sizes)
     for name, spec in wanted.items():
         _match_relations(sizes, tensors[name], spec, f"{name!r} of {where}")
     _match_conditions(dag, sizes, where)
@@ -61,7 +61,13 @@ def _is_dropped(dag: OperatorDag, name: str) -> bool:
     return name.split(".")[0] in dag.dropped_columns
 
 
-def _match_tensor(sizes: dict[str, int], tensor: torch.Tensor, spec: ValueSpec, what: str) -> None:
+def _match_tensor(
+    sizes: dict[str, int],
+    tensor: torch.Tensor,
+    spec: ValueSpec,
+    what: str,
+    fixed_sizes: Sequence[FixedSize],
+) -> None:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype != spec.dtype or tensor.dim() != len(spec.shape):
         raise BatchInvalid(
@@ -76,10 +82,12 @@ def _match_tensor(sizes: dict[str, int], tensor: torch.Tensor, spec: ValueSpec, 
                     f"{sizes[known]}; the model needs them equal."
                 )
         elif isinstance(known, int) and size != known:
+            reasons = [f.reason for f in fixed_sizes if (f.input, f.dim) == (spec.name, dim)]
+            why = f": {reasons[0]}" if reasons else ". Name the dimension in Config(dynamic=...)."
             raise BatchInvalid(
-                f"{what} has size {size} in dimension {dim}; the model was "
-                f"captured with {known}, and that size is fixed. Pad or drop such batches "
-                f"(DataLoader(drop_last=True)), or name the dimension in Config(dynamic=...)."
+                f"{what} has size {size} in dimension {dim}; the model was captured with {known}, "
+                f"and that size is fixed{why} Or pad or drop such batches "
+                "(DataLoader(drop_last=True))."
             )
 
 

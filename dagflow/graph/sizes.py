@@ -12,7 +12,7 @@ import math
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,19 +45,29 @@ class SizeUnknown(ValueError):
 
 @dataclass(frozen=True)
 class Decision:
-    """A branch that the model's code took by a size: the expression that holds then."""
+    """A branch that the model's code took by a size: the expression that holds then.
+
+    Attributes
+    ----------
+    fixes
+        torch's symbols that have one value only from here on: of `int()` or `==` of a size.
+    by_operator
+        Whether an operator decided, inside, for which the line called it.
+    """
 
     environment: ShapeEnv
     expression: Any
     source: str
+    fixes: frozenset[Any] = frozenset()
+    by_operator: bool = False
 
 
 @contextmanager
 def watch_decisions(own_files: frozenset[str]) -> Iterator[list[Decision]]:
     """Collect the decisions that Python code takes by sizes while a model is traced.
 
-    What an operator decides inside, about its result's layout say, is none: the operator decides
-    anew whenever it runs.
+    What an operator decides inside, about its result's layout say, is one only where it fixes a
+    size: else the operator decides anew whenever it runs.
 
     Parameters
     ----------
@@ -69,15 +79,39 @@ def watch_decisions(own_files: frozenset[str]) -> Iterator[list[Decision]]:
     original = ShapeEnv.evaluate_sym_node
 
     def evaluate(self: ShapeEnv, node: Any, *args: Any, **kwargs: Any) -> Any:
+        before = node.expr
         result = original(self, node, *args, **kwargs)
         if threading.get_ident() == thread:
-            source = _deciding_line(own_files)
-            if source is not None:
-                found.append(Decision(self, _holding(node.expr, result), source))
+            source, by_operator = _deciding_line(own_files)
+            free = before.free_symbols if source else ()
+            fixes = frozenset(s for s in free if self.replace(s).is_Integer)
+            if source and (fixes or not by_operator):
+                holding = _holding(before, result)
+                found.append(Decision(self, holding, source, fixes, by_operator))
         return result
 
     with patch.object(ShapeEnv, "evaluate_sym_node", evaluate):
         yield found
+
+
+def what_fixed(symbol: Any, decisions: Sequence[Decision]) -> Decision | None:
+    """Return the decision that fixed a size; None if it is open, or no line of the model's did.
+
+    Parameters
+    ----------
+    symbol
+        What torch called the size while it was open.
+    """
+    for decision in decisions:
+        value = decision.environment.replace(symbol)
+        if not value.is_Integer:
+            return None
+        # Or the line fixed a size that is equal to this one.
+        if any(fixed == symbol for fixed in decision.fixes) or any(
+            decision.environment.replace(fixed) == value for fixed in decision.fixes
+        ):
+            return decision
+    return None
 
 
 def _holding(expression: Any, result: Any) -> Any:
@@ -88,14 +122,16 @@ def _holding(expression: Any, result: Any) -> Any:
     return sympy.Eq(expression, result)
 
 
-def _deciding_line(own_files: frozenset[str]) -> str | None:
-    """Return the line of the model's code that decides, or None inside of an operator."""
+def _deciding_line(own_files: frozenset[str]) -> tuple[str, bool]:
+    """Return the line of the model's code that decides, "" if it is none, and if an operator does."""
     frame = sys._getframe(2)
+    by_operator = False
     while frame is not None:
         name, code = frame.f_code.co_name, frame.f_code
         # An operator that torch records whole; one that it takes apart decides for the graph.
         if name == "proxy_call" and code.co_filename.endswith("proxy_tensor.py"):
-            return None
+            by_operator = True
+            break
         if name == "decompose" and code.co_filename.endswith("_ops.py"):
             break
         if not code.co_filename.startswith((_TORCH_FOLDER, "<")):
@@ -103,10 +139,12 @@ def _deciding_line(own_files: frozenset[str]) -> str | None:
         frame = frame.f_back  # type: ignore[assignment]
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith((_TORCH_FOLDER, "<")):
-            return None if file in own_files else f"{file}:{frame.f_lineno}"
+        # Operators are called through the capture's own functions.
+        passed = by_operator and file in own_files
+        if not passed and not file.startswith((_TORCH_FOLDER, "<")):
+            return "" if file in own_files else f"{file}:{frame.f_lineno}", by_operator
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return "", by_operator
 
 
 @dataclass
@@ -305,7 +343,11 @@ def conditions(
     if environment is None:
         return ()
     found: dict[Any, Condition] = {}
-    own = [(d.expression, d.source) for d in decisions if d.environment is environment]
+    own = [
+        (d.expression, d.source)
+        for d in decisions
+        if d.environment is environment and not d.by_operator
+    ]
     inside = [(guard.expr, "") for guard in environment.guards]
     for expression, source in (*own, *inside):
         expression = environment.replace(expression)
@@ -322,12 +364,18 @@ def conditions(
 
 
 @contextmanager
-def symbolic_mathematics() -> Iterator[None]:
-    """Have `math.sqrt`, `math.log2` and the like keep sizes open instead of fixing them."""
+def symbolic_mathematics() -> Iterator[dict[str, str]]:
+    """Have `math.sqrt` and `math.log2` keep sizes open instead of fixing them.
+
+    Yields the line that called each on an open size last.
+    """
+    lines: dict[str, str] = {}
 
     def open_to_sizes(plain: Callable[..., float], symbolic: Callable[..., Any]) -> Any:
         def function(*operands: Any) -> Any:
             if len(operands) == 1 and isinstance(operands[0], (torch.SymInt, torch.SymFloat)):
+                caller = sys._getframe(1)
+                lines[plain.__name__] = f"{caller.f_code.co_filename}:{caller.f_lineno}"
                 return symbolic(operands[0])
             return plain(*operands)
 
@@ -338,4 +386,4 @@ def symbolic_mathematics() -> Iterator[None]:
         for name in ("sqrt", "log2")
     }
     with patch.multiple(math, **replaced):
-        yield
+        yield lines

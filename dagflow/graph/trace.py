@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import secrets
 import sys
 import sysconfig
@@ -59,6 +60,10 @@ class Trace:
         The model's own `torch.autograd.Function` classes, with the module that calls each.
     decisions
         What the model's code decided by sizes.
+    shapes
+        Shapes of the batch's tensors as the model got them, open sizes as torch's symbols.
+    mathematics
+        Lines that call functions of `math` on open sizes, by the function's name.
     hooks
         Hooks on tensors' gradients that forward sets, by module and line of code.
     clock
@@ -77,6 +82,8 @@ class Trace:
 
     functions: dict[type[torch.autograd.Function], str] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
+    shapes: list[list[Any]] = field(default_factory=list)
+    mathematics: dict[str, str] = field(default_factory=dict)
     hooks: list[tuple[str, str]] = field(default_factory=list)
     clock: list[str] = field(default_factory=list)
     drawn: str = ""
@@ -291,9 +298,33 @@ def _watch_clock(lines: list[str]) -> Iterator[None]:
         yield
 
 
+def _refuse_scripts(model: torch.nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureFailed(
+                f"Module {path or 'the model itself'!r} is a {type(module).__name__} (of "
+                "torch.jit.script, trace or load), and torch.export can't look into one. What to do: "
+                "use the plain torch.nn.Module that it was made from; load_state_dict() takes the "
+                "script's state_dict()."
+            )
+
+
+def _refuse_cumulative_average(module: torch.nn.Module, path: str) -> None:
+    is_normalisation = isinstance(module, torch.nn.modules.batchnorm._NormBase)
+    has_statistics = is_normalisation and module.training and module.track_running_stats
+    if has_statistics and module.momentum is None:
+        raise CaptureFailed(
+            f"Module {path or 'the model itself'!r} ({type(module).__name__}) has momentum=None: "
+            "its running statistics are the mean over all batches so far, weighted by a number that "
+            "it reads out of a tensor (num_batches_tracked), and a graph's operators have fixed "
+            "arguments. What to do: give it a momentum, 0.1 say, or put it into eval()."
+        )
+
+
 @contextmanager
 def follow(wrapper: Any) -> Iterator[Trace]:
     """Follow the trace of a wrapper around a model through the modules and torch's functions."""
+    _refuse_scripts(wrapper.model)
     trace = Trace()
     handles = []
 
@@ -302,8 +333,9 @@ def follow(wrapper: Any) -> Iterator[Trace]:
 
     for path, module in wrapper.model.named_modules():
 
-        def enter(*_: Any, path: str = path) -> None:
+        def enter(module: torch.nn.Module, *_: Any, path: str = path) -> None:
             trace.modules.append(path)
+            _refuse_cumulative_average(module, path)
 
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave))
@@ -311,6 +343,10 @@ def follow(wrapper: Any) -> Iterator[Trace]:
 
     def followed(*tensors: torch.Tensor) -> Any:
         before = Snapshot(wrapper.model, values=False)
+        trace.shapes = [
+            [s.node.expr if isinstance(s, torch.SymInt) else s for s in tensor.shape]
+            for tensor in tensors
+        ]
         with _Follower(trace), written_in_place(wrapper.model):
             result = forward(*tensors)
         # Now: torch.export puts numbers back as they were.
@@ -325,7 +361,7 @@ def follow(wrapper: Any) -> Iterator[Trace]:
             _refuse_seeds(trace),
             _refuse_entropy(trace),
             _watch_clock(trace.clock),
-            symbolic_mathematics(),
+            symbolic_mathematics() as trace.mathematics,
             unmapped(lambda: trace.module),
             watch_decisions(OWN_FILES) as trace.decisions,
         ):
@@ -336,6 +372,9 @@ def follow(wrapper: Any) -> Iterator[Trace]:
         wrapper.forward = forward
 
 
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
 def explain(error: Exception, trace: Trace) -> str:
     """Say where a trace failed, why, and what to do about it."""
     frames = [
@@ -344,7 +383,13 @@ def explain(error: Exception, trace: Trace) -> str:
         if not frame.filename.startswith(_TORCH_FOLDER) and frame.filename not in OWN_FILES
     ]
     where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "unknown"
-    reason = " ".join(str(error).split())[:400]
+    reason = _ADDRESS.sub("", " ".join(str(error).split()))[:400]
+    if "_sym_log2" in reason:
+        return (
+            f"The model computes with math.log2 of an open size ({trace.mathematics.get('log2')}), "
+            "which torch.export can't hold. What to do: compute it on a tensor, with "
+            "torch.full((), T).log2(), or fix the size with dynamic={'tensor': []}."
+        )
     return (
         f"The model can't be captured. Module: {trace.module!r}. Source: {where}. "
         f"Operator: {trace.operator or 'unknown'}. torch says: {type(error).__name__}: {reason} "
@@ -361,6 +406,14 @@ def _advice(error: Exception) -> str:
 
 
 _ADVICE: Mapping[tuple[str, ...], str] = {
+    ("unhashable type: non-nested SymInt",): (
+        "an open size is no key: a table or cache by length (a dict, lru_cache) holds one batch's "
+        "sizes. Compute the value each time, or fix the size: int(T) for the key, or "
+        "dynamic={'tensor': []}."
+    ),
+    ("numpy.object_",): (
+        "NumPy can't compute with open sizes; write it with torch (torch.arange for numpy.arange)."
+    ),
     ("data-dependent", "DataDependent", "Unbacked"): (
         "the line decides by a tensor's value, which a graph can't; write it with torch.where "
         "or a mask, or take the decision outside of forward()."

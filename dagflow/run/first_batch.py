@@ -179,6 +179,12 @@ def _refuse_nothing_to_train(dag: OperatorDag) -> None:
         return
     trainable = [p.name for p in dag.parameters if p.trainable]
     if not trainable:
+        if not dag.parameters:
+            raise SettingsInvalid(
+                "The model has no parameters: there is nothing to train. Are its layers in a plain "
+                "list or dict? torch finds them only as attributes, in nn.ModuleList or "
+                "nn.ModuleDict; tensors to train are nn.Parameter."
+            )
         raise SettingsInvalid(
             f"All {len(dag.parameters)} parameters of the model are frozen: there is nothing to train. "
             "Call requires_grad_(True) on those that should learn."

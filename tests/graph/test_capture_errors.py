@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from inline import assert_same_bits
@@ -83,7 +85,17 @@ def fits_badly(x: torch.Tensor) -> torch.Tensor:
     return x @ torch.ones(5, 5)
 
 
+def looks_up_by_length(x: torch.Tensor) -> torch.Tensor:
+    return x * {3: 1.0}.get(x.shape[0], 2.0)
+
+
+def counts_with_numpy(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.from_numpy(np.arange(x.shape[0]))[:, None]
+
+
 FAILURES = [
+    (looks_up_by_length, "__get__", "an open size is no key"),
+    (counts_with_numpy, "sym_float", "torch.arange for numpy.arange"),
     (branches, "__bool__", "torch.where or a mask"),
     (loops, "__int__", "outside of forward"),
     (selects, "aten.nonzero.default", "masks instead of selecting by value"),
@@ -237,3 +249,47 @@ def test_torchs_own_autograd_functions_are_no_reason_to_warn(
     dag = capture(Outer(lambda x: checkpoint(torch.tanh, x, use_reentrant=True)), torch.ones(3, 4))
     assert [str(w.message) for w in recwarn if "autograd.Function" in str(w.message)] == []
     assert "aten.tanh.default" in {node.op for node in dag.nodes}
+
+
+REFUSALS = [
+    (lambda x: x * math.log2(x.shape[0]), rf"math.log2 of an open size \({__file__}:.*log2\(\)"),
+    (nn.BatchNorm1d(4, momentum=None), r"'blocks.1.body' \(BatchNorm1d\).*give it a momentum"),
+    (torch.jit.trace(nn.Tanh(), torch.ones(2)), r"'blocks.1.body' is a \w+.*the plain torch"),
+]
+
+
+@pytest.mark.parametrize(("body", "text"), REFUSALS)
+def test_what_torch_has_no_words_for_is_refused_by_name_with_what_to_do(
+    body: Body, text: str
+) -> None:
+    with pytest.raises(CaptureFailed, match=text) as caught:
+        capture(Outer(body), torch.randn(3, 4))
+    assert " at 0x" not in str(caught.value)
+
+
+def test_a_mapped_tensor_beside_the_others_and_an_average_in_eval_are_captured() -> None:
+    mapped = torch.vmap(lambda w, x: x @ w, in_dims=(0, None))
+    capture(Outer(lambda x: mapped(torch.ones(2, 4, 4), x)), torch.randn(3, 4))
+    capture(Outer(nn.BatchNorm1d(4, momentum=None)).eval(), torch.randn(3, 4))
+
+
+def test_an_open_tensor_that_a_mapped_function_closes_over_is_refused_with_the_remedy() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.ones(2, 4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.vmap(lambda weight: x @ weight)(self.weights).mean()
+
+    with pytest.raises(
+        CaptureFailed, match=r"itself' maps a function with vmap.*in_dims=\(0, None\)"
+    ):
+        capture(Ensemble(), torch.randn(3, 4))
+
+
+def test_columns_that_forward_needs_and_the_batch_lacks_are_named() -> None:
+    with pytest.raises(BatchInvalid, match=r"needs 'features', .*columns 'inputs'\. .*: batch\}"):
+        capture(Outer(torch.relu), {"inputs": torch.randn(3, 4)})
+    with pytest.raises(BatchInvalid, match=r"needs 'input', .*columns 'x'"):
+        capture(nn.Linear(4, 4), {"x": torch.randn(3, 4), "y": torch.randn(3, 4)}, loss=mse_loss)

@@ -128,3 +128,23 @@ def test_columns_that_forward_does_not_take_are_dropped_with_one_warning() -> No
     assert dag.dropped_columns == ("idx", "text")
     assert [spec.name for spec in dag.inputs] == ["in.x", "in.labels"]
     assert dag.batch_constants == {}
+
+
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [
+        (lambda x: {"loss_box": x, "loss_cls": x}, r"output\['loss_box'\] \+ output\['loss_cls'\]"),
+        (
+            lambda x: {"total_loss": x, "a": x},
+            r"keys are 'total_loss', 'a'.*output\['total_loss'\]",
+        ),
+        (lambda x: (x[None], x), r"items are a tensor of 1 dim.*, a scalar tensor.*output\[1\]"),
+    ],
+)
+def test_a_loss_under_another_name_is_found_and_how_to_pass_it_said(output: Any, text: str) -> None:
+    class Model(nn.Linear):
+        def forward(self, input: torch.Tensor) -> Any:
+            return output(super().forward(input).mean())
+
+    with pytest.raises(BatchInvalid, match=text):
+        capture(Model(4, 4), FEATURES)

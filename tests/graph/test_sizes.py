@@ -128,6 +128,35 @@ def test_a_dag_from_before_conditions_is_read() -> None:
     assert OperatorDag.from_json(json.dumps(body)) == dag
 
 
+FIXED = [
+    (lambda h: h.sum() / len(h), 0, "makes a plain number"),
+    (lambda h: h if len(h) > 1 else h * 2, 0, "makes a plain number"),
+    (lambda h: h * float(h.shape[1]) ** -0.5, 1, "makes a plain number"),
+    (lambda h: h * h.new_tensor(range(h.shape[1]))[:, None], 1, "makes a plain number"),
+    (lambda h: h.view(3, -1), 0, "takes this size only"),
+]
+
+
+@pytest.mark.parametrize(("body", "dim", "reason"), FIXED)
+def test_a_size_that_the_code_fixes_is_told_at_once_and_with_the_batch_that_doesnt_fit(
+    body: Callable[..., torch.Tensor], dim: int, reason: str
+) -> None:
+    with pytest.warns(UserWarning, match=rf"'input' in dimension {dim} is fixed.*{reason}") as told:
+        dag = OperatorDag.from_json(capture(Calls(body), sequences(10)).to_json())
+    assert f"{__file__}:" in str(told[0].message)
+    shape = [3, 10, 4]
+    shape[dim] += 1
+    with pytest.raises(BatchInvalid, match=f"in dimension {dim}.*{__file__}:.*{reason}"):
+        match_batch(dag, {"input": torch.randn(shape)}, {}, "step 1")
+
+
+def test_a_size_that_the_caller_fixes_or_a_table_of_positions_is_no_reason_to_warn() -> None:
+    capture(Calls(lambda h: h.sum() / len(h)), sequences(10), dynamic={"input": [1]})
+    dag = capture(Calls(lambda h: h + torch.ones(10, 4)), sequences(10))
+    with pytest.raises(BatchInvalid, match=f"an operator at {__file__}:"):
+        match_batch(dag, {"input": sequences(11)}, {}, "step 1")
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
         super().__init__()
