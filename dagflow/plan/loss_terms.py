@@ -48,6 +48,7 @@ _NO_SUMS = frozenset([
 _PLACES = frozenset(["argmax", "argmin", "argsort", "topk", "sort", "max", "min"])
 # fmt: on
 _CONTRACTIONS = frozenset({"dot", "vdot", "einsum", "matmul", "inner", "mv", "mm"})
+_ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 _SCALING = frozenset({"neg", "to", "_to_copy", "clone", "contiguous"})
 
 
@@ -75,7 +76,7 @@ class Targets:
     """Targets that aren't ignored, each by its class's weight if classes have weights."""
 
     target: str
-    ignore_index: int
+    ignore_index: Any  # a number, or a size
     class_weight: str | None = None
 
 
@@ -97,6 +98,7 @@ class LossReader:
         self.analysis = analysis
         self.dag = analysis.dag
         self.obstacle = ""
+        self._found: dict[str, list[Term | None]] = {}
         self.by_name = {node.name: node for node in self.dag.nodes}
         self.given = {spec.name for spec in self.dag.inputs} | {c.name for c in self.dag.constants}
         self.given |= {buffer_value(b.name) for b in self.dag.buffers if not b.mutated}
@@ -127,31 +129,59 @@ class LossReader:
         """Return the terms of a value that holds part of the loss; None for one without a batch."""
         if name not in self.from_batch:
             return [None]
-        unknown: list[Term | None] = [((Rows(), 1),)]
-        writers = [node.name for node in self.analysis.companions(name)]
-        if writers and name not in writers:
-            name = writers[-1]
+        if name not in self._found:
+            # What is divided in place by its own sum is asked for again on the way.
+            unknown: list[Term | None] = [((Rows(), 1),)]
+            self._found[name] = unknown
+            self._found[name] = list(dict.fromkeys(self._read(name) or unknown))
+        return self._found[name]
+
+    def _read(self, name: str) -> list[Term | None] | None:
+        writers = self.analysis.companions(name)
+        if writers:
+            return self._written(self.analysis.storage.get(name, name), writers)
         node = self.by_name.get(name)
+        return None if node is None else self._made(node)
+
+    def _written(self, root: str, writers: list[Node]) -> list[Term | None] | None:
+        """Return the terms of memory that is written in place: ``loss += more``."""
+        node = self.by_name.get(root)
         if node is None:
-            return unknown
+            return None
+        found: list[Term | None] | None = []
+        if short_name(node.op) not in _ZEROS:
+            found = self._made(node)
+        for writer in writers:
+            op = short_name(writer.op)
+            other = writer.args[1] if len(writer.args) > 1 else None
+            if found is None or op not in ("add_", "sub_", "mul_", "div_"):
+                return None
+            if op in ("mul_", "div_"):
+                found = self._divided(writer, found, other, 1 if op == "div_" else -1)
+            elif isinstance(other, Mapping) and "ref" in other:
+                found = found + self._terms(other["ref"])
+        return found
+
+    def _made(self, node: Node) -> list[Term | None] | None:
+        """Return the terms of what an operator makes; None where nothing is known of them."""
         op, tensors = short_name(node.op), list(node.references())
         reduction = _argument(node, "reduction")
         if op in _CROSS_ENTROPIES:
-            return self._cross_entropy(node) or unknown
+            return self._cross_entropy(node)
         if reduction in (_MEAN, _SUM):
             self._refuse_statistics(node, tensors)
-            return unknown if reduction == _MEAN else [()]
+            return None if reduction == _MEAN else [()]
         if op in ("sum", "mean", "nansum"):
             return self._reduction(node, op, tensors[0])
         if op in _PASSED_ON or (
             (op == "select" or is_view(node.op)) and not self._has_rows(tensors[0])
         ):
             return [term for tensor in tensors for term in self._terms(tensor)]
-        if op in ("add", "sub", "rsub", "add_", "sub_"):
+        if op in ("add", "sub", "rsub"):
             return [term for tensor in tensors for term in self._terms(tensor)]
-        if op in ("mul", "div", "mul_", "div_"):
-            return self._product(node, -1 if op[:3] == "mul" else 1) or unknown
-        return self._other(node, op, tensors) or unknown
+        if op in ("mul", "div"):
+            return self._product(node, -1 if op == "mul" else 1)
+        return self._other(node, op, tensors)
 
     def _reduction(self, node: Node, op: str, over: str) -> list[Term | None]:
         if not self._has_rows(over):
@@ -211,8 +241,15 @@ class LossReader:
             return [()]
         if reduction != _MEAN or self._dtype(target["ref"]).is_floating_point:
             return None
-        ignored = int(_argument(node, "ignore_index", _IGNORE_INDEX))
-        if weight is None and ignored < 0 and self._are_places(target["ref"]):
+        ignored = _argument(node, "ignore_index", _IGNORE_INDEX)
+        if isinstance(ignored, Mapping):
+            ignored = _hashable(ignored["size"])
+        if (
+            weight is None
+            and isinstance(ignored, int)
+            and ignored < 0
+            and self._are_places(target["ref"])
+        ):
             return None
         names = [target["ref"], *([weight["ref"]] if weight is not None else [])]
         for name in names:
@@ -237,16 +274,27 @@ class LossReader:
     def _product(self, node: Node, power: int) -> list[Term | None] | None:
         """Return the terms of a quotient by, or a product with, what isn't part of the loss."""
         first, second = node.args[0], node.args[1]
-        if "rounding_mode" in node.kwargs:
-            return None
         if power < 0 and not self._holds_loss(first):
             first, second = second, first  # a * b is b * a
-        if self._holds_loss(second) and self._is_statistic(second["ref"]):
-            doing = "multiplies by" if power < 0 else "divides by"
-            self._refuse(node, f"{doing} numbers that {self._how(second['ref'])}", second["ref"])
-        if not self._holds_loss(first) or self._holds_loss(second):
+        if not self._holds_loss(first):
+            if self._holds_loss(second):
+                self._divided(node, [], second, power)
             return None
-        terms = self._terms(first["ref"])
+        return self._divided(node, self._terms(first["ref"]), second, power)
+
+    def _divided(
+        self, node: Node, terms: list[Term | None], second: Any, power: int
+    ) -> list[Term | None] | None:
+        """Return terms that are divided by an operator's second argument, or multiplied with it."""
+        if "rounding_mode" in node.kwargs:
+            return None
+        if self._holds_loss(second):
+            if self._is_statistic(second["ref"]):
+                doing = "multiplies by" if power < 0 else "divides by"
+                self._refuse(
+                    node, f"{doing} numbers that {self._how(second['ref'])}", second["ref"]
+                )
+            return None
         if not isinstance(second, Mapping):
             return terms
         factor: Factor

@@ -185,7 +185,7 @@ def _evaluate(factor: Factor, values: Tensors, sizes: Sizes) -> float:
     if isinstance(factor, Value):
         return float(values[factor.name])
     target = values[factor.target]
-    counted = target != factor.ignore_index
+    counted = target != evaluate_size(factor.ignore_index, sizes)
     if factor.class_weight is None:
         return float(counted.sum())
     return float(values[factor.class_weight].double()[target[counted]].sum())
