@@ -33,6 +33,7 @@ from dagflow.graph.effects import (
     Snapshot,
     Uses,
     gradient_hooks,
+    holders,
     watch_attributes,
     watch_generators,
     without_gradient_hooks,
@@ -195,18 +196,18 @@ def export_module(
     ------
     BatchInvalid, CaptureFailed
     """
-    with TRACING, _left_as_it_was(model) as states:
+    with TRACING, _left_as_it_was(wrapper) as states:
         exported, trace = _export(wrapper, model, tensors, dims)
         drawn = states.changed()
     if trace.changes or drawn:
-        with TRACING, _left_as_it_was(model):
+        with TRACING, _left_as_it_was(wrapper):
             _examine(wrapper, model, tensors, dims, (exported, trace))
     return exported, trace
 
 
 @contextmanager
-def _left_as_it_was(model: torch.nn.Module) -> Iterator[RandomStates]:
-    states, snapshot = RandomStates(), Snapshot(model)
+def _left_as_it_was(wrapper: torch.nn.Module) -> Iterator[RandomStates]:
+    states, snapshot = RandomStates(), Snapshot(wrapper)
     try:
         yield states
     finally:
@@ -262,14 +263,14 @@ def _examine(
     exported, trace = first
     trace.make_changes()
     graphs = [_fingerprint(exported)]
-    with watch_attributes(model, trace.changes) as uses, watch_generators(largest=True) as draws:
+    with watch_attributes(wrapper, trace.changes) as uses, watch_generators(largest=True) as draws:
         again, later = _export(wrapper, model, tensors, dims)
     graphs.append(_fingerprint(again))
     if draws.lines:
         with watch_generators(largest=False):
             graphs.append(_fingerprint(_export(wrapper, model, tensors, dims)[0]))
     is_same = len(set(graphs)) == 1
-    _refuse_state(model, trace.changes if later.changes or not is_same else (), uses)
+    _refuse_state(wrapper, trace.changes if later.changes or not is_same else (), uses)
     trace.attributes = [change for change in trace.changes if uses.is_only_written(change)]
     lines = [line for line in draws.lines if line.rpartition(":")[0] not in OWN_FILES]
     if lines:
@@ -291,10 +292,11 @@ def _examine(
             )
 
 
-def _refuse_state(model: torch.nn.Module, changes: Sequence[Change], uses: Uses) -> None:
+def _refuse_state(wrapper: torch.nn.Module, changes: Sequence[Change], uses: Uses) -> None:
+    found = holders(wrapper)
     for change in changes:
-        module = model.get_submodule(change.module)
-        if change.attribute in module._parameters or change.attribute in module._modules:
+        own = vars(found[change.module])
+        if any(change.attribute in own.get(t, ()) for t in ("_parameters", "_modules")):
             raise CaptureFailed(
                 f"Forward replaces a parameter or submodule ({change}), and stages train those that "
                 "the model was built with. What to do: write into the parameter in place, under "
@@ -306,7 +308,8 @@ def _refuse_state(model: torch.nn.Module, changes: Sequence[Change], uses: Uses)
                 f"Forward changes a plain attribute and reads at {line} what an earlier call left "
                 f"in it ({change}). A graph holds tensor operators only, and would read the same in "
                 "every step. What to do: keep it in a buffer (register_buffer) and change it with "
-                "tensor operators. If it is a table that the first call makes, call the model once "
+                "tensor operators (a loss that keeps state: as a submodule of the model, whose forward "
+                "returns the loss). If it is a table that the first call makes, call the model once "
                 "on a batch before."
             )
 

@@ -45,27 +45,46 @@ class Change:
         return f"{self.module or 'the model itself'}: self.{self.attribute}"
 
 
+_LOSS = "the loss "
+
+
+def holders(wrapper: nn.Module) -> dict[str, Any]:
+    """Return the model's modules and the loss's objects, by their paths and names."""
+    found: dict[str, Any] = dict(wrapper.get_submodule("model").named_modules())
+    known = {id(module) for module in found.values()}
+    for number, holder in enumerate(getattr(wrapper, "beside", ())):
+        name = f"{_LOSS}{type(holder).__name__}" + (f" ({number})" if number else "")
+        parts = holder.named_modules() if isinstance(holder, nn.Module) else [("", holder)]
+        for path, part in parts:
+            if id(part) not in known:
+                known.add(id(part))
+                found[f"{name}.{path}" if path else name] = part
+    return found
+
+
 class Snapshot:
-    """A model's attributes, all the way through containers and plain objects.
+    """A model's and its loss's attributes, all the way through containers and plain objects.
 
     `changes` tells what is different now, `restore` puts everything back, in place: whoever holds
     one of the model's lists holds it still.
 
     Parameters
     ----------
+    wrapper : torch.nn.Module
+        Around the model (its child ``model``), with the objects of the loss in ``beside``, if any.
     values : bool
         Whether to keep what plain tensors hold; not while a trace would see it.
     """
 
-    def __init__(self, model: nn.Module, values: bool = True) -> None:
+    def __init__(self, wrapper: nn.Module, values: bool = True) -> None:
         self._values = values
-        self._by_path = dict(model.named_modules())
+        self._by_path = holders(wrapper)
         self._attributes: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
         self._contents: dict[int, tuple[Any, Any]] = {}
         self._tensors: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
         self._owner: dict[int, Change] = {}
-        for path, module in self._by_path.items():
-            own = module.__dict__
+        for path, holder in self._by_path.items():
+            own = holder.__dict__
             self._attributes.append((path, own, dict(own)))
             for name, value in own.items():
                 if name not in _MODULES_OWN:
@@ -73,8 +92,8 @@ class Snapshot:
 
     def _keep(self, value: Any, owner: Change, depth: int) -> None:
         is_plain = self._values and type(value) is torch.Tensor
-        if is_plain and owner.attribute not in _TABLES:
-            # Neither parameter nor buffer, which a trace replaces: it writes into this one.
+        if is_plain and (owner.attribute not in _TABLES or owner.module.startswith(_LOSS)):
+            # No parameter or buffer of the model, which a trace replaces: it writes into this one.
             self._tensors[id(value)] = (value, value._version, value.detach().clone())
         contents = _contents(value)
         if contents is None or id(value) in self._contents or depth > _DEEPEST:
@@ -272,12 +291,13 @@ class Uses:
 
 
 @contextmanager
-def watch_attributes(model: nn.Module, changed: list[Change]) -> Iterator[Uses]:
+def watch_attributes(wrapper: nn.Module, changed: list[Change]) -> Iterator[Uses]:
     """Note every use of some attributes while the model runs."""
     uses = Uses()
     classes = []
+    found = holders(wrapper)
     for path in dict.fromkeys(change.module for change in changed):
-        module = model.get_submodule(path)
+        module = found[path]
         names = {change.attribute for change in changed if change.module == path}
         classes.append((module, type(module)))
         module.__class__ = _watching(type(module), path, names, uses)
@@ -288,7 +308,7 @@ def watch_attributes(model: nn.Module, changed: list[Change]) -> Iterator[Uses]:
             module.__class__ = plain
 
 
-def _watching(plain: type[nn.Module], path: str, names: set[str], uses: Uses) -> type[nn.Module]:
+def _watching(plain: type, path: str, names: set[str], uses: Uses) -> type:
     """Return a class like another that notes uses of attributes."""
 
     def note(kind: str, name: str) -> None:
@@ -299,7 +319,7 @@ def _watching(plain: type[nn.Module], path: str, names: set[str], uses: Uses) ->
                 kind = _kind(frame.f_code.co_filename, frame.f_lineno, name)
             uses.of.setdefault(Change(path, name), []).append((kind, line))
 
-    class Watching(plain):  # type: ignore[misc,valid-type]
+    class Watching(plain):  # type: ignore[misc]
         def __getattribute__(self, name: str) -> Any:
             if name in names:
                 note("read", name)

@@ -38,6 +38,7 @@ class LossModule(torch.nn.Module):
         self.model = model
         # In a tuple, for a module would otherwise become a child, and its tensors state.
         self._loss = (loss,)
+        self.beside = tuple(_objects(loss, set()))
         self._rebuild = rebuild
         self.training = model.training
 
@@ -151,6 +152,29 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
     else:
         for part in _parts(value):
             yield from _tensors(part, seen)
+
+
+def _objects(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Find the modules and plain objects that a loss consists of: whatever may keep something."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    is_plain = isinstance(getattr(value, "__dict__", None), dict)
+    if is_plain and not isinstance(value, _KEEP_NOTHING):
+        yield value
+    for part in _parts(value):
+        yield from _objects(part, seen)
+
+
+# As far as a loss's own state goes; functions' own is looked for by what they use.
+_KEEP_NOTHING = (
+    type,
+    torch.Tensor,
+    types.FunctionType,
+    types.MethodType,
+    types.ModuleType,
+    functools.partial,
+)
 
 
 def _parts(value: Any) -> list[Any]:

@@ -342,7 +342,7 @@ def follow(wrapper: Any) -> Iterator[Trace]:
     forward = wrapper.forward
 
     def followed(*tensors: torch.Tensor) -> Any:
-        before = Snapshot(wrapper.model, values=False)
+        before = Snapshot(wrapper, values=False)
         trace.shapes = [
             [s.node.expr if isinstance(s, torch.SymInt) else s for s in tensor.shape]
             for tensor in tensors

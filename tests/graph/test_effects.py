@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import random
 import secrets
@@ -269,3 +270,67 @@ def test_threads_capture_at_once() -> None:
         thread.join()
     assert len(found) == 4
     assert all(dag == found[0] for dag in found.values())
+
+
+class Logging:
+    """A loss object that keeps what it saw."""
+
+    def __init__(self) -> None:
+        self.last, self.history, self.calls = None, [], 0
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = (output - target).square().mean()
+        self.last = loss.detach()
+        self.history.append(loss.detach())
+        self.calls += 1
+        return loss
+
+    def again(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self(output, target)
+
+
+class Centred(Logging):
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        before = 0.0 if self.last is None else self.last
+        self.last = before * 0.9 + output.detach().mean(0)
+        return (output - target - self.last).square().mean()
+
+
+class Warming(Logging):
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return (output - target).square().mean() * (1.0 if self.calls < 4 else 0.1)
+
+
+class Centre(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("c", torch.zeros(4))
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = (output - target - self.c).square().mean()
+        self.c = self.c * 0.9 + 0.1 * output.detach().mean(0)
+        return loss
+
+
+PAIR = (torch.randn(3, 4), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: x.again, functools.partial])
+def test_what_a_loss_only_writes_is_warned_of_and_undone(wrap: Any) -> None:
+    loss = Logging()
+    with pytest.warns(UserWarning, match=r"the loss Logging: self\.last"):
+        capture(nn.Linear(4, 4), PAIR, loss=wrap(loss))
+    assert (loss.last, loss.history, loss.calls) == (None, [], 0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"), [(Centred(), "last"), (Warming(), "calls"), (Centre(), "c")]
+)
+def test_what_a_loss_keeps_from_call_to_call_is_refused_by_name(loss: Any, name: str) -> None:
+    before = dict(vars(loss))
+    buffers = dict(loss._buffers) if isinstance(loss, nn.Module) else {}
+    with pytest.raises(CaptureFailed, match=rf"the loss \w+: self\.{name}.*submodule of the model"):
+        capture(nn.Linear(4, 4), PAIR, loss=loss)
+    assert vars(loss) == before
+    assert all(loss._buffers[name] is buffer for name, buffer in buffers.items())
