@@ -39,6 +39,7 @@ from dagflow.graph.effects import (
     without_gradient_hooks,
 )
 from dagflow.graph.loss import LossFunction, LossModule, check_loss
+from dagflow.graph.outside import Outside, refuse_iterators, refuse_outside
 from dagflow.graph.sizes import what_fixed
 from dagflow.graph.trace import OWN_FILES, Trace, explain, follow
 from dagflow.graph.translate import translate
@@ -196,12 +197,17 @@ def export_module(
     ------
     BatchInvalid, CaptureFailed
     """
-    with TRACING, _left_as_it_was(wrapper) as states:
-        exported, trace = _export(wrapper, model, tensors, dims)
-        drawn = states.changed()
-    if trace.changes or drawn:
-        with TRACING, _left_as_it_was(wrapper):
-            _examine(wrapper, model, tensors, dims, (exported, trace))
+    with TRACING:
+        outside = Outside(wrapper)
+        try:
+            with _left_as_it_was(wrapper) as states:
+                exported, trace = _export(wrapper, model, tensors, dims)
+                drawn, moved = states.changed(), outside.changed()
+            if trace.changes or drawn or moved:
+                with _left_as_it_was(wrapper):
+                    _examine(wrapper, model, tensors, dims, (exported, trace, moved))
+        finally:
+            outside.restore()
     return exported, trace
 
 
@@ -224,6 +230,7 @@ def _export(
     with (
         _on_one_device(model, tensors) as leaves,
         without_gradient_hooks(model),
+        refuse_iterators(wrapper),
         follow(wrapper) as trace,
     ):
         try:
@@ -247,7 +254,7 @@ def _examine(
     model: torch.nn.Module,
     tensors: Mapping[str, torch.Tensor],
     dims: Mapping[str, Sequence[int]],
-    first: tuple[ExportedProgram, Trace],
+    first: tuple[ExportedProgram, Trace, list[str]],
 ) -> None:
     """Trace a second call, with other random numbers, to see what becomes of what the first changed.
 
@@ -260,8 +267,9 @@ def _examine(
         If attributes carry something from one call to the next, or random numbers of Python's or
         NumPy's decide what is computed.
     """
-    exported, trace = first
+    exported, trace, moved = first
     trace.make_changes()
+    outside = Outside(wrapper)
     graphs = [_fingerprint(exported)]
     with watch_attributes(wrapper, trace.changes) as uses, watch_generators(largest=True) as draws:
         again, later = _export(wrapper, model, tensors, dims)
@@ -270,6 +278,7 @@ def _examine(
         with watch_generators(largest=False):
             graphs.append(_fingerprint(_export(wrapper, model, tensors, dims)[0]))
     is_same = len(set(graphs)) == 1
+    refuse_outside(moved if outside.changed() or not is_same else [])
     _refuse_state(wrapper, trace.changes if later.changes or not is_same else (), uses)
     trace.attributes = [change for change in trace.changes if uses.is_only_written(change)]
     lines = [line for line in draws.lines if line.rpartition(":")[0] not in OWN_FILES]
