@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import sysconfig
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from dagflow.errors import CaptureFailed
 from dagflow.graph.effects import _contents, _refill, _same, holders
 
 _DEEPEST = 4
+# Libraries' functions keep caches and flags of their own.
+_INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
 _MISSING = object()
 _SCALARS = (bool, int, float, complex, str, bytes, types.NoneType)
 _REMEDY = (
@@ -187,7 +190,8 @@ def _of_value(value: Any, seen: set[int]) -> Iterator[_Place]:
 def _of_class(kind: type, seen: set[int]) -> Iterator[_Place]:
     for base in kind.__mro__:
         package = base.__module__.split(".")[0]
-        if id(base) in seen or package == "torch" or package in sys.stdlib_module_names:
+        file = str(getattr(sys.modules.get(base.__module__), "__file__", ""))
+        if id(base) in seen or package in sys.stdlib_module_names or file.startswith(_INSTALLED):
             continue
         seen.add(id(base))
         for name, value in list(vars(base).items()):
@@ -204,8 +208,7 @@ def _of_class(kind: type, seen: set[int]) -> Iterator[_Place]:
 
 
 def _of_function(function: types.FunctionType, seen: set[int]) -> Iterator[_Place]:
-    package = (function.__module__ or "").split(".")[0]
-    if id(function) in seen or package == "torch" or package in sys.stdlib_module_names:
+    if id(function) in seen or function.__code__.co_filename.startswith(_INSTALLED):
         return
     seen.add(id(function))
     of = f"of {function.__qualname__}"
@@ -223,13 +226,19 @@ def _of_function(function: types.FunctionType, seen: set[int]) -> Iterator[_Plac
     for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         if not _is_iterator(value):
             yield from _found(
-                _Place(f"a default {of}", lambda v=value: v, lambda _: None), value, seen
+                _Place(f"a default {of}", functools.partial(_same_value, value), lambda _: None),
+                value,
+                seen,
             )
     for name, value in list(vars(function).items()):
         yield from _found(_item(f"the attribute {name!r} {of}", vars(function), name), value, seen)
     for name in _names(function.__code__):
         value = function.__globals__.get(name, _MISSING)
         yield from _found(_item(f"the global {name!r}", function.__globals__, name), value, seen)
+
+
+def _same_value(value: Any) -> Any:
+    return value
 
 
 def _found(place: _Place, value: Any, seen: set[int]) -> Iterator[_Place]:

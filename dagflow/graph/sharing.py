@@ -82,11 +82,11 @@ def _all(
 def _held(kind: str, name: str, tensor: torch.Tensor, changes: bool) -> Iterator[_Held]:
     if tensor.layout != torch.strided or not tensor.numel():
         return
-    length = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    length = 1 + sum(int((n - 1) * s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     size = tensor.element_size()
     if tensor.is_meta:  # which has no addresses
         memory = f"meta {tensor.untyped_storage()._cdata}"
-        begin = tensor.storage_offset() * size
+        begin = int(tensor.storage_offset()) * size
     else:
         memory, begin = str(tensor.device), tensor.data_ptr()
     yield _Held(kind, name, tensor, changes, memory, begin, begin + length * size)
