@@ -26,6 +26,8 @@ def contrastive(output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(output @ output.T, torch.arange(len(output)))
 
 
+# Of `len`, which is what such losses are written with.
+@pytest.mark.filterwarnings("ignore:The size of .* is fixed:UserWarning")
 def test_a_loss_over_the_whole_batch_is_refused_before_anything_is_written(
     refused: Refused, client: Client, tmp_path: Path
 ) -> None:

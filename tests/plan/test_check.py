@@ -282,6 +282,8 @@ def triplets(output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return torch.relu(1 + torch.cdist(output, output)).amax(1).mean()
 
 
+# Of `len`, which is what such losses are written with.
+@pytest.mark.filterwarnings("ignore:The size of .* is fixed:UserWarning")
 @pytest.mark.parametrize(
     "loss",
     [contrastive, pytest.param(correlations, marks=SLOW), pytest.param(triplets, marks=SLOW)],
