@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import ast
 import linecache
-import pickle
 import random
 import sys
 import threading
 import types
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +24,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import nn
+
+from dagflow.graph.contents import contents_of, refill, same_contents, same_value
 
 # What every module has, and torch itself keeps: parameters, submodules, hooks.
 _MODULES_OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
@@ -95,7 +95,7 @@ class Snapshot:
         if is_plain and (owner.attribute not in _TABLES or owner.module.startswith(_LOSS)):
             # No parameter or buffer of the model, which a trace replaces: it writes into this one.
             self._tensors[id(value)] = (value, value._version, value.detach().clone())
-        contents = _contents(value)
+        contents = contents_of(value)
         if contents is None or id(value) in self._contents or depth > _DEEPEST:
             return
         self._contents[id(value)] = (value, contents)
@@ -114,7 +114,7 @@ class Snapshot:
             owner = self._owner[key]
             if owner.attribute in _TABLES and value is self._table(owner):
                 tables += [Change(owner.module, name) for name in _differing(value, before)]
-            elif not _same(_contents(value), before):
+            elif not same_contents(contents_of(value), before):
                 found.append(owner)
         own_changes = [change for change in found if not self._is_torchs(change)]
         return list(dict.fromkeys([*own_changes, *tables]))
@@ -136,10 +136,10 @@ class Snapshot:
             if name in own and not _holds_tensors(own[name])
         ]
         contents = [
-            (value, _contents(value))
+            (value, contents_of(value))
             for key, (value, before) in self._contents.items()
             if self._owner[key].attribute not in _TABLES
-            and not _same(_contents(value), before)
+            and not same_contents(contents_of(value), before)
             and not _holds_tensors(value)
         ]
 
@@ -147,7 +147,7 @@ class Snapshot:
             for own, name, value in attributes:
                 own[name] = value
             for value, kept in contents:
-                _refill(value, kept)
+                refill(value, kept)
 
         return give
 
@@ -164,8 +164,8 @@ class Snapshot:
                 own.clear()
                 own.update(before)
         for value, before in self._contents.values():
-            if not _same(_contents(value), before):
-                _refill(value, before)
+            if not same_contents(contents_of(value), before):
+                refill(value, before)
 
 
 class RandomStates:
@@ -204,73 +204,16 @@ def _differing(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
         name
         for name in sorted(now.keys() | before.keys())
         if now.get(name, _MISSING) is not before.get(name, _MISSING)
-        and not _equal(now.get(name, _MISSING), before.get(name, _MISSING))
+        and not same_value(now.get(name, _MISSING), before.get(name, _MISSING))
     ]
-
-
-def _contents(value: Any) -> Any:
-    """Return what can change inside of a value without its identity, or None."""
-    if isinstance(value, dict):
-        return dict(value)
-    if isinstance(value, (list, tuple, set, deque)):
-        return list(value)
-    if isinstance(value, random.Random):
-        return {"state": pickle.dumps(value.getstate())}
-    if isinstance(value, np.random.RandomState):
-        return {"state": pickle.dumps(value.get_state(legacy=False))}
-    if isinstance(value, np.random.Generator):
-        return {"state": pickle.dumps(value.bit_generator.state)}
-    if isinstance(value, (nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType)):
-        return None
-    if type(value).__module__.split(".")[0] in ("torch", "numpy", "builtins"):
-        return None
-    own = getattr(value, "__dict__", None)
-    return dict(own) if isinstance(own, dict) else None
 
 
 def _holds_tensors(value: Any, depth: int = 0) -> bool:
     if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
         return True
-    contents = _contents(value) if depth <= _DEEPEST else None
+    contents = contents_of(value) if depth <= _DEEPEST else None
     items = contents.values() if isinstance(contents, dict) else contents or ()
     return any(_holds_tensors(item, depth + 1) for item in items)
-
-
-def _same(found: Any, before: Any) -> bool:
-    if isinstance(found, dict):
-        return found.keys() == before.keys() and all(
-            found[name] is before[name] or _equal(found[name], before[name]) for name in before
-        )
-    return len(found) == len(before) and all(
-        a is b or _equal(a, b) for a, b in zip(found, before, strict=True)
-    )
-
-
-def _equal(found: Any, before: Any) -> bool:
-    """Compare numbers, strings and containers by value; all else is equal to itself only."""
-    if type(found) is not type(before):
-        return False
-    if isinstance(found, (dict, list, tuple, set, deque)):  # torch.export puts copies into place
-        return _same(_contents(found), _contents(before))
-    return isinstance(found, (bool, int, float, str, bytes)) and bool(found == before)
-
-
-def _refill(value: Any, before: Any) -> None:
-    if isinstance(value, (dict, set)):
-        value.clear()
-        value.update(before)
-    elif isinstance(value, (list, deque)):
-        value.clear()
-        value.extend(before)
-    elif isinstance(value, random.Random):
-        value.setstate(pickle.loads(before["state"]))
-    elif isinstance(value, np.random.RandomState):
-        value.set_state(pickle.loads(before["state"]))
-    elif isinstance(value, np.random.Generator):
-        value.bit_generator.state = pickle.loads(before["state"])
-    elif hasattr(value, "__dict__") and not isinstance(value, tuple):
-        vars(value).clear()
-        vars(value).update(before)
 
 
 @dataclass
@@ -461,7 +404,13 @@ def watch_generators(largest: bool) -> Iterator[Draws]:
 
 
 _BETWEEN_0_AND_1 = ("rand", "random", "random_sample", "sample", "ranf")
-_LIBRARIES = (__file__, str(Path(random.__file__)), str(Path(np.__file__).parent), _TORCH_FOLDER)
+_LIBRARIES = (
+    __file__,
+    contents_of.__code__.co_filename,
+    str(Path(random.__file__)),
+    str(Path(np.__file__).parent),
+    _TORCH_FOLDER,
+)
 
 
 def gradient_hooks(model: nn.Module) -> list[str]:

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from dagflow.errors import CaptureFailed
-from dagflow.graph.effects import _contents, _refill, _same, holders
+from dagflow.graph.contents import contents_of, refill, same_contents
+from dagflow.graph.effects import holders
 
 _DEEPEST = 4
 # Libraries' functions keep caches and flags of their own.
@@ -70,13 +71,13 @@ class Outside:
             if place.get() is not value:
                 place.put(value)
         for value, before in self._contents.values():
-            if not _same(_contents(value), before):
-                _refill(value, before)
+            if not same_contents(contents_of(value), before):
+                refill(value, before)
 
     def _frozen(self, value: Any, depth: int, keep: bool) -> Any:
         if isinstance(value, _SCALARS):
             return value
-        contents = _contents(value) if depth <= _DEEPEST and not _is_librarys(value) else None
+        contents = contents_of(value) if depth <= _DEEPEST and not _is_librarys(value) else None
         if contents is None:
             return id(value)
         if keep:
@@ -151,7 +152,7 @@ def _is_librarys(value: Any) -> bool:
 
 def _is_data(value: Any) -> bool:
     is_plain = isinstance(value, (*_SCALARS, torch.Tensor)) or _is_iterator(value)
-    return is_plain or (_contents(value) is not None and not _is_librarys(value))
+    return is_plain or (contents_of(value) is not None and not _is_librarys(value))
 
 
 def _places(wrapper: nn.Module) -> Iterator[_Place]:

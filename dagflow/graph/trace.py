@@ -39,6 +39,7 @@ OWN_FILES = frozenset(
         "batch",
         "batched",
         "capture",
+        "contents",
         "decoder",
         "effects",
         "loss",

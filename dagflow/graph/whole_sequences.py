@@ -180,32 +180,23 @@ def _mamba2(
     return (found, _no_state(hidden_states[:, 0], B[0, 0, 0])) if return_final_states else found
 
 
-def _gated_delta(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    chunk_size: int = 64,
-    use_qk_l2norm_in_kernel: bool = False,
-    output_final_state: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    found = _delta_rule_chunks(query, key, value, g, beta, chunk_size, use_qk_l2norm_in_kernel)
-    return found, _no_state(value[:, 0], key[0, 0, 0]) if output_final_state else None
+def _delta_rule(chunks: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """Return a gated delta rule as transformers' modules call it, around the operator that runs it."""
 
+    def whole(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        chunk_size: int = 64,
+        use_qk_l2norm_in_kernel: bool = False,
+        output_final_state: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        found = chunks(query, key, value, g, beta, chunk_size, use_qk_l2norm_in_kernel)
+        return found, _no_state(value[:, 0], key[0, 0, 0]) if output_final_state else None
 
-def _kimi_delta(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    chunk_size: int = 64,
-    use_qk_l2norm_in_kernel: bool = False,
-    output_final_state: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    found = _kimi_delta_chunks(query, key, value, g, beta, chunk_size, use_qk_l2norm_in_kernel)
-    return found, _no_state(value[:, 0], key[0, 0, 0]) if output_final_state else None
+    return whole
 
 
 def _rwkv(
@@ -236,8 +227,8 @@ def _no_state(values: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mamba_selective_scan": _mamba,
     "mamba2_chunk_scan": _mamba2,
-    "torch_chunk_gated_delta_rule": _gated_delta,
-    "chunk_kimi_delta_attention": _kimi_delta,
+    "torch_chunk_gated_delta_rule": _delta_rule(_delta_rule_chunks),
+    "chunk_kimi_delta_attention": _delta_rule(_kimi_delta_chunks),
     "rwkv_linear_attention": _rwkv,
 }
 _METHODS: dict[tuple[str, str], Callable[..., Any]] = {
