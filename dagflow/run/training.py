@@ -54,9 +54,11 @@ from dagflow.run.weights import (
     initial_shard,
     initial_weights,
     read_state_dict,
+    trained_weights,
 )
 from dagflow.run.workers import WorkerFacts
 from dagflow_storage import (
+    DamagedData,
     Lease,
     NotFound,
     RetryPolicy,
@@ -655,13 +657,7 @@ def _open_run(
         facts = model_facts(names, _aliases(dag))
         run.create(wanted, {**facts, "origin": dict(config.origin) if config.origin else None})
         return run
-    known = run.settings()
-    for one, other in ((known, wanted), (wanted, known)):
-        if "initial_weights" not in one.get(
-            "model", {}
-        ):  # begun by an older dagflow, or unknown now
-            other.get("model", {}).pop("initial_weights", None)
-    difference = settings_diff(known, wanted)
+    difference = _differences(run.settings(), wanted, dag, store)
     if difference and not config.force:
         raise StoreHoldsAnotherRun(
             f"{store.url} holds a run with other settings, which change what is computed:\n  "
@@ -671,6 +667,34 @@ def _open_run(
     newest = (list_snapshots(store) or [0])[-1]
     line.note(f"Resuming {store.url} from the snapshot of step {newest}.")
     return run
+
+
+def _differences(
+    known: dict[str, Any], wanted: dict[str, Any], dag: OperatorDag, store: Store
+) -> list[str]:
+    """Say how a run's settings differ from those in the store, a line each.
+
+    A model has the weights that the run began with, or those of its newest snapshot: whoever has
+    loaded the result goes on from it.
+    """
+    begun, given = known.get("model", {}), wanted["model"]
+    if "initial_weights" not in begun or "initial_weights" not in given:
+        # Begun by an older dagflow, or unknown now.
+        begun.pop("initial_weights", None)
+        given.pop("initial_weights", None)
+    elif begun["initial_weights"] != given["initial_weights"]:
+        try:
+            newest = Snapshot.open(store, newest_whole_snapshot(store))
+            if trained_weights(dag, newest) == given["initial_weights"]:
+                given["initial_weights"] = begun["initial_weights"]
+        except (NotFound, DamagedData):  # nothing that the weights could be of
+            pass
+    return [
+        f"{line} (neither the weights that the run began with nor those of its newest snapshot)"
+        if line.startswith("model.initial_weights:")
+        else line
+        for line in settings_diff(known, wanted)
+    ]
 
 
 def _aliases(dag: OperatorDag) -> dict[str, str]:

@@ -272,22 +272,38 @@ def _reader(
 def initial_weights(
     dag: OperatorDag, model: torch.nn.Module, state_dict: str | Path | None
 ) -> str | None:
-    """Return a fingerprint of the parameters that a run begins with; None if they have no values.
+    """Return a fingerprint of the parameters that a run begins with; None if they have no values."""
+    try:
+        return _fingerprint(dag, _reader(dag, model, state_dict))
+    except SettingsInvalid:
+        return None  # whoever needs them will say so; a run that is resumed doesn't
+
+
+def trained_weights(dag: OperatorDag, snapshot: Snapshot) -> str | None:
+    """Return the fingerprint that a model has with a snapshot's parameters; None of another model's."""
+    if not {p.name for p in dag.parameters} <= set(snapshot.names(PARAMETER)):
+        return None
+
+    def read(name: str) -> tuple[torch.Tensor, torch.dtype]:
+        tensor = read_tensors(snapshot, PARAMETER, [name])[name]
+        return tensor, tensor.dtype
+
+    return _fingerprint(dag, read)
+
+
+def _fingerprint(dag: OperatorDag, read: Callable[[str], tuple[torch.Tensor, torch.dtype]]) -> str:
+    """Return a checksum of a DAG's parameters, which are read by name.
 
     Of each parameter as many elements as `_sample` takes, since a file of many gigabytes is read
     for this whenever a run is resumed. Buffers don't count: a forward pass changes some.
     """
-    try:
-        read = _reader(dag, model, state_dict)
-        checksum = 0
-        for parameter in sorted(dag.parameters, key=lambda p: p.name):
-            tensor, dtype = read(parameter.name)
-            described = f"{parameter.name} {dtype} {list(tensor.shape)}"
-            checksum = zlib.crc32(described.encode(), checksum)
-            sample = _sample(tensor.detach()).to(dtype).cpu().contiguous()
-            checksum = zlib.crc32(sample.view(torch.uint8).numpy().data, checksum)
-    except SettingsInvalid:
-        return None  # whoever needs them will say so; a run that is resumed doesn't
+    checksum = 0
+    for parameter in sorted(dag.parameters, key=lambda p: p.name):
+        tensor, dtype = read(parameter.name)
+        described = f"{parameter.name} {dtype} {list(tensor.shape)}"
+        checksum = zlib.crc32(described.encode(), checksum)
+        sample = _sample(tensor.detach()).to(dtype).cpu().contiguous()
+        checksum = zlib.crc32(sample.view(torch.uint8).numpy().data, checksum)
     return f"{checksum:08x}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from distributed import Client
 from small import assert_same_run, batches, example, train
 from torch.utils.data import DataLoader, TensorDataset
+from zoo import Example
 
 import dagflow
 from dagflow.run.runs import samples_of
@@ -177,6 +179,24 @@ def test_each_sample_is_in_the_ledger_once_an_epoch_when_a_later_epoch_is_resume
     seen = [row["fingerprint"] for row in samples_of(str(tmp_path / "run"))]
     assert Counter(seen) == Counter(2 * [fingerprint(sample) for sample in samples])
     assert seen[:10] != seen[10:]
+
+
+def test_a_model_that_has_loaded_the_result_goes_on_from_it(client: Client, tmp_path: Path) -> None:
+    of, run = example(dropout=True), tmp_path / "run"
+    data = batches(of, 6)
+    whole = train(of, data, tmp_path / "whole", client=client)
+    loaded = Example(copy.deepcopy(of.model), of.batch, of.loss)
+    for steps in (2, 4, 6):
+        result = train(loaded, data, run, client=client, steps=steps)
+        loaded.model.load_state_dict(result.state_dict())
+    assert_same_run(result, whole)
+    assert_same_run(train(of, data, run, client=client), whole)  # the first weights still do
+    with torch.no_grad():
+        loaded.model.head.bias[0] += 1e-3
+    with pytest.raises(
+        dagflow.StoreHoldsAnotherRun, match=r"model\.initial_weights.*newest snapshot"
+    ):
+        train(loaded, data, run, client=client)
 
 
 def test_a_resumed_run_that_reads_other_batches_is_refused(client: Client, tmp_path: Path) -> None:
