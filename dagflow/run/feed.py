@@ -121,9 +121,7 @@ class StreamFeed(Feed):
         parts, microbatches = split_batch(
             self._dag, batch, step, self._num_microbatches, self._loss_weights
         )
-        held: dict[tuple[int, int], Any] = {}
-        for program in graph.programs:
-            held |= self._sent(program, parts, step, graph)
+        held = self._sent(graph.programs, parts, step, graph)
         amount, unit = measure(parts)
         self._taken = None
         return StepBatch(microbatches, _of(held), {}, amount, unit, samples, held, parts)
@@ -132,12 +130,30 @@ class StreamFeed(Feed):
         self, batch: StepBatch, step: int, graph: StepGraph, lost: Collection[int]
     ) -> StepBatch:
         held = {place: future for place, future in batch.held.items() if place[0] not in lost}
-        for program in graph.programs:
-            if program.stage in lost:
-                held |= self._sent(program, batch.parts, step, graph)
+        again = [program for program in graph.programs if program.stage in lost]
+        held |= self._sent(again, batch.parts, step, graph)
         return replace(batch, argument=_of(held), held=held)
 
     def _sent(
+        self,
+        programs: Sequence[StageProgram],
+        parts: Sequence[Mapping[str, torch.Tensor]],
+        step: int,
+        graph: StepGraph,
+    ) -> dict[tuple[int, int], Any]:
+        """Send some stages their parts of a batch; all of them, or none is kept on the workers."""
+        held: dict[tuple[int, int], Any] = {}
+        try:
+            for program in programs:
+                held |= self._sent_to(program, parts, step, graph)
+        except BaseException:
+            # By hand: the error's traceback holds them, and a cycle of frames may hold that for long.
+            for future in held.values():
+                future.release()
+            raise
+        return held
+
+    def _sent_to(
         self,
         program: StageProgram,
         parts: Sequence[Mapping[str, torch.Tensor]],
@@ -162,14 +178,16 @@ class StreamFeed(Feed):
         try:
             while not wait([pending], _TICK_SECONDS).done:
                 self.look_around()
-        except BaseException:
-            pending.cancel()
-            raise
-        try:
-            futures: Sequence[Any] = pending.result()
-        except (OSError, KeyError) as error:  # dask's ways of saying that nobody is there
-            raise WorkersLost(f"The worker {address} left, and takes no more data.") from error
-        return futures
+            try:
+                futures: Sequence[Any] = pending.result()
+            except (OSError, KeyError) as error:  # dask's ways of saying that nobody is there
+                raise WorkersLost(f"The worker {address} left, and takes no more data.") from error
+            return futures
+        finally:
+            # Whoever has looked around and leaves doesn't cancel: the scheduler would remember what
+            # arrives all the same. So its futures come, and as nobody has them, they go at once. And
+            # an error in it has a traceback, which would hold it.
+            del pending
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,10 @@ from small import assert_same_run, batches, example, train, train_with_torch
 
 import dagflow
 from dagflow.demo.gpt import GPT
+from dagflow.run import feed
 from dagflow.run.data import BatchStream
+from dagflow.run.driver import Disturbed
+from dagflow.run.feed import StreamFeed
 from dagflow_tasks.interpreter import RANDOM_LOCK
 
 
@@ -155,6 +158,33 @@ def test_a_model_without_memory_trains_from_its_weights_file(
         )
         assert_same_run(found, wanted)
     model.load_state_dict(found.state_dict(), strict=True)
+
+
+def test_batches_that_are_on_their_way_when_something_is_lost_are_forgotten(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fixture `nothing_left` waits for that."""
+    of = example(dropout=True)
+    data = batches(of, 4)
+    wanted = train(of, data, tmp_path / "undisturbed", client=client)
+    sent: list[str] = []
+    scatter, disturbed = StreamFeed._scatter, []
+
+    def noted(feed: StreamFeed, data: Any, address: str) -> Any:
+        sent.append(address)
+        return scatter(feed, data, address)
+
+    def look_around() -> None:
+        if len(sent) in (2, 7) and len(sent) not in disturbed:
+            disturbed.append(len(sent))
+            raise Disturbed("Somebody left.")
+
+    monkeypatch.setattr(feed, "_TICK_SECONDS", 1e-4)
+    monkeypatch.setattr(StreamFeed, "_scatter", noted)
+    # Not the driver's own, which it sets.
+    monkeypatch.setattr(StreamFeed, "look_around", property(lambda _: look_around, lambda *_: None))
+    assert_same_run(train(of, data, tmp_path / "run", client=client, num_stages=2), wanted)
+    assert disturbed == [2, 7]
 
 
 def test_data_that_draws_has_the_generator_to_itself() -> None:
