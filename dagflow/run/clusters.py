@@ -151,7 +151,7 @@ def _embedded(settings: ClusterSettings, store: Store) -> Iterator[Client]:
             stack.enter_context(client)
             wire.register()
             plugin = StageWorker(threads, embedded=processes)
-            _register_plugins(client, plugin, settings.wait_seconds)
+            _register_plugins(client, plugin, settings.wait_seconds, are_ours=True)
         yield client
 
 
@@ -212,10 +212,12 @@ def _free_dashboard_port() -> int:
     return 0 if taken else _DASHBOARD_PORT
 
 
-def _register_plugins(client: Client, worker_plugin: StageWorker, seconds: float) -> None:
+def _register_plugins(
+    client: Client, worker_plugin: StageWorker, seconds: float, *, are_ours: bool = False
+) -> None:
     try:
         client.register_plugin(StageScheduler())
-        register_on_workers(client, worker_plugin, seconds)
+        register_on_workers(client, worker_plugin, seconds, are_ours=are_ours)
     except ModuleNotFoundError as error:
         raise WorkerIncompatible(
             f"The scheduler or a worker has no module {error.name!r}: install the same dagflow there "
@@ -223,7 +225,9 @@ def _register_plugins(client: Client, worker_plugin: StageWorker, seconds: float
         ) from error
 
 
-def register_on_workers(client: Client, plugin: WorkerPlugin, seconds: float) -> None:
+def register_on_workers(
+    client: Client, plugin: WorkerPlugin, seconds: float, *, are_ours: bool = False
+) -> None:
     """Register a plugin, and wait until all workers have it, but not for frozen ones.
 
     Those have it when they wake, as those that join later.
@@ -233,12 +237,17 @@ def register_on_workers(client: Client, plugin: WorkerPlugin, seconds: float) ->
     seconds
         To wait at most: who has to import torch first may take long. If the scheduler hasn't heard
         of a worker for long, though of others, it is ten.
+    are_ours
+        This process has just started the workers: one that is silent imports torch on a busy machine,
+        and is waited for all the same.
     """
     begin = time.monotonic()
 
     def is_long_enough() -> bool:
         waited = time.monotonic() - begin
-        return waited > seconds or (waited > _ANSWER_SECONDS and bool(_frozen(client)))
+        if waited > seconds:
+            return True
+        return not are_ours and waited > _ANSWER_SECONDS and bool(_frozen(client))
 
     async def register() -> None:
         await client.register_plugin(plugin)
@@ -326,6 +335,8 @@ def ask_workers(
 def roster(client: Client, num_workers: int, wait_seconds: float) -> list[WorkerFacts]:
     """Wait for workers and return their facts, sorted by name.
 
+    So many must be there and answer, or the time be up; then those that do are enough.
+
     Raises
     ------
     WorkersLost
@@ -338,7 +349,7 @@ def roster(client: Client, num_workers: int, wait_seconds: float) -> list[Worker
     known: Mapping[str, Any] = {}
     answers: Mapping[str, Any] = {}
     here: Mapping[str, Any] = {}
-    while not here:
+    while True:
         try:
             client.wait_for_workers(num_workers, timeout=max(0.1, deadline - time.monotonic()))
         except TimeoutError as error:
@@ -351,11 +362,15 @@ def roster(client: Client, num_workers: int, wait_seconds: float) -> list[Worker
         answers = ask_workers(client, describe, addresses=known)
         # One that left a moment ago may still be listed; who can't be reached doesn't count.
         here = {w: a for w, a in answers.items() if not isinstance(a, CommClosedError)}
-        if not here and time.monotonic() > deadline:
+        is_late = time.monotonic() > deadline
+        if len(here) >= num_workers or (here and is_late):
+            break
+        if is_late:
             raise WorkersLost(
                 f"The workers connected to {address} don't answer: are they frozen? Start them "
                 f"again, or have others join: dagflow join {address}"
             )
+        time.sleep(_LOOK_EVERY_SECONDS)  # those that have been silent for long aren't waited for
     for worker in sorted(known.keys() - answers.keys()):
         warnings.warn(
             f"The worker {known[worker]['name']} ({worker}) doesn't answer; this starts without it.",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -204,8 +205,10 @@ def test_a_run_starts_without_a_frozen_worker(
         with pytest.raises(dagflow.WorkersLost, match="don't answer: are they frozen"):
             train(of, data, tmp_path / "other", client=swarmed, config=config)
 
-        for worker in workers.values():
-            kill_group(worker, signal.SIGCONT)
+        # Whoever needs both, as of workers that it has started itself, waits for the silent one.
+        kill_group(workers["first"], signal.SIGCONT)
+        Timer(1.0, kill_group, [workers["second"], signal.SIGCONT]).start()
+        assert [found.name for found in clusters.roster(swarmed, 2, 60.0)] == ["first", "second"]
         woken = train(of, data, tmp_path / "other", client=swarmed)
         assert sorted(woken.plan.workers) == ["first", "second"]
 
