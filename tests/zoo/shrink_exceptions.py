@@ -97,6 +97,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "udop": {"decoder_start_token_id": 1},
     "glm5_next_text": {"num_key_value_heads": 4},
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "blt_local_encoder": {"hidden_size_global": 32},
+    "blt_local_decoder": {"hidden_size_global": 32},
+    "blt": {"use_cache": False},  # its cache asks the configuration for layers that it doesn't name
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"sliding_attention": _BY_SECTION, "full_attention": _BY_SECTION},
@@ -117,6 +120,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "swa_qk_rope_head_dim": 4,
         "swa_v_head_dim": 8,
     },
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "dots3_note_vision_encoder": {
+        "adapter_in_dim": 32,
+        "adapter_out_dim": 32,
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_hidden_layers": 2,
+    },
     "gemma4_text": {"global_head_dim": 16, "num_kv_shared_layers": 0},
     "gemma4_unified_text": {"global_head_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
@@ -132,8 +142,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "starcoder2": {"sliding_window": 8},
     "zaya": {"layer_types": ["hybrid_sliding", "hybrid"], "sliding_window": 8},
-    "deepseek_v2": {"first_k_dense_replace": 1},
+    "deepseek_v2": {"first_k_dense_replace": 1, "num_experts_per_tok": 2},
     "deepseek_v3": {"first_k_dense_replace": 1},
+    "longcat_flash": {"head_dim": 4},  # of the rotated part alone
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
@@ -148,13 +159,22 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32},
     "reformer": {
         "is_decoder": True,
-        "axial_pos_shape": [8, 16],
+        "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [16, 16],
         "attn_layers": ["local", "lsh"],
         "num_hidden_layers": 2,
         "lsh_attn_chunk_length": 4,
         "local_attn_chunk_length": 4,
     },
+    # Its chunks are computed in place, and have no gradients: shorter texts are trained token by token.
+    "xlstm": {
+        "hidden_size": 128,
+        "embedding_dim": 128,
+        "num_blocks": 2,
+        "num_heads": 2,
+        "chunk_size": 64,
+    },
+    "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
