@@ -6,7 +6,6 @@ that the DAG runs the same kernels as the model did, to the same bits.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,21 +26,12 @@ from dagflow.graph.batch import (
     without_columns,
 )
 from dagflow.graph.dag import FixedSize, OperatorDag, input_value
-from dagflow.graph.effects import (
-    Change,
-    RandomStates,
-    Snapshot,
-    Uses,
-    gradient_hooks,
-    holders,
-    watch_attributes,
-    watch_generators,
-    without_gradient_hooks,
-)
+from dagflow.graph.effects import gradient_hooks, without_gradient_hooks
+from dagflow.graph.examine import examined
 from dagflow.graph.loss import LossFunction, LossModule, check_loss
-from dagflow.graph.outside import Outside, refuse_iterators, refuse_outside
+from dagflow.graph.outside import refuse_iterators
 from dagflow.graph.sizes import what_fixed
-from dagflow.graph.trace import OWN_FILES, Trace, explain, follow
+from dagflow.graph.trace import Trace, explain, follow
 from dagflow.graph.translate import translate
 from dagflow.graph.whole_sequences import whole_sequences
 from dagflow_tasks.program import ValueSpec
@@ -176,10 +166,10 @@ def _warnings(trace: Trace, model: torch.nn.Module) -> Iterator[str]:
             f"Forward draws from Python's or NumPy's random numbers at {trace.drawn}. Other numbers "
             "gave the same graph, so it is taken to make no use of them. If it does, draw with torch."
         )
-    if trace.attributes:
+    if trace.unused:
         yield (
-            f"Forward sets {'; '.join(map(str, trace.attributes))}. They stay as they are while "
-            "dagflow trains: workers run operators, not the model's code."
+            f"Forward sets {'; '.join(trace.unused)}. They stay as they are while dagflow trains: "
+            "workers run operators, not the model's code."
         )
 
 
@@ -198,27 +188,7 @@ def export_module(
     BatchInvalid, CaptureFailed
     """
     with TRACING:
-        outside = Outside(wrapper)
-        try:
-            with _left_as_it_was(wrapper) as states:
-                exported, trace = _export(wrapper, model, tensors, dims)
-                drawn, moved = states.changed(), outside.changed()
-            if trace.changes or drawn or moved:
-                with _left_as_it_was(wrapper):
-                    _examine(wrapper, model, tensors, dims, (exported, trace, moved))
-        finally:
-            outside.restore()
-    return exported, trace
-
-
-@contextmanager
-def _left_as_it_was(wrapper: torch.nn.Module) -> Iterator[RandomStates]:
-    states, snapshot = RandomStates(), Snapshot(wrapper)
-    try:
-        yield states
-    finally:
-        snapshot.restore()
-        states.restore()
+        return examined(wrapper, lambda: _export(wrapper, model, tensors, dims))
 
 
 def _export(
@@ -247,92 +217,6 @@ def _export(
         except Exception as error:
             raise CaptureFailed(explain(error, trace)) from error
     return exported, trace
-
-
-def _examine(
-    wrapper: torch.nn.Module,
-    model: torch.nn.Module,
-    tensors: Mapping[str, torch.Tensor],
-    dims: Mapping[str, Sequence[int]],
-    first: tuple[ExportedProgram, Trace, list[str]],
-) -> None:
-    """Trace a second call, with other random numbers, to see what becomes of what the first changed.
-
-    A state that the second call leaves alone, and that gives the same graph, does no harm: every
-    later call is like the second.
-
-    Raises
-    ------
-    CaptureFailed
-        If attributes carry something from one call to the next, or random numbers of Python's or
-        NumPy's decide what is computed.
-    """
-    exported, trace, moved = first
-    trace.make_changes()
-    outside = Outside(wrapper)
-    graphs = [_fingerprint(exported)]
-    with watch_attributes(wrapper, trace.changes) as uses, watch_generators(largest=True) as draws:
-        again, later = _export(wrapper, model, tensors, dims)
-    graphs.append(_fingerprint(again))
-    if draws.lines:
-        with watch_generators(largest=False):
-            graphs.append(_fingerprint(_export(wrapper, model, tensors, dims)[0]))
-    is_same = len(set(graphs)) == 1
-    refuse_outside(moved if outside.changed() or not is_same else [])
-    _refuse_state(wrapper, trace.changes if later.changes or not is_same else (), uses)
-    trace.attributes = [change for change in trace.changes if uses.is_only_written(change)]
-    lines = [line for line in draws.lines if line.rpartition(":")[0] not in OWN_FILES]
-    if lines:
-        trace.drawn = ", ".join(dict.fromkeys(lines))
-        untried = set(draws.untried) & set(lines)
-        if untried and is_same:
-            raise CaptureFailed(
-                "Forward draws from Python's or NumPy's random numbers "
-                f"({', '.join(sorted(untried))}), and nothing shows that what it computes never "
-                "depends on them. A graph would hold the first draw for ever. What to do: draw with "
-                "torch (torch.rand), which is drawn anew in every step, or draw in the data loader."
-            )
-        if not is_same:
-            raise CaptureFailed(
-                f"Forward draws from Python's or NumPy's random numbers ({trace.drawn}), and what it "
-                "computes depends on them. A graph would hold the first draw for ever. What to do: "
-                "draw with torch (torch.rand), which is drawn anew in every step, or augment in "
-                "the data loader."
-            )
-
-
-def _refuse_state(wrapper: torch.nn.Module, changes: Sequence[Change], uses: Uses) -> None:
-    found = holders(wrapper)
-    for change in changes:
-        own = vars(found[change.module])
-        if any(change.attribute in own.get(t, ()) for t in ("_parameters", "_modules")):
-            raise CaptureFailed(
-                f"Forward replaces a parameter or submodule ({change}), and stages train those that "
-                "the model was built with. What to do: write into the parameter in place, under "
-                "torch.no_grad(), or build the module in __init__."
-            )
-        line = uses.carried_over(change)
-        if line:
-            raise CaptureFailed(
-                f"Forward changes a plain attribute and reads at {line} what an earlier call left "
-                f"in it ({change}). A graph holds tensor operators only, and would read the same in "
-                "every step. What to do: keep it in a buffer (register_buffer) and change it with "
-                "tensor operators (a loss that keeps state: as a submodule of the model, whose forward "
-                "returns the loss). If it is a table that the first call makes, call the model once "
-                "on a batch before."
-            )
-
-
-def _fingerprint(exported: ExportedProgram) -> str:
-    """Return a digest of a graph, its regions and its constants."""
-    digest = hashlib.blake2b()
-    for module in exported.graph_module.modules():
-        digest.update(str(getattr(module, "code", "")).encode())
-    for name, constant in sorted(exported.constants.items()):
-        data = constant.detach() if isinstance(constant, torch.Tensor) else constant
-        is_real = isinstance(data, torch.Tensor) and not data.is_meta
-        digest.update(f"{name} {data.tolist() if is_real else type(data)}".encode())
-    return digest.hexdigest()
 
 
 def _dynamic_dims(

@@ -10,6 +10,7 @@ import pickle
 import random
 import types
 from collections import deque
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,37 @@ def contents_of(value: Any) -> Any:
         return {"state": pickle.dumps(value.get_state(legacy=False))}
     if isinstance(value, np.random.Generator):
         return {"state": pickle.dumps(value.bit_generator.state)}
+    if isinstance(value, np.ndarray):
+        is_small = value.nbytes <= _LARGEST_ARRAY_BYTES and not value.dtype.hasobject
+        return {"state": value.tobytes()} if is_small else None
     if isinstance(value, (nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType)):
         return None
-    if type(value).__module__.split(".")[0] in ("torch", "numpy", "builtins"):
+    kind = type(value)  # isinstance asks a stand-in (`leftovers.py`) for what it stands for
+    if kind.__module__.split(".")[0] in ("torch", "numpy", "builtins") or hasattr(
+        kind, "stands_in"
+    ):
         return None
-    own = getattr(value, "__dict__", None)
-    return dict(own) if isinstance(own, dict) else None
+    own, names = getattr(value, "__dict__", None), _slots(type(value))
+    if not isinstance(own, dict) and not names:
+        return None
+    return {**(own or {}), **{name: getattr(value, name) for name in names if hasattr(value, name)}}
+
+
+# Numbers that code keeps are few; an array this large is a data set, or a table.
+_LARGEST_ARRAY_BYTES = 1 << 20
+
+
+@cache
+def _slots(kind: type) -> tuple[str, ...]:
+    """Return the names of a class's __slots__, but for those of its objects' dictionary."""
+    names = [
+        name
+        for base in kind.__mro__
+        if "__slots__" in vars(base)
+        for name, member in vars(base).items()
+        if isinstance(member, types.MemberDescriptorType)
+    ]
+    return tuple(name for name in names if not name.startswith("__"))
 
 
 def same_contents(found: Any, before: Any) -> bool:
@@ -71,6 +97,19 @@ def refill(value: Any, before: Any) -> None:
         value.set_state(pickle.loads(before["state"]))
     elif isinstance(value, np.random.Generator):
         value.bit_generator.state = pickle.loads(before["state"])
-    elif hasattr(value, "__dict__") and not isinstance(value, tuple):
+    elif isinstance(value, np.ndarray):
+        value[...] = np.frombuffer(before["state"], value.dtype).reshape(value.shape)
+    elif not isinstance(value, tuple):
+        _refill_object(value, before)
+
+
+def _refill_object(value: Any, before: dict[str, Any]) -> None:
+    slots = set(_slots(type(value)))
+    for name in slots:
+        if name in before:
+            object.__setattr__(value, name, before[name])
+        elif hasattr(value, name):
+            object.__delattr__(value, name)
+    if hasattr(value, "__dict__"):
         vars(value).clear()
-        vars(value).update(before)
+        vars(value).update({n: item for n, item in before.items() if n not in slots})

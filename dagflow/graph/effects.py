@@ -7,16 +7,15 @@ here, undone, and refused or warned of.
 
 from __future__ import annotations
 
-import ast
-import linecache
+import functools
+import itertools
 import random
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,12 +25,13 @@ import torch
 from torch import nn
 
 from dagflow.graph.contents import contents_of, refill, same_contents, same_value
+from dagflow.graph.leftovers import MISSING, Left, carried_over, left_at
 
 # What every module has, and torch itself keeps: parameters, submodules, hooks.
-_MODULES_OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
+TABLES = frozenset({"_parameters", "_buffers", "_modules"})
+MODULES_OWN = frozenset(vars(nn.Module())) - TABLES
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _DEEPEST = 4
-_CHANGERS = ("append", "extend", "add", "insert", "update", "appendleft", "setdefault", "clear")
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ class Snapshot:
             own = holder.__dict__
             self._attributes.append((path, own, dict(own)))
             for name, value in own.items():
-                if name not in _MODULES_OWN:
+                if name not in MODULES_OWN:
                     self._keep(value, Change(path, name), 0)
 
     def _keep(self, value: Any, owner: Change, depth: int) -> None:
         is_plain = self._values and type(value) is torch.Tensor
-        if is_plain and (owner.attribute not in _TABLES or owner.module.startswith(_LOSS)):
+        if is_plain and (owner.attribute not in TABLES or owner.module.startswith(_LOSS)):
             # No parameter or buffer of the model, which a trace replaces: it writes into this one.
             self._tensors[id(value)] = (value, value._version, value.detach().clone())
         contents = contents_of(value)
@@ -112,7 +112,7 @@ class Snapshot:
         tables = []
         for key, (value, before) in self._contents.items():
             owner = self._owner[key]
-            if owner.attribute in _TABLES and value is self._table(owner):
+            if owner.attribute in TABLES and value is self._table(owner):
                 tables += [Change(owner.module, name) for name in _differing(value, before)]
             elif not same_contents(contents_of(value), before):
                 found.append(owner)
@@ -124,32 +124,36 @@ class Snapshot:
         kind = type(self._by_path[change.module])
         return kind.__module__.startswith("torch.") or change.attribute.startswith("_flat_weight")
 
-    def now(self) -> Callable[[], None]:
-        """Return what gives the changed attributes and contents the values that they have now.
-
-        Without those that hold tensors or sizes: these belong to a trace.
-        """
-        attributes = [
-            (own, name, own[name])
-            for _, own, before in self._attributes
-            for name in _differing(_without_own(own), _without_own(before))
-            if name in own and not _holds_tensors(own[name])
+    def left(self) -> list[Left]:
+        """Return what is different now, at each place that can be told apart."""
+        changed = set(self.changes())
+        found: list[Left] = []
+        kept = {k: c for k, c in self._contents.items() if self._owner[k].attribute not in TABLES}
+        for path, own, before in self._attributes:
+            for name in sorted((own.keys() | before.keys()) - MODULES_OWN - TABLES):
+                change = Change(path, name)
+                if change not in changed:
+                    continue
+                changed.discard(change)
+                put = functools.partial(_put, own, name)
+                found += left_at(
+                    str(change), put, before.get(name, MISSING), own.get(name, MISSING), kept
+                )
+        return found + [
+            Left(str(change), _put_nothing, None, refusal=self._refusal(change))
+            for change in self.changes()
+            if change in changed
         ]
-        contents = [
-            (value, contents_of(value))
-            for key, (value, before) in self._contents.items()
-            if self._owner[key].attribute not in _TABLES
-            and not same_contents(contents_of(value), before)
-            and not _holds_tensors(value)
-        ]
 
-        def give() -> None:
-            for own, name, value in attributes:
-                own[name] = value
-            for value, kept in contents:
-                refill(value, kept)
-
-        return give
+    def _refusal(self, change: Change) -> str:
+        own = vars(self._by_path[change.module])
+        if not any(change.attribute in own.get(t, ()) for t in ("_parameters", "_modules")):
+            return carried_over(str(change))
+        return (
+            f"Forward replaces a parameter or submodule ({change}), and stages train those that the "
+            "model was built with. What to do: write into the parameter in place, under "
+            "torch.no_grad(), or build the module in __init__."
+        )
 
     def _table(self, owner: Change) -> Any:
         return next(own[owner.attribute] for p, own, _ in self._attributes if p == owner.module)
@@ -190,12 +194,19 @@ class RandomStates:
             np.random.set_state(self._numpy)
 
 
-_MISSING = object()
-_TABLES = ("_parameters", "_buffers", "_modules")
+def _put(table: dict[str, Any], name: str, value: Any) -> None:
+    if value is MISSING:
+        table.pop(name, None)
+    else:
+        table[name] = value
+
+
+def _put_nothing(value: Any) -> None:
+    """Leave a parameter, buffer or submodule as it is."""
 
 
 def _without_own(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {n: value for n, value in attributes.items() if n not in _MODULES_OWN}
+    return {n: value for n, value in attributes.items() if n not in MODULES_OWN}
 
 
 def _differing(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
@@ -203,125 +214,58 @@ def _differing(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     return [
         name
         for name in sorted(now.keys() | before.keys())
-        if now.get(name, _MISSING) is not before.get(name, _MISSING)
-        and not same_value(now.get(name, _MISSING), before.get(name, _MISSING))
+        if now.get(name, MISSING) is not before.get(name, MISSING)
+        and not same_value(now.get(name, MISSING), before.get(name, MISSING))
     ]
 
 
-def _holds_tensors(value: Any, depth: int = 0) -> bool:
-    if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return True
-    contents = contents_of(value) if depth <= _DEEPEST else None
-    items = contents.values() if isinstance(contents, dict) else contents or ()
-    return any(_holds_tensors(item, depth + 1) for item in items)
-
-
-@dataclass
-class Uses:
-    """How forward uses attributes, in order: "read", "update" or "write", with the line of code."""
-
-    of: dict[Change, list[tuple[str, str]]] = field(default_factory=dict)
-
-    def carried_over(self, change: Change) -> str:
-        """Return the line that reads what an earlier call of forward left, or ""."""
-        events = self.of.get(change, [])
-        if not events or events[0][0] == "write":
-            return ""
-        return next((line for kind, line in events if kind == "read"), "")
-
-    def is_only_written(self, change: Change) -> bool:
-        return all(kind != "read" for kind, _ in self.of.get(change, []))
-
-
 @contextmanager
-def watch_attributes(wrapper: nn.Module, changed: list[Change]) -> Iterator[Uses]:
-    """Note every use of some attributes while the model runs."""
-    uses = Uses()
+def watch_attributes(wrapper: nn.Module, names: Collection[str]) -> Iterator[set[str]]:
+    """Find the attributes that forward reads after it has set them, in one and the same call.
+
+    They are its scratch paper: nobody else is likely to look at them.
+
+    Parameters
+    ----------
+    names
+        Of attributes, as a `Change` is written.
+    """
+    read: set[str] = set()
     classes = []
-    found = holders(wrapper)
-    for path in dict.fromkeys(change.module for change in changed):
-        module = found[path]
-        names = {change.attribute for change in changed if change.module == path}
-        classes.append((module, type(module)))
-        module.__class__ = _watching(type(module), path, names, uses)
+    for path, module in holders(wrapper).items():
+        begin = str(Change(path, ""))
+        own = {name.removeprefix(begin): name for name in names if name.startswith(begin)}
+        if own:
+            classes.append((module, type(module)))
+            module.__class__ = _watching(type(module), own, read)
     try:
-        yield uses
+        yield read
     finally:
         for module, plain in classes:
             module.__class__ = plain
 
 
-def _watching(plain: type, path: str, names: set[str], uses: Uses) -> type:
+def _watching(plain: type, names: Mapping[str, str], read: set[str]) -> type:
     """Return a class like another that notes uses of attributes."""
+    written: set[str] = set()
 
-    def note(kind: str, name: str) -> None:
-        frame = sys._getframe(2)
-        if not frame.f_code.co_filename.startswith(_TORCH_FOLDER):
-            line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            if kind == "read":
-                kind = _kind(frame.f_code.co_filename, frame.f_lineno, name)
-            uses.of.setdefault(Change(path, name), []).append((kind, line))
+    def is_models() -> bool:
+        return not sys._getframe(2).f_code.co_filename.startswith(_TORCH_FOLDER)
 
     class Watching(plain):  # type: ignore[misc]
         def __getattribute__(self, name: str) -> Any:
-            if name in names:
-                note("read", name)
+            if name in written and is_models():
+                read.add(names[name])
             return super().__getattribute__(name)
 
         def __setattr__(self, name: str, value: Any) -> None:
-            if name in names:
-                note("write", name)
+            if name in names and is_models():
+                written.add(name)
             super().__setattr__(name, value)
 
     Watching.__name__, Watching.__qualname__ = plain.__name__, plain.__qualname__
     Watching.__module__ = plain.__module__
     return Watching
-
-
-@cache
-def _statements(file: str) -> list[ast.stmt]:
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return []
-    return [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
-
-
-def _kind(file: str, line: int, name: str) -> str:
-    """Tell what a line that names an attribute does: it may read it only to change it.
-
-    ``self.n += 1`` is an update, ``self.losses.clear()`` a write.
-    """
-    around = [
-        s
-        for s in _statements(file)
-        if s.lineno <= line <= (s.end_lineno or s.lineno) and _names(s, name)
-    ]
-    lengths = [(s.end_lineno or s.lineno) - s.lineno for s in around]
-    innermost = [s for s, n in zip(around, lengths, strict=True) if n == min(lengths)]
-    if not innermost or not all(_updates(statement, name) for statement in innermost):
-        return "read"
-    return "write" if all(".clear()" in ast.unparse(s) for s in innermost) else "update"
-
-
-def _updates(statement: ast.stmt, name: str) -> bool:
-    if isinstance(statement, ast.AugAssign):
-        return _names(statement.target, name) and not _names(statement.value, name)
-    if isinstance(statement, ast.Assign):
-        targets = [target for target in statement.targets if _names(target, name)]
-        inside = [target for target in targets if not isinstance(target, ast.Attribute)]
-        return bool(targets) and (not inside or not _names(statement.value, name))
-    return (
-        isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Call)
-        and isinstance(statement.value.func, ast.Attribute)
-        and statement.value.func.attr in _CHANGERS
-        and _names(statement.value.func.value, name)
-    )
-
-
-def _names(tree: ast.AST, name: str) -> bool:
-    return any(isinstance(node, ast.Attribute) and node.attr == name for node in ast.walk(tree))
 
 
 @dataclass
@@ -341,11 +285,12 @@ class Draws:
 
 
 @contextmanager
-def watch_generators(largest: bool) -> Iterator[Draws]:
+def watch_generators(kind: str) -> Iterator[Draws]:
     """Note the lines of this thread's code that draw from Python's or NumPy's generators.
 
     What is drawn between 0 and 1 is as small or as large as can be, so that whoever decides by it,
-    to skip a layer with some probability, decides otherwise. Python's are seen by the interpreter's
+    to skip a layer with some probability, decides otherwise; or it is between whatever bounds it is
+    compared with. Python's are seen by the interpreter's
     profiling hook, under whatever name the model's code knows them, which makes a trace slower;
     NumPy's functions by wrapping them.
     """
@@ -372,22 +317,24 @@ def watch_generators(largest: bool) -> Iterator[Draws]:
 
         def uniform(low: Any = 0.0, high: Any = 1.0, size: Any = None) -> Any:
             note(sys._getframe(1), tried=True)
-            return function(low, high, size) * 0 + low + (high - low) * extreme
+            return extreme * (function(low, high, size) * 0 + (high - low)) + low
 
         def drawn(*args: Any, **kwargs: Any) -> Any:
             note(sys._getframe(1), tried=name in _BETWEEN_0_AND_1)
             found = function(*args, **kwargs)
-            return found * 0 + extreme if name in _BETWEEN_0_AND_1 else found
+            return extreme + found * 0 if name in _BETWEEN_0_AND_1 else found
 
         return uniform if name == "uniform" else drawn
 
-    extreme = 1 - 2**-53 if largest else 0.0
+    extreme = _KINDS[kind]
     thread = threading.get_ident()
     python = random._inst.random
+    drawn_so_far = itertools.count()
 
     def drawn_here() -> float:
         plain: float = python()
-        return extreme if threading.get_ident() == thread else plain
+        is_ours = threading.get_ident() == thread and next(drawn_so_far) < _MOST_DRAWS
+        return extreme if is_ours else plain
 
     before = sys.getprofile()
     with ExitStack() as stack:
@@ -403,6 +350,34 @@ def watch_generators(largest: bool) -> Iterator[Draws]:
             sys.setprofile(before)
 
 
+class _Between(float):
+    """A number that lies within whatever bounds it is compared with, as what it is computed to does."""
+
+    def _is_so(self, other: Any) -> bool:
+        return True
+
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = _is_so  # type: ignore[assignment]
+    __hash__ = float.__hash__
+
+    def __mul__(self, other: Any) -> Any:
+        return _between(float.__mul__(self, other))
+
+    def __add__(self, other: Any) -> Any:
+        return _between(float.__add__(self, other))
+
+    def __rsub__(self, other: Any) -> Any:
+        return _between(float.__rsub__(self, other))
+
+    __rmul__, __radd__ = __mul__, __add__
+
+
+def _between(value: Any) -> Any:
+    return value if value is NotImplemented else _Between(value)
+
+
+_KINDS = {"largest": 1 - 2**-53, "smallest": 0.0, "between": _Between(0.5)}
+# After so many, real ones: a loop may go on for as long as its draws are small.
+_MOST_DRAWS = 1000
 _BETWEEN_0_AND_1 = ("rand", "random", "random_sample", "sample", "ranf")
 _LIBRARIES = (
     __file__,

@@ -6,10 +6,12 @@ And iterators, whose position can't be put back.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 import sysconfig
 import threading
 import types
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,18 +22,13 @@ from torch import nn
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.contents import contents_of, refill, same_contents
-from dagflow.graph.effects import holders
+from dagflow.graph.effects import MODULES_OWN, TABLES, holders
+from dagflow.graph.leftovers import MISSING, REMEDY, Left, Leftover, left_at
 
 _DEEPEST = 4
 # Libraries' functions keep caches and flags of their own.
 _INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
-_MISSING = object()
 _SCALARS = (bool, int, float, complex, str, bytes, types.NoneType)
-_REMEDY = (
-    "A graph holds tensor operators only, and would compute the same in every step. What to do: "
-    "keep it in a buffer (register_buffer) and change it with tensor operators. If it is a table "
-    "or flag that the first call makes, call the model once on a batch before."
-)
 
 
 @dataclass(frozen=True)
@@ -57,13 +54,14 @@ class Outside:
             if not _is_iterator(value):
                 self._kept.append((place, value, self._frozen(value, 0, keep=True)))
 
-    def changed(self) -> list[str]:
-        """Return the names of what isn't as it was."""
-        return [
-            place.name
-            for place, _, before in self._kept
-            if self._frozen(place.get(), 0, keep=False) != before
-        ]
+    def left(self) -> list[Left]:
+        """Return what isn't as it was, at each place that can be told apart."""
+        found: list[Left] = []
+        for place, value, before in self._kept:
+            now = place.get()
+            if self._frozen(now, 0, keep=False) != before:
+                found += left_at(place.name, place.put, value, now, self._contents)
+        return found
 
     def restore(self) -> None:
         """Put everything back."""
@@ -89,20 +87,6 @@ class Outside:
         return (id(value), tuple(self._frozen(item, depth + 1, keep) for item in contents))
 
 
-def refuse_outside(names: list[str]) -> None:
-    """Refuse what forward changes in one call and may read in a later one.
-
-    Raises
-    ------
-    CaptureFailed
-    """
-    if names:
-        raise CaptureFailed(
-            f"Forward or the loss changes {', '.join(dict.fromkeys(names))}, which later calls may "
-            f"read. {_REMEDY}"
-        )
-
-
 class _Refusing:
     """Stands for an iterator during a trace."""
 
@@ -117,7 +101,7 @@ class _Refusing:
             return next(self._iterator)
         raise CaptureFailed(
             f"Forward or the loss takes the next item of an iterator ({self._name}), another one in "
-            f"every call. {_REMEDY}"
+            f"every call. {REMEDY}"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -127,15 +111,49 @@ class _Refusing:
 @contextmanager
 def refuse_iterators(wrapper: nn.Module) -> Iterator[None]:
     """While a model is traced, refuse that it takes items of iterators that outlive the call."""
-    found = [(place, place.get()) for place in _places(wrapper)]
-    iterators = [(place, value) for place, value in found if _is_iterator(value)]
-    for place, value in iterators:
-        place.put(_Refusing(place.name, value))
+    undo: list[Callable[[], None]] = []
+    for path, holder in holders(wrapper).items():
+        own = vars(holder)
+        for name in own.keys() - MODULES_OWN - TABLES:
+            place = _item(f"{path or 'the model itself'}: self.{name}", own, name)
+            _refuse_at(place, undo, 0, set())
+    for place in list(_places(wrapper)):
+        _refuse_at(place, undo, 0, set())
     try:
         yield
     finally:
-        for place, value in iterators:
-            place.put(value)
+        for step in reversed(undo):
+            step()
+
+
+def _refuse_at(place: _Place, undo: list[Callable[[], None]], depth: int, seen: set[int]) -> None:
+    """Replace the iterators at a place, and in the containers and objects there."""
+    value = place.get()
+    contents = contents_of(value) if depth <= _DEEPEST and not _is_librarys(value) else None
+    if _is_iterator(value):
+        place.put(_Refusing(place.name, value))
+        undo.append(lambda: place.put(value))
+    elif type(value) is tuple:
+        items = list(value)
+        for index in range(len(items)):
+            _refuse_at(_inside(place, items, index), undo, depth + 1, seen)
+        if any(new is not old for new, old in zip(items, value, strict=True)):
+            place.put(tuple(items))
+            undo.append(lambda: place.put(value))
+    elif contents is not None and id(value) not in seen and not isinstance(value, (set, tuple)):
+        seen.add(id(value))
+        for key in list(contents) if isinstance(contents, dict) else range(len(contents)):
+            _refuse_at(_inside(place, value, key), undo, depth + 1, seen)
+
+
+def _inside(place: _Place, holder: Any, key: Any) -> _Place:
+    if isinstance(holder, (dict, list, deque)):
+        return _Place(place.name, lambda: holder[key], lambda v: operator.setitem(holder, key, v))
+    return _Place(
+        place.name,
+        lambda: getattr(holder, key, None),
+        lambda v: object.__setattr__(holder, key, v),
+    )
 
 
 def _is_iterator(value: Any) -> bool:
@@ -143,33 +161,49 @@ def _is_iterator(value: Any) -> bool:
     return hasattr(kind, "__next__") and hasattr(kind, "__iter__") and not hasattr(kind, "read")
 
 
+# Modules of the standard library whose objects are containers.
+_PLAIN = {"argparse", "builtins", "collections", "random", "types"}
+
+
 def _is_librarys(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return True
     package = type(value).__module__.split(".")[0]
-    return package in sys.stdlib_module_names - {"builtins", "collections", "random"}
+    return package in sys.stdlib_module_names - _PLAIN
 
 
 def _is_data(value: Any) -> bool:
-    is_plain = isinstance(value, (*_SCALARS, torch.Tensor)) or _is_iterator(value)
+    is_plain = isinstance(value, (*_SCALARS, torch.Tensor, Leftover)) or _is_iterator(value)
     return is_plain or (contents_of(value) is not None and not _is_librarys(value))
 
 
 def _places(wrapper: nn.Module) -> Iterator[_Place]:
-    seen: set[int] = set()
-    for path, holder in holders(wrapper).items():
-        own = vars(holder)
-        for name, value in list(own.items()):
-            if _is_iterator(value):
-                yield _item(f"{path or 'the model itself'}: self.{name}", own, name)
+    found = holders(wrapper)
+    seen: set[int] = set(map(id, found.values()))
+    for holder in found.values():
+        for value in list(vars(holder).values()):
             yield from _of_value(value, seen)
+            hooks = value.values() if isinstance(value, OrderedDict) else ()
+            for hook in list(hooks):
+                yield from _found(_constant(f"a hook, a {type(hook).__name__},", hook), hook, seen)
         yield from _of_class(type(holder), seen)
     for loss in getattr(wrapper, "_loss", ()):
         yield from _of_value(loss, seen)
 
 
+def _constant(name: str, value: Any) -> _Place:
+    """Return the place of an object that stays, but for what is in it."""
+    return _Place(name, lambda: value, lambda _: None)
+
+
 def _item(label: str, table: dict[str, Any], name: str) -> _Place:
-    return _Place(label, lambda: table.get(name, _MISSING), lambda v: table.__setitem__(name, v))
+    def put(value: Any) -> None:
+        if value is MISSING:
+            table.pop(name, None)
+        else:
+            table[name] = value
+
+    return _Place(label, lambda: table.get(name, MISSING), put)
 
 
 def _of_value(value: Any, seen: set[int]) -> Iterator[_Place]:
@@ -177,15 +211,57 @@ def _of_value(value: Any, seen: set[int]) -> Iterator[_Place]:
     if isinstance(value, types.FunctionType):
         yield from _of_function(value, seen)
     elif isinstance(value, types.MethodType):
+        owner = value.__self__
         yield from _of_value(value.__func__, seen)
+        if id(owner) not in seen:
+            name = f"the {type(owner).__name__} of {value.__func__.__qualname__}"
+            yield from _found(_constant(name, owner), owner, seen)
     elif isinstance(value, functools.partial):
         yield from _of_value(value.func, seen)
+        for index, item in enumerate(value.args):
+            yield from _found(_argument(value, index), item, seen)
+        for name, item in list(value.keywords.items()):
+            label = f"the argument {name!r} of a partial"
+            yield from _found(_item(label, value.keywords, name), item, seen)
     elif isinstance(value, (staticmethod, classmethod)):
         yield from _of_value(value.__func__, seen)
-    elif isinstance(value, (list, tuple)) or type(value).__name__ == "OrderedDict":
-        for item in value.values() if isinstance(value, dict) else value:
-            if isinstance(item, (types.FunctionType, types.MethodType, functools.partial)):
+    elif isinstance(value, nn.Module):
+        if id(value) not in seen:
+            yield from _of_module(value, seen)
+    elif isinstance(value, (list, tuple, dict)) and not isinstance(value, OrderedDict):
+        for item in list(value.values() if isinstance(value, dict) else value)[:_MOST_ITEMS]:
+            if isinstance(item, (nn.Module, *_FUNCTIONS)):
                 yield from _of_value(item, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, type) and not _is_librarys(value):
+        yield from _of_class(type(value), seen)
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+# A container of modules or functions is short; one of data isn't worth looking through.
+_MOST_ITEMS = 1000
+
+
+def _of_module(module: nn.Module, seen: set[int]) -> Iterator[_Place]:
+    """Find what a module keeps that is no submodule of the model."""
+    for path, part in module.named_modules():
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        own = vars(part)
+        of = f"{type(module).__name__}{'.' if path else ''}{path}, which isn't registered,"
+        for name, value in list(own.items()):
+            if name not in MODULES_OWN | TABLES:
+                yield from _found(_item(f"{of}: self.{name}", own, name), value, seen)
+        yield from _of_class(type(part), seen)
+
+
+def _argument(partial: functools.partial[Any], index: int) -> _Place:
+    def put(value: Any) -> None:
+        given = partial.args
+        given = (*given[:index], value, *given[index + 1 :])
+        partial.__setstate__((partial.func, given, partial.keywords, vars(partial)))  # type: ignore[attr-defined]
+
+    return _Place("an argument of a partial", lambda: partial.args[index], put)
 
 
 def _of_class(kind: type, seen: set[int]) -> Iterator[_Place]:
@@ -201,7 +277,7 @@ def _of_class(kind: type, seen: set[int]) -> Iterator[_Place]:
             if _is_data(value):
                 yield _Place(
                     f"{base.__qualname__}.{name}",
-                    functools.partial(getattr, base, name, _MISSING),
+                    functools.partial(getattr, base, name, MISSING),
                     functools.partial(setattr, base, name),
                 )
             yield from _of_value(value, seen)
@@ -224,22 +300,27 @@ def _of_function(function: types.FunctionType, seen: set[int]) -> Iterator[_Plac
         except ValueError:  # nothing in it yet
             continue
         yield from _found(place, value, seen)
-    for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-        if not _is_iterator(value):
-            yield from _found(
-                _Place(f"a default {of}", functools.partial(_same_value, value), lambda _: None),
-                value,
-                seen,
-            )
+    for index, value in enumerate(function.__defaults__ or ()):
+        yield from _found(_default(function, index, f"a default {of}"), value, seen)
+    keywords = function.__kwdefaults__ or {}
+    for name, value in list(keywords.items()):
+        yield from _found(_item(f"the default of {name!r} {of}", keywords, name), value, seen)
     for name, value in list(vars(function).items()):
         yield from _found(_item(f"the attribute {name!r} {of}", vars(function), name), value, seen)
     for name in _names(function.__code__):
-        value = function.__globals__.get(name, _MISSING)
+        value = function.__globals__.get(name, MISSING)
         yield from _found(_item(f"the global {name!r}", function.__globals__, name), value, seen)
 
 
-def _same_value(value: Any) -> Any:
-    return value
+def _default(function: types.FunctionType, index: int, name: str) -> _Place:
+    def get() -> Any:
+        return (function.__defaults__ or ())[index]
+
+    def put(value: Any) -> None:
+        given = function.__defaults__ or ()
+        function.__defaults__ = (*given[:index], value, *given[index + 1 :])
+
+    return _Place(name, get, put)
 
 
 def _found(place: _Place, value: Any, seen: set[int]) -> Iterator[_Place]:

@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.batched import unmapped
-from dagflow.graph.effects import Change, Snapshot
+from dagflow.graph.effects import Snapshot
+from dagflow.graph.leftovers import Left
 from dagflow.graph.sizes import Decision, symbolic_mathematics, watch_decisions
 from dagflow.graph.whole import stand_in
 from dagflow.graph.writes import written_in_place
@@ -42,7 +43,10 @@ OWN_FILES = frozenset(
         "contents",
         "decoder",
         "effects",
+        "examine",
+        "leftovers",
         "loss",
+        "outside",
         "sizes",
         "trace",
         "whole",
@@ -71,12 +75,10 @@ class Trace:
         Lines that read the time.
     drawn
         Lines that draw from Python's or NumPy's random numbers, though the graph doesn't show it.
-    changes
-        Attributes that forward changes, but for assigned buffers.
-    make_changes
-        Makes these changes outside of a trace.
-    attributes
-        Those attributes of them that forward doesn't read.
+    left
+        What forward leaves in attributes, but for assigned buffers.
+    unused
+        What it leaves, in every call, where no later call makes use of it.
     modules, operator
         The modules that the trace is in, outermost first, and the latest torch function.
     """
@@ -88,9 +90,8 @@ class Trace:
     hooks: list[tuple[str, str]] = field(default_factory=list)
     clock: list[str] = field(default_factory=list)
     drawn: str = ""
-    changes: list[Change] = field(default_factory=list)
-    make_changes: Callable[[], None] = lambda: None
-    attributes: list[Change] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     operator: str = ""
 
@@ -350,8 +351,7 @@ def follow(wrapper: Any) -> Iterator[Trace]:
         ]
         with _Follower(trace), written_in_place(wrapper.model):
             result = forward(*tensors)
-        # Now: torch.export puts numbers back as they were.
-        trace.changes, trace.make_changes = before.changes(), before.now()
+        trace.left = before.left()  # now: torch.export puts numbers back as they were
         return result
 
     wrapper.forward = followed
