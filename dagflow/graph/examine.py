@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from dagflow.errors import BatchInvalid, CaptureFailed
-from dagflow.graph.effects import RandomStates, Snapshot, watch_attributes, watch_generators
+from dagflow.graph.effects import Draws, RandomStates, Snapshot, watch_attributes, watch_generators
 from dagflow.graph.leftovers import Left, StandIns, carried_over
 from dagflow.graph.outside import Outside
 from dagflow.graph.trace import OWN_FILES, Trace
@@ -40,7 +40,9 @@ def examined(wrapper: torch.nn.Module, export: Callable[[], Traced]) -> Traced:
         left, has_drawn = [*trace.left, *outside.left()], states.changed()
     if left or has_drawn:
         with _left_as_it_was(wrapper, outside):
-            _Examination(wrapper, export, left, fingerprint(exported)).run(trace)
+            # Watching generators makes a trace several times slower: only where one may be used.
+            may_draw = has_drawn or any(item.refusal for item in left)
+            _Examination(wrapper, export, left, fingerprint(exported)).run(trace, may_draw)
     return exported, trace
 
 
@@ -66,8 +68,13 @@ class _Examination:
         self._wrapper, self._export = wrapper, export
         self._left, self._graph = left, graph
 
-    def run(self, trace: Trace) -> None:
+    def run(self, trace: Trace, may_draw: bool) -> None:
         """Trace as many further calls as it takes.
+
+        Parameters
+        ----------
+        may_draw
+            Whether random numbers of Python's or NumPy's may have been drawn.
 
         Raises
         ------
@@ -76,7 +83,7 @@ class _Examination:
         names = {left.name for left in self._left}
         with (
             watch_attributes(self._wrapper, names) as scratch,
-            watch_generators("largest") as draws,
+            watch_generators("largest") if may_draw else nullcontext(Draws()) as draws,
         ):
             graph, left_again = self._second_call()
         drawn = [line for line in draws.lines if line.rpartition(":")[0] not in OWN_FILES]
