@@ -9,7 +9,7 @@ import torch
 
 from dagflow.errors import BatchInvalid
 from dagflow.graph.dag import Condition, FixedSize, OperatorDag, buffer_value
-from dagflow_tasks.operators import ASSERTIONS, Argument, Node, decode_literal, dtype_of, resolve
+from dagflow_tasks.operators import ASSERTIONS, CHECKS, Argument, Node, decode_literal, dtype_of, resolve
 from dagflow_tasks.program import ValueSpec
 from dagflow_tasks.sizes import evaluate_size, size_text
 
@@ -158,7 +158,7 @@ def _other_shape(dag: OperatorDag, sizes: Mapping[str, int]) -> str:
         values[buffer_value(buffer.name)] = _empty(buffer.dtype, buffer.shape, sizes)
     values |= {c.name: _empty(c.dtype, c.shape, sizes) for c in dag.constants}
     for node in dag.nodes:
-        if node.op in ASSERTIONS:
+        if node.op in ASSERTIONS | CHECKS:
             continue
         wrong = ""
         try:

@@ -81,9 +81,9 @@ def watch_decisions(own_files: frozenset[str]) -> Iterator[list[Decision]]:
     def evaluate(self: ShapeEnv, node: Any, *args: Any, **kwargs: Any) -> Any:
         before = node.expr
         result = original(self, node, *args, **kwargs)
-        if threading.get_ident() == thread:
+        free = before.free_symbols
+        if free and threading.get_ident() == thread:
             source, by_operator = _deciding_line(own_files)
-            free = before.free_symbols if source else ()
             fixes = frozenset(s for s in free if self.replace(s).is_Integer)
             if source and (fixes or not by_operator):
                 holding = _holding(before, result)

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.batched import unmapped
+from dagflow.graph.checks import passed
 from dagflow.graph.effects import Snapshot
 from dagflow.graph.leftovers import Left
 from dagflow.graph.sizes import Decision, symbolic_mathematics, watch_decisions
@@ -40,6 +41,7 @@ OWN_FILES = frozenset(
         "batch",
         "batched",
         "capture",
+        "checks",
         "contents",
         "decoder",
         "effects",
@@ -130,6 +132,10 @@ class _Follower(TorchFunctionMode):
             # Switched by what nobody records: a function's `apply`, inference mode.
             self._recorded_grad = torch.is_grad_enabled()
             torch._C._set_grad_enabled(self._recorded_grad)
+        if self.trace.operator == "__bool__":
+            answer = passed(args[0], sys._getframe(1))
+            if answer is not None:
+                return answer
         return self._called(func, args, kwargs or {})
 
     def _refused(self, what: str, why: str, advice: str) -> CaptureFailed:
@@ -417,7 +423,8 @@ _ADVICE: Mapping[tuple[str, ...], str] = {
     ),
     ("data-dependent", "DataDependent", "Unbacked"): (
         "the line decides by a tensor's value, which a graph can't; write it with torch.where "
-        "or a mask, or take the decision outside of forward()."
+        "or a mask, or take the decision outside of forward(). (A check that only raises may stay, "
+        "as `if tensor.any(): raise ...` or `assert tensor.all()`, without .item().)"
     ),
     ("torch._dynamo", "Constraint"): (
         "the model fixes a size that varies; pass dynamic={'tensor': [dims that vary]}."

@@ -268,6 +268,8 @@ class _Translator:
                 return
         if _is_number(node) or any(word in target for word in _RANGE_CHECKS):
             return  # sizes are carried as expressions where they are used
+        if _is_unread_selection(node):
+            return
         if _is_dropout_off(node):
             self.environment[node] = self.environment[cast("torch.fx.Node", node.args[0])]
             return
@@ -461,6 +463,19 @@ def _is_number(node: torch.fx.Node) -> bool:
     """Tell whether a node computes a size, or a number from sizes, and no tensor."""
     value = node.meta.get("val")
     return isinstance(value, (*_SYMBOLIC, int, float)) or node.target in SIZE_CALLS
+
+
+def _is_unread_selection(node: torch.fx.Node) -> bool:
+    """Tell whether a node selects by a mask, for nobody: see `dagflow.graph.whole`."""
+
+    def is_unread(node: torch.fx.Node) -> bool:
+        return all(_is_range_check(user) or _is_number(user) and is_unread(user) for user in node.users)
+
+    return str(node.target) in ("aten.masked_select.default", "aten.index.Tensor") and is_unread(node)
+
+
+def _is_range_check(node: torch.fx.Node) -> bool:
+    return any(word in str(node.target) for word in _RANGE_CHECKS)
 
 
 def _symbolic_sizes(node: torch.fx.Node) -> list[Any]:

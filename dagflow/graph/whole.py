@@ -82,6 +82,7 @@ def _ctc_loss_function(
     zero_infinity: bool = False,
 ) -> Any:
     """Stands for `torch.nn.functional.ctc_loss`."""
+    targets = _in_rows(targets)
     lengths = (input_lengths, target_lengths)
     kind = _reduction.get_enum(reduction)
     is_tensors = all(isinstance(length, torch.Tensor) for length in lengths)
@@ -89,9 +90,40 @@ def _ctc_loss_function(
     return loss(log_probs, targets, *lengths, blank, kind, zero_infinity)
 
 
+_SELECTED = "_dagflow_selected"
+
+
+def _selecting(function: Any) -> Any:
+    """Stands for a selection by a mask, which remembers what it has selected from what."""
+
+    def select(values: torch.Tensor, mask: Any, *more: Any, **named: Any) -> Any:
+        found = function(values, mask, *more, **named)
+        is_mask = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+        if is_mask and mask.dim() == values.dim() == 2:
+            setattr(found, _SELECTED, (values, mask))
+        return found
+
+    return select
+
+
+def _in_rows(targets: torch.Tensor) -> torch.Tensor:
+    """Return targets (S,) that a mask has selected out of rows as rows (B, T) that begin with them.
+
+    How many there are depends on the data, which no graph holds; the CTC loss takes rows as well, and
+    their lengths tell it which targets count.
+    """
+    if not hasattr(targets, _SELECTED):
+        return targets
+    rows, mask = getattr(targets, _SELECTED)
+    order = torch.argsort(mask.logical_not().to(torch.int8), dim=1, stable=True)
+    return rows.gather(1, order)
+
+
 def stand_in(function: Any, name: str) -> Any | None:
     """Return what is called in a trace instead of a torch function, if anything."""
     if function is functional.ctc_loss:
         return _ctc_loss_function
+    if name in ("masked_select", "__getitem__"):
+        return _selecting(function)
     is_known = not isinstance(function, types.FunctionType) and name in ("lstm", *_ONE_STATE)
     return getattr(torch.ops.dagflow_trace, name) if is_known else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dagflow.graph.dag import OperatorDag, buffer_value
 from dagflow.plan.analysis import DagAnalysis
-from dagflow_tasks.operators import Node
+from dagflow_tasks.operators import CHECKS, Node
 from dagflow_tasks.program import (
     BufferUse,
     ParameterUse,
@@ -37,6 +37,7 @@ class _Assembler:
         self.num_stages = len(self.cuts) + 1
         self.specs = {spec.name: spec for spec in self.dag.inputs}
         self.readers: dict[str, set[int]] = {}
+        self.checks = [node.name for node in self.dag.nodes if node.op in CHECKS]
 
     def stage_of(self, name: str) -> int:
         return bisect_right(self.cuts, self.analysis.position[name])
@@ -50,13 +51,17 @@ class _Assembler:
         )
 
     def _members(self, stage: int) -> set[str]:
-        """Collect the nodes a stage runs: its own that something needs, and cheap ones before."""
+        """Collect the nodes a stage runs: its own that something needs, and cheap ones before.
+
+        Checks of values are needed by nobody, and run.
+        """
         wanted = [name for name in self.readers if self.stage_of(name) == stage]
         if self.stage_of(self.dag.loss) == stage:
             wanted.append(self.dag.loss)
         for storage, writers in self.analysis.writers.items():
             if storage.startswith("b."):
                 wanted += [node.name for node in writers if self.stage_of(node.name) == stage]
+        wanted += [name for name in self.checks if self.stage_of(name) == stage]
         members: set[str] = set()
         seen: set[str] = set()
         while wanted:

@@ -60,10 +60,11 @@ _FORBIDDEN_ATEN = frozenset(
     }
 )
 
-ASSERTIONS = frozenset(
-    {"aten._assert_tensor_metadata.default", "aten._assert_async.msg", "aten._assert_async.default"}
-)
+ASSERTIONS = frozenset({"aten._assert_tensor_metadata.default"})
 """Carried by the operator DAG for the reader; not executed: shapes are checked on the batch."""
+
+CHECKS = frozenset({"aten._assert_async.msg", "aten._assert_async.default"})
+"""What the model's code demands of values, and raises about: they have no result."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +280,12 @@ def _grouped_matmul(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
     return result
 
 
+def _demand(truth: torch.Tensor, message: str = "a check of the model's code") -> None:
+    """Fail where ATen would on a CPU; on a GPU ATen's own would end the whole process's context."""
+    if not bool(truth):
+        raise ValueError(f"what the model's code demands of the values doesn't hold ({message})")
+
+
 def _histc(values: torch.Tensor, *bins: Any, **more: Any) -> torch.Tensor:
     """ATen's, for integers on CPUs as well: expert layers that were captured elsewhere count them."""
     if values.is_floating_point() or values.device.type != "cpu":
@@ -289,6 +296,7 @@ def _histc(values: torch.Tensor, *bins: Any, **more: Any) -> torch.Tensor:
 _EXTENSIONS: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem,
     "aten.histc.default": _histc,
+    **dict.fromkeys(CHECKS, _demand),
     # transformers exports its expert layers with this custom operator; the meaning is kept, so
     # that a worker needs no transformers.
     "transformers.grouped_mm_fallback.default": _grouped_matmul,

@@ -148,6 +148,20 @@ class Ctc(_Classifier):
         return functional.ctc_loss(scores, labels, *lengths)
 
 
+@whole(batch=lambda rows: (torch.randn(rows, 12, WIDTH), torch.randint(0, CLASSES, (rows, 4))))
+class CtcOfSelectedTargets(_Classifier):
+    """As in transformers: labels are checked, and those that aren't padding selected."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if labels.max() >= CLASSES:
+            raise ValueError("no such class")
+        scores = super().forward(x).log_softmax(-1).transpose(0, 1)
+        mask = labels > 0
+        lengths = torch.full((x.shape[0],), 12)
+        selected = labels.masked_select(mask)
+        return functional.ctc_loss(scores, selected, lengths, mask.sum(-1), reduction="sum")
+
+
 def _two_targets(rows: int) -> dict[str, torch.Tensor]:
     return {**_named(rows), "regression": torch.randn(rows)}
 

@@ -198,6 +198,13 @@ def branch_on_a_value(h: torch.Tensor) -> torch.Tensor:
     return h if h.sum() > 0 else -h
 
 
+@idiom("vectors")
+def check_of_values_that_raises(h: torch.Tensor) -> torch.Tensor:
+    if h is not None and not (h.abs() <= 1).all():
+        raise ValueError("no result of tanh")
+    return h.square()
+
+
 @idiom("vectors", REFUSED)
 def value_as_a_number(h: torch.Tensor) -> torch.Tensor:
     return h * float(h.detach().abs().max())

@@ -1,0 +1,139 @@
+"""Checks of values that only raise are kept as assertions; targets a mask selects reach the CTC loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dagflow.errors import CaptureFailed, ResultsDiffer
+from dagflow.graph.capture import capture
+from dagflow.plan.check import check_capture
+
+Check = Callable[[torch.Tensor], torch.Tensor | None]
+
+
+def too_large(x: torch.Tensor) -> None:
+    if x is not None and x.abs().max() >= 5:
+        raise ValueError("too large")
+
+
+def not_finite(x: torch.Tensor) -> None:
+    if not (torch.isfinite(x).all() and x.sum() < 1e6):
+        message = "not finite"
+        raise ValueError(message)
+
+
+def asserts(x: torch.Tensor) -> None:
+    assert bool((x > -5).all()), "too small"
+
+
+def in_a_later_branch(x: torch.Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError("no matrix")
+    elif (x < -5).any():
+        raise ValueError("too small")
+    else:
+        x.sum()
+
+
+class Checked(nn.Module):
+    def __init__(self, check: Check) -> None:
+        super().__init__()
+        self.linear, self.check = nn.Linear(4, 4), check
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.check(x)
+        return self.linear(x if found is None else found).square().mean()
+
+
+@pytest.mark.parametrize("check", [too_large, not_finite, asserts, in_a_later_branch])
+def test_a_check_that_only_raises_is_captured_and_fails_by_name_where_it_does_not_hold(
+    check: Check,
+) -> None:
+    model, good = Checked(check), torch.rand(3, 4)
+    dag = capture(model, good)
+    assert "aten._assert_async.msg" in {node.op for node in dag.nodes}
+    _, report = check_capture(dag, model, good)
+    assert report.exact
+    assert not report.skipped
+    with pytest.raises((ValueError, AssertionError)):
+        model(good * torch.tensor([1.0, -torch.inf, 1.0])[:, None])
+    bad = good.clone()
+    bad[1] = -torch.inf
+    with pytest.raises(ResultsDiffer, match=rf"demands of the values doesn't hold \({__file__}:\d+"):
+        run_graph(dag, model, bad)
+
+
+def run_graph(dag: Any, model: nn.Module, x: torch.Tensor) -> None:
+    """Have the graph run where the model's own check is switched off."""
+    model.check = lambda x: None  # type: ignore[assignment]
+    check_capture(dag, model, x)
+
+
+def returns_something_else(x: torch.Tensor) -> torch.Tensor | None:
+    if x.sum() < 0:
+        if x.dim() == 2:
+            return x + 1
+        raise ValueError("no matrix")
+    return None
+
+
+def only_if_both(x: torch.Tensor) -> None:
+    if x.sum() < 0 and x.max() > 3:
+        raise ValueError("both")
+
+
+def warns(x: torch.Tensor) -> None:
+    if x.sum() < 0:
+        x = x + 1
+
+
+@pytest.mark.parametrize("check", [returns_something_else, only_if_both, warns])
+def test_other_branches_on_values_are_refused(check: Check) -> None:
+    with pytest.raises(CaptureFailed, match=r"check that only raises may stay"):
+        capture(Checked(check), torch.rand(3, 4))
+
+
+class Speech(nn.Module):
+    """As transformers trains speech: labels are checked, and those that count selected."""
+
+    def __init__(self, select: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.linear, self.select = nn.Linear(4, 6), select
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if labels.max() >= 6:
+            raise ValueError("labels")
+        scores = self.linear(x).log_softmax(-1).transpose(0, 1)
+        mask = (labels != -100) & (labels != 0)
+        lengths = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64)
+        return functional.ctc_loss(
+            scores, self.select(labels, mask), lengths, mask.sum(-1), reduction="sum"
+        )
+
+
+def speech(rows: int) -> dict[str, torch.Tensor]:
+    labels = torch.randint(1, 6, (rows, 5))
+    labels[0, 3:] = -100
+    labels[1, 0] = labels[1, 2] = -100  # not at the end
+    return {"x": torch.randn(rows, 14, 4), "labels": labels}
+
+
+@pytest.mark.parametrize("select", [torch.masked_select, lambda labels, mask: labels[mask]])
+def test_targets_that_a_mask_selects_give_the_ctc_loss_to_the_bit(
+    select: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    torch.manual_seed(0)
+    model, batch = Speech(select), speech(3)
+    dag = capture(model, batch)
+    assert "aten.masked_select.default" not in {node.op for node in dag.nodes}
+    _, report = check_capture(dag, model, batch, following=speech(4))
+    assert report.exact
+    assert report.one_row
+    assert not report.fixed
+    assert not report.skipped
