@@ -30,6 +30,7 @@ from dagflow.graph.dag import FixedSize, OperatorDag, input_value
 from dagflow.graph.effects import gradient_hooks, without_gradient_hooks
 from dagflow.graph.examine import examined
 from dagflow.graph.loss import LossFunction, LossModule, check_loss
+from dagflow.graph.masks import without_needless_masks
 from dagflow.graph.outside import refuse_iterators
 from dagflow.graph.sizes import what_fixed
 from dagflow.graph.trace import Trace, explain, follow
@@ -101,7 +102,7 @@ def capture(
     tensors, constants = flatten_batch(batch)
     wrapper = LossModule(model, loss, rebuilder(batch))
     dims = {name: _dynamic_dims(name, tensor, dynamic) for name, tensor in tensors.items()}
-    with TRACING, whole_sequences(model):
+    with TRACING, whole_sequences(model), without_needless_masks():
         exported, trace = export_module(wrapper, model, tensors, dims)
     for text in _warnings(trace, model):
         warnings.warn(text, stacklevel=2)

@@ -1,7 +1,8 @@
-"""Checks of tensors' values in a model's code that only raise: ``if labels.max() >= n: raise``.
+"""Branches on tensors' values that a graph may leave out: ``if labels.max() >= n: raise``.
 
 A graph can't branch on a value. But a branch that ends with an exception is no part of what the model
-computes: the graph goes the other way, and asserts on the worker that it was right to.
+computes, and one for numbers that aren't finite (``if not h.isfinite().all(): h = h.clamp(...)``) comes
+too late: the graph goes the other way, and asserts on the worker that it was right to.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 @dataclass(frozen=True)
-class RaisingCheck:
-    """What a tensor must be, true or false, for the model's code not to raise, and where it is asked."""
+class Check:
+    """What a tensor must be, true or false, for the other branch to be taken, and where it is asked."""
 
     wanted: bool
     line: str
@@ -33,7 +34,7 @@ def passed(tensor: torch.Tensor, frame: types.FrameType | None) -> bool | None:
     Returns
     -------
     bool or None
-        None where the code does something else than raising, or where torch knows the answer.
+        None where the branch can't be left out, or where torch knows the answer.
     """
     if frame is None or not isinstance(tensor, FakeTensor) or tensor.constant is not None:
         return None
@@ -45,7 +46,7 @@ def passed(tensor: torch.Tensor, frame: types.FrameType | None) -> bool | None:
     return check.wanted
 
 
-def check_at(frame: types.FrameType) -> RaisingCheck | None:
+def check_at(frame: types.FrameType) -> Check | None:
     """Return the check whose condition a frame is evaluating, if it is one."""
     file, line = frame.f_code.co_filename, frame.f_lineno
     around = [
@@ -57,14 +58,17 @@ def check_at(frame: types.FrameType) -> RaisingCheck | None:
     if len(around) != 1:
         return None
     (statement,) = around
-    if isinstance(statement, ast.If) and not _only_raises(statement.body):
-        return None
     questions = list(_questions(statement.test, isinstance(statement, ast.Assert)))
-    places = _places(frame)
-    asked = [q for q in questions if len(questions) == 1 or _span(q.asks) in places]
-    if len(asked) != 1 or not asked[0].decides:
+    by_place = {_span(question.asks): question for question in questions}
+    asked = [by_place[place] for place in _places(frame) if place in by_place]
+    if not asked:
         return None
-    return RaisingCheck(asked[0].wanted, f"{file}:{line}", _head(statement))
+    question = asked[0]
+    if isinstance(statement, ast.Assert) or _only_raises(statement.body):
+        wanted = question.wanted if question.decides else None
+    else:
+        wanted = _if_finite(question.asks)
+    return None if wanted is None else Check(wanted, f"{file}:{line}", _head(statement))
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,18 @@ def _questions(test: ast.expr, wanted: bool, decides: bool = True) -> Iterator[_
 
 def _head(statement: ast.If | ast.Assert) -> str:
     test = " ".join(ast.unparse(statement.test).split())[:120]
-    return f"assert {test}" if isinstance(statement, ast.Assert) else f"if {test}: raise"
+    return f"{'assert' if isinstance(statement, ast.Assert) else 'if'} {test}"
+
+
+def _if_finite(asks: ast.expr) -> bool | None:
+    """Return the answer to a question that finite numbers give, if it asks just that."""
+    if isinstance(asks, ast.UnaryOp) and isinstance(asks.op, ast.Invert):
+        found = _if_finite(asks.operand)
+        return None if found is None else not found
+    text = ast.unparse(asks)
+    if "isfinite(" in text and text.endswith(".all()"):
+        return True
+    return False if ("isinf(" in text or "isnan(" in text) and text.endswith(".any()") else None
 
 
 def _only_raises(body: list[ast.stmt]) -> bool:
@@ -113,12 +128,12 @@ def _span(node: ast.expr) -> tuple[Any, ...]:
 
 
 def _places(frame: types.FrameType) -> list[tuple[Any, ...]]:
-    """Return where in its file the code is that a frame is at, and what it did just before.
+    """Return where in its file the code is that a frame ran last, and that it is at.
 
-    A jump has the place of the whole statement, and what it jumps by was made just before.
+    What a jump decides by was made just before; the jump itself often has another part's place.
     """
     positions, index = list(frame.f_code.co_positions()), frame.f_lasti // 2
-    return [positions[i] for i in (index, index - 1) if 0 <= i < len(positions)]
+    return [positions[i] for i in (index - 1, index) if 0 <= i < len(positions)]
 
 
 @cache

@@ -9,7 +9,15 @@ import torch
 
 from dagflow.errors import BatchInvalid
 from dagflow.graph.dag import Condition, FixedSize, OperatorDag, buffer_value
-from dagflow_tasks.operators import ASSERTIONS, CHECKS, Argument, Node, decode_literal, dtype_of, resolve
+from dagflow_tasks.operators import (
+    ASSERTIONS,
+    CHECKS,
+    Argument,
+    Node,
+    decode_literal,
+    dtype_of,
+    resolve,
+)
 from dagflow_tasks.program import ValueSpec
 from dagflow_tasks.sizes import evaluate_size, size_text
 

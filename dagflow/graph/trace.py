@@ -48,6 +48,7 @@ OWN_FILES = frozenset(
         "examine",
         "leftovers",
         "loss",
+        "masks",
         "outside",
         "sizes",
         "trace",

@@ -469,9 +469,13 @@ def _is_unread_selection(node: torch.fx.Node) -> bool:
     """Tell whether a node selects by a mask, for nobody: see `dagflow.graph.whole`."""
 
     def is_unread(node: torch.fx.Node) -> bool:
-        return all(_is_range_check(user) or _is_number(user) and is_unread(user) for user in node.users)
+        return all(
+            _is_range_check(user) or _is_number(user) and is_unread(user) for user in node.users
+        )
 
-    return str(node.target) in ("aten.masked_select.default", "aten.index.Tensor") and is_unread(node)
+    return str(node.target) in ("aten.masked_select.default", "aten.index.Tensor") and is_unread(
+        node
+    )
 
 
 def _is_range_check(node: torch.fx.Node) -> bool:

@@ -383,7 +383,8 @@ def _resized(
         resized = dict(tensors)
         for spec in dag.inputs:
             name = spec.name.removeprefix("in.")
-            for dim, symbol in enumerate(map(by_name.get, spec.shape)):
+            for dim, known in enumerate(spec.shape):
+                symbol = by_name.get(known) if isinstance(known, str) else None
                 if symbol is not None:
                     size = resized[name].shape[dim]
                     wanted = max(smaller(size), min(size, symbol.minimum))
