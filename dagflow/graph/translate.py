@@ -470,7 +470,7 @@ def _is_unread_selection(node: torch.fx.Node) -> bool:
 
     def is_unread(node: torch.fx.Node) -> bool:
         return all(
-            _is_range_check(user) or _is_number(user) and is_unread(user) for user in node.users
+            _is_range_check(user) or (_is_number(user) and is_unread(user)) for user in node.users
         )
 
     return str(node.target) in ("aten.masked_select.default", "aten.index.Tensor") and is_unread(
