@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import cached_property
 
 from dagflow.graph.dag import OperatorDag
@@ -73,6 +74,19 @@ class DagAnalysis:
                     tainted.add(node.name)
             if len(tainted) == before:
                 return tainted
+
+    def needed_for(self, values: Iterable[str]) -> list[str]:
+        """Return the nodes that values are computed by, in order."""
+        members: set[str] = set()
+        wanted = list(values)
+        while wanted:
+            value = wanted.pop()
+            if value in members or value not in self.position:
+                continue
+            members.add(value)
+            wanted += self.dag.nodes[self.position[value]].references()
+            wanted += [node.name for node in self.companions(value)]
+        return sorted(members, key=self.position.__getitem__)
 
     @cached_property
     def differentiable(self) -> set[str]:

@@ -27,6 +27,7 @@ from dagflow.plan.draws import ExpectedDraws, has_draws
 from dagflow.plan.eager import Eager, nudged
 from dagflow.plan.uncut import Sizes, Uncut
 from dagflow_tasks.errors import TaskFailed
+from dagflow_tasks.references import Microbatch
 from dagflow_tasks.tasks import tensors_of
 
 
@@ -34,8 +35,8 @@ def check_microbatches(
     dag: OperatorDag,
     model: torch.nn.Module,
     batch: Any,
-    parts: Sequence[tuple[Mapping[str, torch.Tensor], Sizes]],
-    weights: Sequence[float],
+    parts: Sequence[Mapping[str, torch.Tensor]],
+    microbatches: Sequence[Microbatch],
     loss: LossFunction | None = None,
 ) -> tuple[float, float]:
     """Compare a batch's loss with the weighted sum of its micro-batches' losses.
@@ -48,10 +49,8 @@ def check_microbatches(
     ----------
     batch
         The whole batch, as the user's data yields it.
-    parts
-        Tensors by value name, and sizes, of the micro-batches.
-    weights
-        With which the micro-batches' losses will count.
+    parts, microbatches
+        Tensors by value name, and sizes and weights, of the micro-batches.
 
     Returns
     -------
@@ -62,15 +61,18 @@ def check_microbatches(
     ResultsDiffer
     """
     uncut = Uncut(dag, parameters_of(model) | awake(model), dict(model.named_buffers()))
-    counted = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+    losses = []
     try:
-        losses = [_calm_loss(uncut, dag, *part) for part, _ in counted]
+        for part, microbatch in zip(parts, microbatches, strict=True):
+            if microbatch.weight:
+                uncut.term_weights = dict(microbatch.term_weights)
+                loss_of_part = _calm_loss(uncut, dag, part, dict(microbatch.sizes))
+                losses.append(microbatch.weight * loss_of_part)
         batch_loss = _batch_loss(dag, model, loss, batch, None)
     except TaskFailed as error:
         raise ResultsDiffer(f"The captured graph fails on the first batch: {error}") from error
-    added = math.fsum(w * x for (_, w), x in zip(counted, losses, strict=True))
-    sizes = [abs(w * x) for (_, w), x in zip(counted, losses, strict=True)]
-    size = max(abs(batch_loss), math.fsum(sizes))
+    added = math.fsum(losses)
+    size = max(abs(batch_loss), math.fsum(map(abs, losses)))
     off = abs(batch_loss - added)
     if not off > ROUNDING * size:
         return batch_loss, added

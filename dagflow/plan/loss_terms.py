@@ -3,13 +3,13 @@
 From the loss backwards, through operators that are linear, this finds what divides it: rows, targets
 that count, their classes' weights, a mask's sum, or nothing. It also finds losses that are no sum
 over rows, whatever they are divided by: of those a first batch may say nothing (a hinge of a mean
-that is active, a mask that is full), and a later one be wrong.
+that is active, a mask that is full, classes that are balanced), and a later one be wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,17 @@ import torch
 from dagflow.graph.dag import buffer_value
 from dagflow.graph.flops import is_view
 from dagflow.plan.analysis import DagAnalysis
+from dagflow.plan.loss_parts import (
+    FIXED,
+    ROWS,
+    Factor,
+    Part,
+    Size,
+    Targets,
+    Term,
+    Value,
+    times,
+)
 from dagflow_tasks.operators import Node, draws_random_numbers, dtype_of, schema_of
 
 _MEAN, _SUM = 1, 2
@@ -52,39 +63,6 @@ _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 _SCALING = frozenset({"neg", "to", "_to_copy", "clone", "contiguous"})
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A mean over rows, or over elements of which each row has as many."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """A number that follows from the batch's sizes."""
-
-    expression: Any
-
-
-@dataclass(frozen=True)
-class Value:
-    """A scalar that the DAG computes from the batch without parameters: a mask's sum."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Targets that aren't ignored, each by its class's weight if classes have weights."""
-
-    target: str
-    ignore_index: Any  # a number, or a size
-    class_weight: str | None = None
-
-
-Factor = Rows | Size | Value | Targets
-Term = tuple[tuple[Factor, int], ...]
-"""Factors, with their exponents 1 or -1, of what divides a part of the loss. A sum has none."""
-
-
 class LossReader:
     """Walks from the loss backwards, and finds what divides it.
 
@@ -98,7 +76,9 @@ class LossReader:
         self.analysis = analysis
         self.dag = analysis.dag
         self.obstacle = ""
-        self._found: dict[str, list[Term | None]] = {}
+        self._found: dict[str, tuple[Term, ...]] = {}
+        self._parts: dict[str, list[Part]] = {}
+        self._accounted_for: set[str] = set()
         self.by_name = {node.name: node for node in self.dag.nodes}
         self.given = {spec.name for spec in self.dag.inputs} | {c.name for c in self.dag.constants}
         self.given |= {buffer_value(b.name) for b in self.dag.buffers if not b.mutated}
@@ -116,39 +96,44 @@ class LossReader:
 
     def loss(self) -> tuple[Term, ...]:
         """Return the terms of the loss."""
-        # Without parts that are the same for every batch (a penalty on weights): those want weights
-        # that add up to 1, which only a mean's do.
-        fixed: Term = ()
-        found = list(dict.fromkeys(self._terms(self.dag.loss)))
-        terms = [term for term in found if term is not None]
-        if self.obstacle or not terms or (None in found and fixed in terms):
-            return (((Rows(), 1),),)
-        return tuple(terms)
+        terms = self.terms(self.dag.loss)
+        self._refuse_uneven_rows()
+        return (ROWS,) if self.obstacle else terms
 
-    def _terms(self, name: str) -> list[Term | None]:
-        """Return the terms of a value that holds part of the loss; None for one without a batch."""
-        if name not in self.from_batch:
-            return [None]
+    def terms(self, name: str) -> tuple[Term, ...]:
+        """Return what divides the parts of the loss in a value."""
         if name not in self._found:
             # What is divided in place by its own sum is asked for again on the way.
-            unknown: list[Term | None] = [((Rows(), 1),)]
-            self._found[name] = unknown
-            self._found[name] = list(dict.fromkeys(self._read(name) or unknown))
+            self._found[name] = (ROWS,)
+            found = [
+                times(term, part.term)
+                for part in self.parts(name)
+                for term in ([()] if part.of is None else self.terms(part.of))
+            ]
+            self._found[name] = tuple(dict.fromkeys(found))
         return self._found[name]
 
-    def _read(self, name: str) -> list[Term | None] | None:
+    def parts(self, name: str) -> list[Part]:
+        """Return the parts of the loss in a value."""
+        if name not in self.from_batch:
+            return [Part(name, None, FIXED)]
+        if name not in self._parts:
+            self._parts[name] = self._read(name) or [Part(name, None, ROWS)]
+        return self._parts[name]
+
+    def _read(self, name: str) -> list[Part] | None:
         writers = self.analysis.companions(name)
         if writers:
             return self._written(self.analysis.storage.get(name, name), writers)
         node = self.by_name.get(name)
         return None if node is None else self._made(node)
 
-    def _written(self, root: str, writers: list[Node]) -> list[Term | None] | None:
-        """Return the terms of memory that is written in place: ``loss += more``."""
+    def _written(self, root: str, writers: list[Node]) -> list[Part] | None:
+        """Return the parts in memory that is written in place: ``loss += more``."""
         node = self.by_name.get(root)
         if node is None:
             return None
-        found: list[Term | None] | None = []
+        found: list[Part] | None = []
         if short_name(node.op) not in _ZEROS:
             found = self._made(node)
         for writer in writers:
@@ -159,37 +144,37 @@ class LossReader:
             if op in ("mul_", "div_"):
                 found = self._divided(writer, found, other, 1 if op == "div_" else -1)
             elif isinstance(other, Mapping) and "ref" in other:
-                found = found + self._terms(other["ref"])
+                found = [*found, Part(writer.name, other["ref"])]
         return found
 
-    def _made(self, node: Node) -> list[Term | None] | None:
-        """Return the terms of what an operator makes; None where nothing is known of them."""
+    def _made(self, node: Node) -> list[Part] | None:
+        """Return the parts in what an operator makes; None where nothing is known of them."""
         op, tensors = short_name(node.op), list(node.references())
         reduction = _argument(node, "reduction")
         if op in _CROSS_ENTROPIES:
             return self._cross_entropy(node)
         if reduction in (_MEAN, _SUM):
             self._refuse_statistics(node, tensors)
-            return None if reduction == _MEAN else [()]
+            return None if reduction == _MEAN else [Part(node.name, None)]
         if op in ("sum", "mean", "nansum"):
             return self._reduction(node, op, tensors[0])
         if op in _PASSED_ON or (
             (op == "select" or is_view(node.op)) and not self._has_rows(tensors[0])
         ):
-            return [term for tensor in tensors for term in self._terms(tensor)]
+            return [Part(node.name, tensor) for tensor in tensors]
         if op in ("add", "sub", "rsub"):
-            return [term for tensor in tensors for term in self._terms(tensor)]
+            return [Part(node.name, tensor) for tensor in tensors]
         if op in ("mul", "div"):
             return self._product(node, -1 if op == "mul" else 1)
         return self._other(node, op, tensors)
 
-    def _reduction(self, node: Node, op: str, over: str) -> list[Term | None]:
+    def _reduction(self, node: Node, op: str, over: str) -> list[Part]:
         if not self._has_rows(over):
-            return self._terms(over)
+            return [Part(node.name, over)]
         if self._has_rows(node.name):
-            return [((Rows(), 1),)]
+            return [Part(node.name, None, ROWS)]
         scaled = self._scaled(over)
-        return [((Rows(), 1), *scaled) if op == "mean" else scaled]
+        return [Part(node.name, None, times(ROWS, scaled) if op == "mean" else scaled)]
 
     def _scaled(self, name: str) -> Term:
         """Return the factors by which rows are scaled before they are added up.
@@ -212,33 +197,43 @@ class LossReader:
             power = 1 if place and op == "div" else -1
             if self._is_statistic(tensor):
                 if not self._is_known(tensor) or self._shape(tensor):
-                    self._refuse(node, "scales rows by what the batch has been summed up to")
+                    self.refuse(node, "scales rows by what the batch has been summed up to")
                     return ()
-                found += ((Value(tensor), power),)
+                found += ((self._value(tensor), power),)
+                self._accounted_for.add(node.name)
             elif power < 0:
                 found += self._scaled(tensor)
         return found
 
-    def _other(self, node: Node, op: str, tensors: list[str]) -> list[Term | None] | None:
-        """Return the terms of what an operator makes that isn't one of those that hand a loss on."""
+    def _value(self, name: str) -> Value:
+        """Return a known scalar as a factor; sums of rows are known to add up."""
+        node: Node | None = self.by_name[name]
+        while node is not None and short_name(node.op) in _SCALING - {"neg"}:
+            node = self.by_name.get(next(iter(node.references())))
+        if node is None or short_name(node.op) not in ("sum", "count_nonzero"):
+            return Value(name)
+        return Value(name, adds_up=self._has_rows(next(iter(node.references()))))
+
+    def _other(self, node: Node, op: str, tensors: list[str]) -> list[Part] | None:
+        """Return the parts in what an operator makes that isn't one of those that hand a loss on."""
         held = [t for t in tensors if self._is_statistic(t) and not self._is_known(t)]
         moving = [t for t in tensors if t in self.from_rows]
         if held and op in _LINEAR_IN_EACH and len(moving) == 1:
-            return self._terms(held[0])
+            return [Part(node.name, held[0])]
         if held:
-            self._refuse(node, "isn't linear in what has been summed or averaged over rows")
+            self.refuse(node, "isn't linear in what has been summed or averaged over rows")
         elif op in _NO_SUMS and any(self._holds_loss({"ref": t}) for t in tensors):
-            self._refuse(node, "is neither a sum nor a mean over rows")
+            self.refuse(node, "is neither a sum nor a mean over rows")
         elif op in _CONTRACTIONS and len(moving) == len(tensors) == 2 and self.rows:
-            return None if self._has_rows(node.name) else [()]
+            return None if self._has_rows(node.name) else [Part(node.name, None)]
         return None
 
-    def _cross_entropy(self, node: Node) -> list[Term | None] | None:
+    def _cross_entropy(self, node: Node) -> list[Part] | None:
         target, weight = _argument(node, "target"), _argument(node, "weight")
         reduction = _argument(node, "reduction", _MEAN)
         self._refuse_statistics(node, list(node.references()))
         if reduction == _SUM:
-            return [()]
+            return [Part(node.name, None)]
         if reduction != _MEAN or self._dtype(target["ref"]).is_floating_point:
             return None
         ignored = _argument(node, "ignore_index", _IGNORE_INDEX)
@@ -255,10 +250,11 @@ class LossReader:
         for name in names:
             if not self._is_known(name):
                 what = "targets" if name == names[0] else "class weights"
-                self._refuse(node, f"divides by {what} that {self._how(name)}", name)
+                self.refuse(node, f"divides by {what} that {self._how(name)}", name)
         if not all(map(self._is_known, names)):
             return None
-        return [((Targets(names[0], ignored, names[1] if len(names) > 1 else None), 1),)]
+        targets = Targets(names[0], ignored, names[1] if len(names) > 1 else None)
+        return [Part(node.name, None, ((targets, 1),))]
 
     def _are_places(self, name: str) -> bool:
         """Tell whether targets are such as argmax makes, of which all count."""
@@ -271,8 +267,8 @@ class LossReader:
         handed_on = op in _SCALING - {"neg"} or op in ("detach", "getitem") or is_view(node.op)
         return handed_on and self._are_places(next(iter(node.references())))
 
-    def _product(self, node: Node, power: int) -> list[Term | None] | None:
-        """Return the terms of a quotient by, or a product with, what isn't part of the loss."""
+    def _product(self, node: Node, power: int) -> list[Part] | None:
+        """Return the parts in a quotient by, or a product with, what isn't part of the loss."""
         first, second = node.args[0], node.args[1]
         if power < 0 and not self._holds_loss(first):
             first, second = second, first  # a * b is b * a
@@ -280,39 +276,47 @@ class LossReader:
             if self._holds_loss(second):
                 self._divided(node, [], second, power)
             return None
-        return self._divided(node, self._terms(first["ref"]), second, power)
+        return self._divided(node, [Part(node.name, first["ref"])], second, power)
 
-    def _divided(
-        self, node: Node, terms: list[Term | None], second: Any, power: int
-    ) -> list[Term | None] | None:
-        """Return terms that are divided by an operator's second argument, or multiplied with it."""
+    def _divided(self, node: Node, parts: list[Part], second: Any, power: int) -> list[Part] | None:
+        """Return parts that are divided by an operator's second argument, or multiplied with it."""
         if "rounding_mode" in node.kwargs:
             return None
         if self._holds_loss(second):
             if self._is_statistic(second["ref"]):
                 doing = "multiplies by" if power < 0 else "divides by"
-                self._refuse(
-                    node, f"{doing} numbers that {self._how(second['ref'])}", second["ref"]
-                )
+                self.refuse(node, f"{doing} numbers that {self._how(second['ref'])}", second["ref"])
             return None
         if not isinstance(second, Mapping):
-            return terms
+            return parts
         factor: Factor
         if "size" in second:
             factor = Size(_hashable(second["size"]))
         elif second.get("ref") not in self.from_batch:
-            return terms
+            return parts
         elif self._is_known(second["ref"]) and not self._shape(second["ref"]):
-            factor = Value(second["ref"])
+            factor = self._value(second["ref"])
         else:
             if self._is_statistic(second["ref"]):
-                self._refuse(node, "uses different statistics of the batch for parts of the loss")
+                self.refuse(node, "uses different statistics of the batch for parts of the loss")
             return None
-        return [term if term is None else (*term, (factor, power)) for term in terms]
+        return [replace(part, term=times(part.term, ((factor, power),))) for part in parts]
 
     def _refuse_statistics(self, node: Node, tensors: list[str]) -> None:
         if any(map(self._is_statistic, tensors)):
-            self._refuse(node, "is given what has been summed or averaged over rows")
+            self.refuse(node, "is given what has been summed or averaged over rows")
+
+    def _refuse_uneven_rows(self) -> None:
+        """Refuse rows that are given, without parameters, what the batch has been summed up to.
+
+        Such as weights by how many rows are of a class, or targets less their mean.
+        """
+        for name in self.analysis.needed_for([self.dag.loss]):
+            node = self.by_name[name]
+            if name in self._accounted_for or not (self._is_known(name) and self._has_rows(name)):
+                continue
+            if any(map(self._is_statistic, node.references())):
+                self.refuse(node, "gives rows what the whole batch has been summed up to")
 
     def _how(self, name: str) -> str:
         return "the model draws at random" if self._is_only_drawn(name) else "the model computes"
@@ -320,7 +324,8 @@ class LossReader:
     def _is_only_drawn(self, name: str) -> bool:
         return name in self.drawn and name in self.analysis.free_of_parameters
 
-    def _refuse(self, node: Node, what: str, cause: str = "") -> None:
+    def refuse(self, node: Node, what: str, cause: str = "") -> None:
+        """Note why no weights are right, if nothing else has been noted."""
         source = self.dag.info[node.name].source or "source unknown"
         where = "in the loss function" if _WRAPPER in source else source
         remedy = (

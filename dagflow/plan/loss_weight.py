@@ -2,23 +2,37 @@
 
 A mean over tokens that ignores padding isn't the mean of its micro-batches' means, and a sum is no
 mean at all. `dagflow.plan.loss_terms` finds what divides it. That is computed from each micro-batch
-and from the whole batch, and a micro-batch counts for the ratio of the two. Where the DAG says
-nothing, micro-batches count by rows; `dagflow.plan.check` finds out if that is wrong.
+and from the whole batch, and a micro-batch counts for the ratio of the two. Parts of a loss that are
+divided by different things are weighed one by one, see `dagflow.plan.loss_separation`. Where the DAG
+says nothing, micro-batches count by rows; `dagflow.plan.check_batch` finds out if that is wrong.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from dagflow.errors import BatchInvalid, ResultsDiffer
+from dagflow.errors import ResultsDiffer
 from dagflow.graph.dag import OperatorDag, buffer_value
 from dagflow.graph.flops import is_view
 from dagflow.plan.analysis import DagAnalysis
-from dagflow.plan.loss_terms import Factor, LossReader, Rows, Size, Targets, Term, Value, short_name
+from dagflow.plan.loss_parts import (
+    ROWS,
+    Factor,
+    Fixed,
+    Rows,
+    Size,
+    Targets,
+    Term,
+    Value,
+    described,
+)
+from dagflow.plan.loss_separation import adds_up, separated
+from dagflow.plan.loss_terms import LossReader, short_name
 from dagflow_tasks.interpreter import Executable, RandomAddress
 from dagflow_tasks.program import BufferUse, StageInput, StageOutput, StageProgram, ValueSpec
 from dagflow_tasks.sizes import evaluate_size
@@ -26,10 +40,23 @@ from dagflow_tasks.sizes import evaluate_size
 Tensors = Mapping[str, torch.Tensor]
 Sizes = Mapping[str, int]
 
-# Terms of a loss are weighed alike if their weights differ by rounding only.
-_SAME_WEIGHT = 1e-6
-
 _PADDING = frozenset({"pad", "constant_pad_nd", "clone", "lift_fresh_copy", "detach"})
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a micro-batch's loss counts in its batch's.
+
+    Attributes
+    ----------
+    weight : float
+        The factor of its loss; 0 if nothing of it counts.
+    terms : tuple of (value, float)
+        The factors of its terms, in a DAG that takes them; `weight` is 1 then, or 0.
+    """
+
+    weight: float
+    terms: tuple[tuple[str, float], ...] = ()
 
 
 class LossWeights:
@@ -43,8 +70,10 @@ class LossWeights:
 
     Attributes
     ----------
+    dag : OperatorDag
+        What is to be run on the micro-batches.
     terms : tuple of Term
-        What divides the parts that the loss adds up; weights hold if all parts agree on them.
+        What divides the parts that the loss adds up: several where these are weighed one by one.
     obstacle : str
         Why no weights of micro-batches would be right, as a sentence; empty if some are.
     """
@@ -54,17 +83,16 @@ class LossWeights:
         dag: OperatorDag,
         read_buffer: Callable[[str], torch.Tensor | None] = lambda name: None,
     ) -> None:
-        self._dag = dag
-        self._analysis = DagAnalysis(dag)
-        reader = LossReader(self._analysis)
-        self.terms = reader.loss()
+        analysis = DagAnalysis(dag)
+        reader = LossReader(analysis)
+        self.dag, self.terms = separated(reader)
         self.obstacle = reader.obstacle
         names = {name for term in self.terms for factor, _ in term for name in _needed(factor)}
-        program = _program(self._analysis, sorted(names))
+        program = _program(analysis, sorted(names))
         buffers = {use.value: read_buffer(use.buffer) for use in program.buffers}
         self._buffers = {name: t for name, t in buffers.items() if t is not None}
         if len(self._buffers) < len(buffers):  # of a model without weights
-            self.terms = (((Rows(), 1),),)
+            self.dag, self.terms = dag, (ROWS,)
         self._executable = Executable(program, torch.device("cpu"))
 
     @cached_property
@@ -91,11 +119,8 @@ class LossWeights:
         parts: Sequence[Tensors],
         sizes: Sequence[Sizes],
         whole: tuple[Tensors, Sizes] | None,
-        where: str,
-    ) -> list[float]:
-        """Return the factor with which each micro-batch's loss counts in the batch's.
-
-        Where nothing of a micro-batch counts it is 0.
+    ) -> list[Share]:
+        """Return how each micro-batch's loss counts in the batch's.
 
         Parameters
         ----------
@@ -103,13 +128,9 @@ class LossWeights:
             Tensors, by value name, and sizes of each micro-batch.
         whole
             Those of the batch; None if the DAG isn't right for as many rows.
-        where : str
-            What to call the batch in an error: "step 12".
 
         Raises
         ------
-        BatchInvalid
-            If the loss adds up parts that weigh the micro-batches differently.
         ResultsDiffer
             If no weights make it the sum of its micro-batches' losses.
         """
@@ -117,23 +138,48 @@ class LossWeights:
             raise ResultsDiffer(self.obstacle)
         divisors = [self._divisors(part, size) for part, size in zip(parts, sizes, strict=True)]
         if len(parts) == 1:
-            return [float(any(divisors[0]))]
-        totals = [math.fsum(column) for column in zip(*divisors, strict=True)]
-        if whole is not None and not all(map(_adds_up, self.terms)):
-            totals = self._divisors(*whole)
-        found = [
-            [divisor[k] / total if total else 0.0 for divisor in divisors]
-            for k, total in enumerate(totals)
-        ]
-        for other in found[1:]:
-            if not all(map(_are_the_same, found[0], other)):
-                raise BatchInvalid(
-                    f"The loss adds up means over different things, and in {where} they weigh its "
-                    f"{len(parts)} micro-batches differently: {_listed(found[0])} and "
-                    f"{_listed(other)}. No one weight is right for both; train with "
-                    "num_microbatches=1, or divide all parts of the loss by the same number."
+            weights = [[float(bool(divisor)) for divisor in divisors[0]]]
+        else:
+            totals = self._totals(divisors, whole)
+            weights = [
+                [d / total if total else 0.0 for d, total in zip(divisor, totals, strict=True)]
+                for divisor in divisors
+            ]
+        return self._shares(weights)
+
+    def _totals(
+        self, divisors: Sequence[Sequence[float]], whole: tuple[Tensors, Sizes] | None
+    ) -> Sequence[float]:
+        """Return what each term of the batch is divided by."""
+        if all(map(adds_up, self.terms)):
+            return [math.fsum(column) for column in zip(*divisors, strict=True)]
+        if whole is not None:
+            return self._divisors(*whole)
+        # Then all micro-batches have the same sizes.
+        totals = []
+        for term, column in zip(self.terms, zip(*divisors, strict=True), strict=True):
+            counted = tuple(factor for factor in term if not isinstance(factor[0], Size))
+            if counted and not adds_up(counted):
+                raise ResultsDiffer(
+                    f"The loss has a part that is {described(term)}, which can't be told of a whole "
+                    "batch: the model is right for as many rows as a micro-batch has, and no more. "
+                    "What to do: train with num_microbatches=1, or have the model take any number "
+                    "of rows."
                 )
-        return found[0]
+            totals.append(math.fsum(column) if counted else column[0])
+        return totals
+
+    def _shares(self, weights: Sequence[Sequence[float]]) -> list[Share]:
+        names = self.dag.term_weights
+        if not names:
+            return [Share(weight) for (weight,) in weights]
+        # What is the same for every batch makes no batch count.
+        counting = [k for k, term in enumerate(self.terms) if not _is_fixed(term)]
+        of_batch = any(row[k] for row in weights for k in counting)
+        return [
+            Share(float(of_batch and any(row)), tuple(zip(names, row, strict=True)))
+            for row in weights
+        ]
 
     def _divisors(self, tensors: Tensors, sizes: Sizes) -> list[float]:
         """Return what each term is divided by."""
@@ -148,18 +194,8 @@ class LossWeights:
             ]
 
 
-def _adds_up(term: Term) -> bool:
-    """Tell whether what divides the batch is the sum of what divides its micro-batches."""
-    return len(term) == 1 and isinstance(term[0][0], Rows | Targets) and term[0][1] == 1
-
-
-def _are_the_same(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=_SAME_WEIGHT)
-
-
-def _listed(weights: Sequence[float]) -> str:
-    shown = ", ".join(f"{weight:.4g}" for weight in weights[:8])
-    return f"({shown}{', ...' if len(weights) > 8 else ''})"
+def _is_fixed(term: Term) -> bool:
+    return any(isinstance(factor, Fixed) for factor, _ in term)
 
 
 def _power(value: float, exponent: int) -> float:
@@ -176,7 +212,7 @@ def _needed(factor: Factor) -> list[str]:
 
 
 def _evaluate(factor: Factor, values: Tensors, sizes: Sizes) -> float:
-    if isinstance(factor, Rows):
+    if isinstance(factor, Rows | Fixed):
         return float(
             next(iter(t.shape[0] for n, t in values.items() if n[:3] == "in." and t.dim()))
         )
@@ -193,15 +229,7 @@ def _evaluate(factor: Factor, values: Tensors, sizes: Sizes) -> float:
 
 def _program(analysis: DagAnalysis, names: Sequence[str]) -> StageProgram:
     """Return a program that computes values without parameters."""
-    members: set[str] = set()
-    wanted = list(names)
-    while wanted:
-        value = wanted.pop()
-        if value in members or value not in analysis.position:
-            continue
-        members.add(value)
-        wanted += analysis.dag.nodes[analysis.position[value]].references()
-        wanted += [node.name for node in analysis.companions(value)]
+    members = set(analysis.needed_for(names))
     dag = analysis.dag
     nodes = tuple(node for node in dag.nodes if node.name in members)
     references = {reference for node in nodes for reference in node.references()} | {*names}

@@ -30,6 +30,11 @@ class Uncut:
     ----------
     parameters, buffers
         The model's, by their first names; neither is written.
+
+    Attributes
+    ----------
+    term_weights : dict
+        Of the loss's terms, 1 at first.
     """
 
     def __init__(self, dag: OperatorDag, parameters: Tensors, buffers: Tensors) -> None:
@@ -37,6 +42,7 @@ class Uncut:
         self._executable = Executable(self.program, torch.device("cpu"))
         self._loss = str(self.program.loss)
         self._written = self._executable.written_parameters
+        self.term_weights = dict.fromkeys(self.program.term_weights, 1.0)
         self.buffers = buffers
         self._given = parameters, buffers
         self.begin()
@@ -94,10 +100,11 @@ class Uncut:
         loss: torch.Tensor = self._executable.run(given, sizes, RandomAddress(0, 0, 0))[self._loss]
         return loss
 
-    def _inputs(self, tensors: Tensors, leaves: Tensors) -> dict[str, torch.Tensor]:
+    def _inputs(self, tensors: Tensors, leaves: Tensors) -> dict[str, Any]:
         names = set(self.program.batch_inputs)
         buffers = {use.value: self._buffers[use.buffer] for use in self.program.buffers}
-        return {**{n: t.detach() for n, t in tensors.items() if n in names}, **leaves, **buffers}
+        batch = {n: t.detach() for n, t in tensors.items() if n in names}
+        return {**batch, **leaves, **buffers, **self.term_weights}
 
     def _gradients(self, loss: torch.Tensor, leaves: Tensors, keep: Collection[str]) -> Outcome:
         wanted = {

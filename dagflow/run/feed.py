@@ -303,11 +303,10 @@ def split_batch(
     parts = [take_rows(tensors, begin, end) for begin, end in bounds]
     sizes = [match_batch(dag, part, constants, where) for part in parts]
     named = [tensors_of(part) for part in parts]
-    weights = loss_weights(
-        named, [dict(s) for s in sizes], whole_batch(dag, tensors, constants), where
-    )
+    shares = loss_weights(named, [dict(s) for s in sizes], whole_batch(dag, tensors, constants))
     microbatches = tuple(
-        Microbatch(step, index, weight, sizes[index]) for index, weight in enumerate(weights)
+        Microbatch(step, index, share.weight, sizes[index], share.terms)
+        for index, share in enumerate(shares)
     )
     return named, microbatches
 

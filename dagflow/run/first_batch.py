@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dagflow.graph.loss import LossFunction
 from dagflow.plan.analysis import DagAnalysis
 from dagflow.plan.check import CheckReport, check_capture
 from dagflow.plan.check_batch import check_microbatches
-from dagflow.plan.loss_weight import LossWeights
+from dagflow.plan.loss_weight import LossWeights, Share
 from dagflow.run.data import num_rows, split_rows
 from dagflow.run.feed import least_rows, split_batch, whole_batch
 from dagflow.run.settings import Config
@@ -99,11 +99,12 @@ class FirstBatch:
         _refuse_nothing_to_train(dag)
         loss_weights = LossWeights(dag, self.read_buffer)
         if not check:
-            return Prepared(dag, loss_weights, CheckReport(skipped="the check is turned off"))
+            skipped = CheckReport(skipped="the check is turned off")
+            return Prepared(loss_weights.dag, loss_weights, skipped)
         microbatches = split_batch(dag, self.batch, 0, self.num_microbatches, loss_weights)
         batch, following = self._chosen(dag, loss_weights, microbatches[1])
         checked, report = check_capture(
-            dag,
+            loss_weights.dag,
             self.model,
             batch,
             self.loss,
@@ -124,12 +125,15 @@ class FirstBatch:
         tensors, _ = flatten_batch(self.batch)
         rows = num_rows(tensors, "step 0")
         bounds = split_rows(rows, self.num_microbatches, least_rows(dag))
-        chosen = max(microbatches, key=lambda microbatch: microbatch.weight).index
+        chosen = max(microbatches, key=lambda m: _least(m.weight, m.term_weights)).index
         begin, end = bounds[chosen]
         few = min(end, begin + max(least_rows(dag), rows // _LARGEST_SHARE))
         part = take_rows(tensors, begin, few)
         found = whole_batch(dag, part, dag.batch_constants)
-        if found is None or loss_weights([found[0]], [found[1]], None, "step 0") == [0.0]:
+        (share,) = (
+            loss_weights([found[0]], [found[1]], None) if found is not None else (Share(0.0),)
+        )
+        if not _least(share.weight, share.terms):
             part = take_rows(tensors, begin, end)
         other = take_rows(tensors, *bounds[(chosen + 1) % len(bounds)])
         if len(bounds) == 1:
@@ -145,9 +149,7 @@ class FirstBatch:
         """Compare the batch's loss with its micro-batches'; return why not, or ""."""
         if len(microbatches) == 1:
             return "there is one micro-batch only"
-        sized = [(part, dict(m.sizes)) for part, m in zip(parts, microbatches, strict=True)]
-        weights = [microbatch.weight for microbatch in microbatches]
-        check_microbatches(dag, self.model, self.batch, sized, weights, self.loss)
+        check_microbatches(dag, self.model, self.batch, parts, microbatches, self.loss)
         return ""
 
 
@@ -165,6 +167,11 @@ def described(report: CheckReport) -> str:
             f" Right only for {', '.join(report.fixed)}: batches of other sizes will be refused."
         )
     return text
+
+
+def _least(weight: float, terms: Sequence[tuple[str, float]]) -> float:
+    """Return the weight of what counts least in a micro-batch."""
+    return min([weight, *(of_term for _, of_term in terms)])
 
 
 def _like(batch: Any, tensors: dict[str, torch.Tensor]) -> Any:

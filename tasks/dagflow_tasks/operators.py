@@ -41,6 +41,7 @@ Argument = Any
 """JSON: None, bool, int, float, str, a list, or a one-key mapping (`ref`, `size`, `dtype`, ...)."""
 
 LINEAR = "aten.linear.default"
+WEIGHTED = "dagflow.weighted"
 _ATEN_NAME = re.compile(r"aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
 
 # ATen operators that reach outside the program: files, other processes, raw storage, or a device
@@ -145,6 +146,11 @@ def argument_references(argument: Argument) -> Iterator[str]:
     elif isinstance(argument, (list, tuple)):
         for item in argument:
             yield from argument_references(item)
+
+
+def weight_value(index: int) -> str:
+    """Name of the value that holds the weight of one of the loss's terms: a number, no tensor."""
+    return f"w.{index}"
 
 
 def mentions_size(argument: Argument) -> bool:
@@ -293,6 +299,14 @@ def _histc(values: torch.Tensor, *bins: Any, **more: Any) -> torch.Tensor:
     return torch.histc(values.float(), *bins, **more).to(values.dtype)
 
 
+def _weighted(part: torch.Tensor, weight: float) -> torch.Tensor:
+    """Return a part of the loss times the weight that came with the micro-batch.
+
+    A mean over nothing is NaN: a part of which nothing counts is 0, and no gradient starts there.
+    """
+    return part * weight if weight else torch.zeros_like(part)
+
+
 _EXTENSIONS: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem,
     "aten.histc.default": _histc,
@@ -310,6 +324,7 @@ _EXTENSIONS: dict[str, Callable[..., Any]] = {
     KIMI_DELTA: kimi_delta_chunks,
     LINEAR_RECURRENCE: linear_recurrence,
     WEIGHTED_SUMS: weighted_sums,
+    WEIGHTED: _weighted,
     LINEAR_INT8: linear_int8,
     LINEAR_INT4: linear_int4,
     LINEAR_PACKED: linear_packed,

@@ -55,12 +55,15 @@ class Microbatch:
         The factor with which its loss counts in the step's: its share of what a mean is over, 1 for a
         sum, and 0 if nothing of it counts (no target), whatever its loss is then.
     sizes : tuple of (symbol, size)
+    term_weights : tuple of (value, float)
+        The factors of the loss's terms, where these are weighed one by one; `weight` is 1 then, or 0.
     """
 
     step: int
     index: int
     weight: float
     sizes: tuple[tuple[str, int], ...] = ()
+    term_weights: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

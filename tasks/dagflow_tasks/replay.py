@@ -7,7 +7,7 @@ by the very functions that computed it first. The bits are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,8 @@ class StepRecord:
         return {
             "step": self.step,
             "microbatches": [
-                [m.weight, [list(size) for size in m.sizes]] for m in self.microbatches
+                [m.weight, _pairs(m.sizes), *([_pairs(m.term_weights)] if m.term_weights else [])]
+                for m in self.microbatches
             ],
             "learning_rate_factor": self.learning_rate_factor,
             "decision": self.decision.to_json() if self.decision is not None else None,
@@ -73,8 +74,8 @@ class StepRecord:
     def from_json(cls, body: Mapping[str, Any]) -> StepRecord:
         step = int(body["step"])
         microbatches = tuple(
-            Microbatch(step, index, weight, tuple((name, size) for name, size in sizes))
-            for index, (weight, sizes) in enumerate(body["microbatches"])
+            Microbatch(step, index, weight, *(tuple(map(tuple, pairs)) for pairs in named))
+            for index, (weight, *named) in enumerate(body["microbatches"])
         )
         decision = body["decision"]
         return cls(
@@ -84,6 +85,10 @@ class StepRecord:
             Decision.from_json(decision) if decision is not None else None,
             body["samples"],
         )
+
+
+def _pairs(named: Iterable[tuple[str, float]]) -> list[list[str | float]]:
+    return [[name, number] for name, number in named]
 
 
 @dataclass(frozen=True)

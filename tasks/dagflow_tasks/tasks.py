@@ -225,16 +225,27 @@ def send(
 
 
 def _send_backward(ref: StageRef, result: BackwardResult) -> None:
+    """Have the journal keep a backward's result.
+
+    Raises
+    ------
+    GarbageReceived
+        If its readers would refuse it. Said here, and not only there: this stage's next tasks, which
+        go by what this one leaves behind, must not run, whoever comes first.
+    """
     if not ref.journal:
         return
+    step, index = result.place
     try:
         for name, gradient in result.gradients.items():
-            check_numbers(ref, gradient, name, ref.stage)
+            what = f"The gradient of {name!r} by stage {ref.stage} in step {step} has NaN."
+            check_numbers(ref, gradient, what, ref.stage)
     except GarbageReceived:
-        # It will be refused; and what is in the sums is no better.
-        with CACHE.lock:
-            CACHE.states.pop(ref.key, None)
-        return
+        if result.sums is None:
+            CACHE.take_graph(ref, step, index)  # the first half counts as not done
+        else:
+            CACHE.drop(ref, SUMS)  # which hold it already
+        raise
     facts: dict[str, Any] = {"non_finite": result.non_finite, "losses": result.losses}
     if result.forward is not None:
         loss = CACHE.executable(ref).program.loss
@@ -272,7 +283,10 @@ def _run(
     buffers, written = _buffers(executable, state, latest)
     random = RandomAddress(ref.settings.seed, microbatch.step, microbatch.index)
     weights = WeightGradients(later=halves)
-    outputs = executable.run({**inputs, **uses, **buffers}, dict(microbatch.sizes), random, weights)
+    terms = dict(microbatch.term_weights)
+    numbers = {name: terms[name] for name in program.term_weights}
+    values_of = {**inputs, **uses, **buffers, **numbers}
+    outputs = executable.run(values_of, dict(microbatch.sizes), random, weights)
     return SavedGraph(inputs, uses, outputs, weights), written
 
 

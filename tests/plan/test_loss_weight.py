@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from torch.nn.functional import (
     one_hot,
 )
 
-from dagflow.errors import BatchInvalid, ResultsDiffer
+from dagflow.errors import ResultsDiffer
 from dagflow.graph.capture import capture
 from dagflow.plan.loss_weight import LossWeights
+from dagflow.plan.uncut import Uncut
 from dagflow.run.data import TokenDataset
 from dagflow.run.feed import TokenFeed, split_batch
 from dagflow.run.graph import StepGraph
+from dagflow_tasks.references import Microbatch
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -152,12 +154,24 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, target
 
 
-def weighed(model: Tagger, loss: Loss | None, given: Any) -> tuple[list[float], list[Any]]:
-    """Split a batch into four, and return each part's weight and tensors."""
+def split(model: nn.Module, loss: Loss | None, given: Any) -> Iterator[tuple[Microbatch, float]]:
+    """Split a batch into four, and yield each micro-batch with its loss by the DAG."""
     dag = capture(model, tuple(tensor[:3] for tensor in given), loss=loss)
     weights = LossWeights(dag, dict(model.named_buffers()).get)
+    uncut = Uncut(weights.dag, dict(model.named_parameters()), dict(model.named_buffers()))
     parts, microbatches = split_batch(dag, given, 0, 4, weights)
-    return [m.weight for m in microbatches], [list(part.values()) for part in parts]
+    for part, microbatch in zip(parts, microbatches, strict=True):
+        uncut.term_weights = dict(microbatch.term_weights)
+        yield microbatch, uncut.loss(part, dict(microbatch.sizes))
+
+
+def weighed(model: nn.Module, loss: Loss | None, given: Any) -> list[float]:
+    return [microbatch.weight for microbatch, _ in split(model, loss, given)]
+
+
+def added(model: nn.Module, loss: Loss | None, given: Any) -> float:
+    """Return what a batch's micro-batches add up to."""
+    return sum(m.weight * found for m, found in split(model, loss, given) if m.weight)
 
 
 OFTEN = ("sum", "class weights", "masked, clamped", "sum by a count", "two terms")
@@ -173,9 +187,8 @@ OFTEN = ("sum", "class weights", "masked, clamped", "sum by a count", "two terms
 )
 def test_weighted_losses_of_microbatches_add_up_to_the_batchs(name: str) -> None:
     model, loss, (ids, target) = Tagger(), LOSSES[name], batch()
-    weights, parts = weighed(model, loss, (ids, target))
-    found = sum(w * loss(model(i), t).item() for w, (i, t) in zip(weights, parts, strict=True))
-    assert found == pytest.approx(loss(model(ids), target).item(), rel=1e-6)
+    wanted = loss(model(ids), target).item()
+    assert added(model, loss, (ids, target)) == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -183,38 +196,119 @@ def test_any_index_may_be_the_ignored_one() -> None:
     model, loss = Tagger(), LOSSES["another index ignored"]
     ids, target = batch()
     target = target.clamp(min=1)
-    weights, parts = weighed(model, loss, (ids, target))
-    found = sum(w * loss(model(i), t).item() for w, (i, t) in zip(weights, parts, strict=True))
-    assert found == pytest.approx(loss(model(ids), target).item(), rel=1e-6)
+    wanted = loss(model(ids), target).item()
+    assert added(model, loss, (ids, target)) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_class_weights_may_be_a_buffer_of_the_model() -> None:
     model, given = WithLoss(), batch()
-    weights, parts = weighed(model, None, given)
-    found = sum(w * model(*part).item() for w, part in zip(weights, parts, strict=True))
-    assert found == pytest.approx(model(*given).item(), rel=1e-6)
-    assert len(set(weights)) == 4
+    assert added(model, None, given) == pytest.approx(model(*given).item(), rel=1e-6)
+    assert len(set(weighed(model, None, given))) == 4
 
 
 def test_a_microbatch_without_targets_counts_nothing() -> None:
     ids, target = batch()
     target[3:6] = -100
     for loss in (entropy(), entropy(weight=CLASS_WEIGHT), over_mask(0.0)):
-        weights, _ = weighed(Tagger(), loss, (ids, target))
+        weights = weighed(Tagger(), loss, (ids, target))
         assert weights[1] == 0.0
         assert sum(weights) == pytest.approx(1.0)
     target[:] = -100
-    assert weighed(Tagger(), entropy(), (ids, target))[0] == [0.0] * 4
+    assert weighed(Tagger(), entropy(), (ids, target)) == [0.0] * 4
 
 
-def test_terms_that_weigh_rows_differently_are_refused() -> None:
+def spread(output: torch.Tensor) -> torch.Tensor:
+    """Z-loss: a mean over all tokens, ignored or not."""
+    return output.logsumexp(-1).square().mean()
+
+
+def ignoring_and_spread(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return entropy()(output, target) + 0.1 * spread(output)
+
+
+def many_counts(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    losses, mask = masked(output, target)
+    by_mask = 0.5 * losses.sum() / mask.sum().clamp(min=1)
+    return (by_mask + entropy(weight=CLASS_WEIGHT)(output, target)) / 3 - 0.1 * (output**2).sum()
+
+
+def in_place_of_two(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    loss = spread(output)
+    loss += entropy()(output, target)
+    loss /= 2
+    return loss
+
+
+def two_heads(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """As masked language models with next sentences: targets of both, padded each in its way."""
+    sentence = torch.where(target[:, 5] == 1, -100, target[:, 0])
+    return entropy()(output, target) + cross_entropy(output.mean(1), sentence)
+
+
+SEPARATE: dict[str, Loss] = {
+    "targets and all tokens": ignoring_and_spread,
+    "three counts and a sum": many_counts,
+    "added up in place": in_place_of_two,
+    "two kinds of targets": two_heads,
+    "stacked": lambda o, t: (
+        torch.stack([entropy()(o, t), spread(o), (o**2).sum()]) @ torch.tensor([1.0, 0.1, 0.01])
+    ),
+    "a sum and a mean": lambda o, t: (o**2).sum() + spread(o) * 3,
+    "masked and plain": lambda o, t: over_mask(1.0)(o, t) + 0.1 * o.abs().mean(),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if k < 3 else [pytest.mark.slow]) for k, n in enumerate(SEPARATE)]
+)
+def test_parts_that_are_divided_by_different_things_are_weighed_one_by_one(name: str) -> None:
+    model, loss, (ids, target) = Tagger(), SEPARATE[name], batch()
+    for _ in range(2):
+        wanted = loss(model(ids), target).item()
+        assert added(model, loss, (ids, target)) == pytest.approx(wanted, rel=2e-6)
+        target[3:6] = -100  # of the second micro-batch
+
+
+class WithPenalty(Tagger):
+    """A sum over rows and a penalty on weights, which no batch is in."""
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(ids)
+        penalty = sum(p.square().sum() for p in self.parameters())
+        return entropy(reduction="sum")(logits, labels) + penalty / 7
+
+
+def test_a_penalty_on_weights_counts_once() -> None:
+    model, given = WithPenalty(), batch()
+    assert added(model, None, given) == pytest.approx(model(*given).item(), rel=1e-6)
+
+
+def test_a_part_of_which_nothing_counts_has_no_gradient() -> None:
+    ids, target = batch()
+    target[:] = -100
+    model = Tagger()
+    dag = capture(model, (ids[:3], target[:3]), loss=ignoring_and_spread)
+    weights = LossWeights(dag)
+    (part,), (microbatch,) = split_batch(dag, (ids, target), 0, 1, weights)
+    uncut = Uncut(weights.dag, dict(model.named_parameters()), {})
+    uncut.term_weights = dict(microbatch.term_weights)
+    found = uncut.run(part, dict(microbatch.sizes), ["head.weight"])
+    wanted = 0.1 * spread(model(ids))
+    wanted.backward()
+    assert microbatch.weight == 1.0
+    torch.testing.assert_close(found["loss", ""], wanted.detach())
+    torch.testing.assert_close(found["gradient", "head.weight"], model.head.weight.grad)
+
+
+def test_terms_that_cannot_be_told_apart_are_refused_before_the_first_step() -> None:
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return entropy()(output, target) + 0.01 * (output**2).mean()
+        first = ignoring_and_spread(output, target)
+        return first + first / (target != -100).sum()
 
-    with pytest.raises(BatchInvalid, match=r"step 0.*differently.*num_microbatches=1"):
-        weighed(Tagger(), loss, batch())
     whole = torch.randint(0, 11, (10, 6)), torch.randint(0, 5, (10, 6))
-    assert weighed(Tagger(), loss, whole)[0] == [0.3, 0.3, 0.2, 0.2]
+    words = r"add .*weighed differently.*targets.*a mean over rows.*num_microbatches=1"
+    with pytest.raises(ResultsDiffer, match=words):
+        weighed(Tagger(), loss, whole)
 
 
 class DrawsTargets(Tagger):
@@ -284,10 +378,33 @@ def positives(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return binary_cross_entropy_with_logits(output[..., 0], wanted, pos_weight=weight)
 
 
+def by_balance(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    wanted = (target > 2).float()
+    share = wanted.mean().clamp(0.9, 1.0)
+    weight = torch.where(wanted > 0, 1 / share, 1 / (2 - share))
+    losses = binary_cross_entropy_with_logits(output[..., 0], wanted, reduction="none")
+    return (losses * weight).mean()
+
+
+def by_frequency(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    target = target.clamp(min=0)
+    often = one_hot(target, 5).sum((0, 1)).clamp(max=1)
+    losses = cross_entropy(output.transpose(1, 2), target, reduction="none")
+    return (losses * often[target]).mean()
+
+
+def centred(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    wanted = target.float().clamp(min=0)
+    return mse_loss(output[..., 0], wanted - wanted.mean().clamp(max=0))
+
+
 NO_SUMS: dict[str, tuple[str, Loss]] = {
     "hard examples": ("div", hard),
     "own labels": ("cross_entropy_loss", own_labels),
     "balanced classes": ("cross_entropy_loss", balanced),
+    "rows by their class's share": ("where", by_balance),
+    "rows by their class's number": ("index", by_frequency),
+    "targets less their mean": ("sub", centred),
     "balanced positives": ("binary_cross_entropy_with_logits", positives),
     "mean of what is no nan": ("nanmean", lambda o, t: squares(o, t).nanmean()),
     "flooded": ("abs", lambda o, t: (squares(o, t).mean() + 1.0).abs() - 1.0),
@@ -295,7 +412,7 @@ NO_SUMS: dict[str, tuple[str, Loss]] = {
     "larger of two": ("maximum", lambda o, t: torch.maximum(squares(o, t).mean(), o.new_zeros(()))),
     "largest of means": ("max", lambda o, t: o.mean((0, 1)).max()),
 }
-FEW = ("hard examples", "own labels", "balanced classes", "flooded")
+FEW = ("hard examples", "own labels", "balanced classes", "rows by their class's share", "flooded")
 
 
 @pytest.mark.parametrize(
@@ -315,7 +432,7 @@ def test_targets_that_argmax_makes_all_count() -> None:
     def distilled(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return entropy()(output, (output.detach() * 2).argmax(-1))
 
-    assert weighed(Tagger(), distilled, batch())[0] == [0.3, 0.3, 0.2, 0.2]
+    assert weighed(Tagger(), distilled, batch()) == [0.3, 0.3, 0.2, 0.2]
 
 
 def test_only_what_is_in_a_batch_makes_its_weights_be_computed_each_step() -> None:
