@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -92,6 +93,32 @@ def test_batches_and_microbatches_without_targets_do_not_end_a_run(
     for name, tensor in weights.items():
         torch.testing.assert_close(result.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
     assert_same_run(train(of, data, tmp_path / "one", client=client, num_stages=1), result)
+
+
+def of_two_counts(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A mean over the targets that aren't ignored, and one over all rows."""
+    loss = torch.nn.functional.cross_entropy(output, target)
+    return loss + 0.1 * output.logsumexp(-1).square().mean()
+
+
+def test_parts_of_a_loss_with_counts_of_their_own_train_like_torch_and_are_rebuilt(
+    client: Client, tmp_path: Path
+) -> None:
+    of = Example(example().model, example().batch, of_two_counts)
+    data = batches(of, 4)
+    for number, (_, target) in enumerate(data):
+        target[: 2 * number + 1] = -100
+    wanted, weights = train_with_torch(of, data)
+    result = train(of, data, tmp_path / "two", client=client, num_stages=2)
+    assert result.losses == pytest.approx(wanted, rel=1e-5)
+    for name, tensor in result.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5)
+    # The first part's steps are in the ledger, and replayed from the journal.
+    part = tmp_path / "part"
+    train(of, data, part, client=client, num_stages=2, steps=3)
+    for step in (1, 2, 3):
+        shutil.rmtree(part / "snapshots" / f"step-{step:08d}", ignore_errors=True)
+    assert_same_run(train(of, data, part, client=client, num_stages=2), result)
 
 
 @pytest.mark.slow

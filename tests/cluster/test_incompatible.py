@@ -7,15 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from distributed import Client
 from local import local_cluster
 from small import assert_same_run, batches, example, train
+from zoo import Example
 
 import dagflow
 from dagflow.errors import ProgramTooNew
-from dagflow_storage import RunDirectory, Store, list_snapshots
+from dagflow_storage import RunDirectory, Snapshot, Store, list_snapshots
 
 Refused = Callable[..., Any]
 
@@ -131,3 +133,26 @@ def test_a_nan_names_step_and_stage_and_keeps_the_last_good_snapshot(
         assert words in str(caught.value).lower()
     assert list_snapshots(Store(str(run)))[-1] == 4
     assert_same_run(train(of, good, run, client=client), whole)
+
+
+def zero_times_infinity(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A finite loss; its gradient has NaN where the batch has a zero."""
+    return (output - target).square().mean() + (output * target[:, :1]).abs().sqrt().mean()
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "words"), [(2, "stage 1 in step 1 has NaN"), (1, "step 1 isn't finite")]
+)
+def test_gradients_that_are_not_finite_end_the_run_before_any_weight_is_ruined(
+    client: Client, tmp_path: Path, num_stages: int, words: str
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    of = Example(model, lambda rows: (torch.rand(rows, 8), torch.rand(rows, 4)), zero_times_infinity)
+    data = batches(of, 3)
+    data[1][1][5, 0] = 0.0
+    with pytest.raises(dagflow.NonFiniteLoss, match=words):
+        train(of, data, tmp_path, client=client, num_stages=num_stages, snapshot_every=1)
+    last = Snapshot.open(Store(str(tmp_path)), list_snapshots(Store(str(tmp_path)))[-1])
+    assert last.step == 1
+    weights = last.read("parameter", last.names("parameter")).values()
+    assert all(np.isfinite(tensor).all() for tensor in weights)

@@ -62,6 +62,9 @@ def _training_table(groups: Mapping[str, Sequence[Row]]) -> str:
         "warned": lambda r: r.get("training") == "warned",
         "anything else": lambda r: _is_fault(r) and bool(r.get("eager")),
     }
+    if any("microbatches" in r for members in groups.values() for r in members):
+        columns["batch = micro-batches"] = lambda r: r.get("microbatches") == "right"
+        columns["splitting refused"] = lambda r: r.get("microbatches") == "refused"
     lines = [f"| training | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, members in groups.items():
         counts = [str(sum(map(fits, members))) for fits in columns.values()]

@@ -40,6 +40,8 @@ class Record(dict[str, Any]):
             self.note(training=self._compared())
         if self.get("check") == "crash":
             self.note(training="crash", cause=f"the check: {self['check_cause']}")
+        if self.get("microbatches") == "crash":
+            self.note(training="crash", cause=f"micro-batches: {self['microbatches_cause']}")
         # A run begins with the check: what that refuses isn't trained, rightly so or not.
         if self.get("check") == "refuses":
             found = self["training"] not in ("right", "wrong cut")

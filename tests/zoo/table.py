@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-_COLUMNS = ("built", "eager", "captured", "check", "uncut", "cut", "second_shape", "served")
+_COLUMNS = ("built", "eager", "captured", "check", "uncut", "cut", "second_shape", "microbatches", "served")
 
 Row = Mapping[str, Any]
 
@@ -48,6 +48,9 @@ def totals(records: Sequence[Row]) -> str:
         bits = Counter(_kind(r.get("uncut")) for r in members if r.get("uncut"))
         cut = Counter(_kind(r.get("cut")) for r in members if r.get("cut"))
         lines.append(f"{group}, uncut = eager: {_counts(bits)}; cut = uncut: {_counts(cut)}")
+        split = Counter(r["microbatches"] for r in members if "microbatches" in r)
+        if split:
+            lines.append(f"{group}, micro-batches = batch: {_counts(split)}")
     return "\n".join(lines)
 
 
@@ -73,6 +76,9 @@ def causes(records: Iterable[Row]) -> str:
             found[f"cut, {record['cut']}: {record.get('cut_cause') or record.get('cause')}"].append(
                 name
             )
+        if record.get("microbatches") in ("refused", "crash"):
+            what = _alike(record["microbatches_cause"])
+            found[f"micro-batches, {record['microbatches']}: {what}"].append(name)
         if record.get("second_shape") in ("no", "rows only", "length only"):
             what = _alike(str(record.get("second_cause", "")))
             found[f"second shape, {record['second_shape']}: {what}"].append(name)
@@ -84,5 +90,6 @@ def _alike(text: str) -> str:
     """Return a message without what differs from model to model."""
     text = re.sub(r"^(\w+): \w+ has (\d+) layers", r"\1: ... has N layers", text)
     text = re.sub(r"was found in \d+", "was found in M", text)
+    text = re.sub(r"is [-\d.e]+, but (.*?) to [-\d.e]+, .*? off:", r"is x, but \1 to y:", text)
     text = re.sub(r"^step \d: gradient of .* is off.*", "a gradient is off", text)
     return re.sub(r"\d\.\de[+-]\d+", "x", text)[:220]

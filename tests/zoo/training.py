@@ -31,6 +31,7 @@ from dagflow_tasks.optimizer import Optimizer
 
 from .case import IDIOMS, Case, Subject, scalar_of
 from .differences import differing, worst
+from .microbatches import judge_microbatches
 from .record import Record, short
 
 _LEARNING_RATE = 1e-3
@@ -64,6 +65,8 @@ def judge_training(case: Case, subject: Subject, record: Record) -> None:
         return
     dag = _checked(case, subject, dag, batches[0], record)
     batches = [batches[0], _second(case, subject, dag, batches[1], record), batches[0]]
+    if record.get("check") != "refuses":
+        judge_microbatches(_same_again(case, subject), dag, batches[1], record)
     _compare_with_eager(case, subject, dag, batches, record)
     if record.get("uncut") not in (None, "crash"):
         _compare_cuts(case, subject, dag, batches, record)
