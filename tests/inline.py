@@ -30,6 +30,8 @@ from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors, write_tensors
 
 wire.register()
 
+TermWeights = tuple[tuple[str, float], ...]
+
 
 class InlineRun:
     """A run of some steps on one model, cut in some way, without dask.
@@ -81,15 +83,25 @@ class InlineRun:
         self.results: dict[Any, Any] = {}
         self.losses: list[float] = []
 
-    def step(self, step: int, batches: list[Any], weights: Sequence[float] | None = None) -> None:
-        inputs = self.inputs(step, batches, weights)
+    def step(
+        self,
+        step: int,
+        batches: list[Any],
+        weights: Sequence[float] | None = None,
+        term_weights: Sequence[TermWeights] | None = None,
+    ) -> None:
+        inputs = self.inputs(step, batches, weights, term_weights)
         for key, task in in_order(self.graph.step(inputs)):
             self.before_task(self)
             self.results[key] = travelled(task(self.results))
         self.finished(inputs)
 
     def inputs(
-        self, step: int, batches: list[Any], weights: Sequence[float] | None = None
+        self,
+        step: int,
+        batches: list[Any],
+        weights: Sequence[float] | None = None,
+        term_weights: Sequence[TermWeights] | None = None,
     ) -> StepInputs:
         """Return what a step is computed from."""
         flat = [flatten_batch(batch)[0] for batch in batches]
@@ -98,7 +110,13 @@ class InlineRun:
             for tensors in flat
         ]
         microbatches = tuple(
-            Microbatch(step, m, weights[m] if weights else 1 / len(batches), sizes[m])
+            Microbatch(
+                step,
+                m,
+                weights[m] if weights else 1 / len(batches),
+                sizes[m],
+                term_weights[m] if term_weights else (),
+            )
             for m in range(len(batches))
         )
 

@@ -65,6 +65,11 @@ class Microbatch:
     sizes: tuple[tuple[str, int], ...] = ()
     term_weights: tuple[tuple[str, float], ...] = ()
 
+    @property
+    def all_counts(self) -> bool:
+        """Whether there is something to count for every part of the loss; a mean over nothing is NaN."""
+        return bool(self.weight) and all(weight for _, weight in self.term_weights)
+
 
 @dataclass(frozen=True)
 class StateRef:

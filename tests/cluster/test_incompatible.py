@@ -147,7 +147,9 @@ def test_gradients_that_are_not_finite_end_the_run_before_any_weight_is_ruined(
     client: Client, tmp_path: Path, num_stages: int, words: str
 ) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
-    of = Example(model, lambda rows: (torch.rand(rows, 8), torch.rand(rows, 4)), zero_times_infinity)
+    of = Example(
+        model, lambda rows: (torch.rand(rows, 8), torch.rand(rows, 4)), zero_times_infinity
+    )
     data = batches(of, 3)
     data[1][1][5, 0] = 0.0
     with pytest.raises(dagflow.NonFiniteLoss, match=words):

@@ -259,7 +259,8 @@ SEPARATE: dict[str, Loss] = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if k < 3 else [pytest.mark.slow]) for k, n in enumerate(SEPARATE)]
+    "name",
+    [pytest.param(n, marks=[] if k < 3 else [pytest.mark.slow]) for k, n in enumerate(SEPARATE)],
 )
 def test_parts_that_are_divided_by_different_things_are_weighed_one_by_one(name: str) -> None:
     model, loss, (ids, target) = Tagger(), SEPARATE[name], batch()

@@ -64,7 +64,9 @@ def test_a_gradient_for_another_stage_is_refused_where_it_is_made(halved: bool) 
 def test_a_parameters_gradient_is_refused_before_it_ruins_the_weights() -> None:
     torch.manual_seed(0)
     run = run_of(AtZero(), mse_loss)
-    with pytest.raises(GarbageReceived, match=r"gradient of 'scale' in step 0 isn't finite") as caught:
+    with pytest.raises(
+        GarbageReceived, match=r"gradient of 'scale' in step 0 isn't finite"
+    ) as caught:
         run.step(0, [batch(), batch()])
     stage = caught.value.stage
     state = CACHE.states[run.refs[stage].key]

@@ -7,7 +7,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-_COLUMNS = ("built", "eager", "captured", "check", "uncut", "cut", "second_shape", "microbatches", "served")
+_COLUMNS = (
+    "built",
+    "eager",
+    "captured",
+    "check",
+    "uncut",
+    "cut",
+    "second_shape",
+    "microbatches",
+    "served",
+)
 
 Row = Mapping[str, Any]
 
