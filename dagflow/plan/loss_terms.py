@@ -316,7 +316,11 @@ class LossReader:
             if name in self._accounted_for or not (self._is_known(name) and self._has_rows(name)):
                 continue
             if any(map(self._is_statistic, node.references())):
-                self.refuse(node, "gives rows what the whole batch has been summed up to")
+                self.refuse(
+                    node,
+                    "gives rows what the whole batch has been summed up to",
+                    remedy="take such numbers from the whole data set",
+                )
 
     def _how(self, name: str) -> str:
         return "the model draws at random" if self._is_only_drawn(name) else "the model computes"
