@@ -30,7 +30,7 @@ from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors, write_tensors
 
 wire.register()
 
-TermWeights = tuple[tuple[str, float], ...]
+Numbers = tuple[tuple[str, float], ...]
 
 
 class InlineRun:
@@ -88,9 +88,9 @@ class InlineRun:
         step: int,
         batches: list[Any],
         weights: Sequence[float] | None = None,
-        term_weights: Sequence[TermWeights] | None = None,
+        numbers: Sequence[Numbers] | None = None,
     ) -> None:
-        inputs = self.inputs(step, batches, weights, term_weights)
+        inputs = self.inputs(step, batches, weights, numbers)
         for key, task in in_order(self.graph.step(inputs)):
             self.before_task(self)
             self.results[key] = travelled(task(self.results))
@@ -101,7 +101,7 @@ class InlineRun:
         step: int,
         batches: list[Any],
         weights: Sequence[float] | None = None,
-        term_weights: Sequence[TermWeights] | None = None,
+        numbers: Sequence[Numbers] | None = None,
     ) -> StepInputs:
         """Return what a step is computed from."""
         flat = [flatten_batch(batch)[0] for batch in batches]
@@ -115,7 +115,7 @@ class InlineRun:
                 m,
                 weights[m] if weights else 1 / len(batches),
                 sizes[m],
-                term_weights[m] if term_weights else (),
+                numbers[m] if numbers else (),
             )
             for m in range(len(batches))
         )

@@ -166,8 +166,8 @@ class OperatorDag:
         Entries of a batch that the model's forward doesn't take, and `match_batch` passes over.
     fixed_sizes : tuple of FixedSize
         Where the model's code has fixed a size, to name the line when a batch has another.
-    term_weights : tuple of str
-        Numbers that come with every micro-batch, see `dagflow.plan.loss_separation`.
+    numbers : tuple of str
+        Values that come with every micro-batch as numbers, see `dagflow.plan.loss_weight`.
     """
 
     symbols: tuple[Symbol, ...]
@@ -182,7 +182,7 @@ class OperatorDag:
     conditions: tuple[Condition, ...] = ()
     dropped_columns: tuple[str, ...] = ()
     fixed_sizes: tuple[FixedSize, ...] = ()
-    term_weights: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
 
     @cached_property
     def checked_sizes(self) -> dict[tuple[int, ...], str]:
@@ -246,7 +246,7 @@ class OperatorDag:
             "conditions": [asdict(condition) for condition in self.conditions],
             "dropped_columns": list(self.dropped_columns),
             "fixed_sizes": [asdict(fixed) for fixed in self.fixed_sizes],
-            "term_weights": list(self.term_weights),
+            "numbers": list(self.numbers),
         }
         return json.dumps(body)
 
@@ -283,7 +283,7 @@ class OperatorDag:
             conditions=tuple(Condition(**condition) for condition in body.get("conditions", ())),
             dropped_columns=tuple(body.get("dropped_columns", ())),
             fixed_sizes=tuple(FixedSize(**fixed) for fixed in body.get("fixed_sizes", ())),
-            term_weights=tuple(body.get("term_weights", ())),
+            numbers=tuple(body.get("numbers", ())),
         )
 
     def defined_values(self) -> set[str]:
@@ -293,7 +293,7 @@ class OperatorDag:
             *(use for parameter in self.parameters for use in parameter.uses),
             *(buffer_value(buffer.name) for buffer in self.buffers),
             *(constant.name for constant in self.constants),
-            *self.term_weights,
+            *self.numbers,
         }
 
 

@@ -119,7 +119,7 @@ class _Assembler:
             constants=tuple(c for c in self.dag.constants if c.name in references),
             nodes=tuple(nodes),
             loss=self.dag.loss if self.stage_of(self.dag.loss) == stage else None,
-            term_weights=tuple(name for name in self.dag.term_weights if name in references),
+            numbers=tuple(name for name in self.dag.numbers if name in references),
         )
 
     def _value(self, name: str) -> ValueSpec:

@@ -33,6 +33,7 @@ from dagflow_tasks.tasks import tensors_of
 
 def check_microbatches(
     dag: OperatorDag,
+    split: OperatorDag,
     model: torch.nn.Module,
     batch: Any,
     parts: Sequence[Mapping[str, torch.Tensor]],
@@ -47,6 +48,8 @@ def check_microbatches(
 
     Parameters
     ----------
+    dag, split
+        What was captured, and what is to be run on micro-batches.
     batch
         The whole batch, as the user's data yields it.
     parts, microbatches
@@ -60,12 +63,12 @@ def check_microbatches(
     ------
     ResultsDiffer
     """
-    uncut = Uncut(dag, parameters_of(model) | awake(model), dict(model.named_buffers()))
+    uncut = Uncut(split, parameters_of(model) | awake(model), dict(model.named_buffers()))
     losses = []
     try:
         for part, microbatch in zip(parts, microbatches, strict=True):
             if microbatch.weight:
-                uncut.term_weights = dict(microbatch.term_weights)
+                uncut.numbers = dict(microbatch.numbers)
                 loss_of_part = _calm_loss(uncut, dag, part, dict(microbatch.sizes))
                 losses.append(microbatch.weight * loss_of_part)
         batch_loss = _batch_loss(dag, model, loss, batch, None)

@@ -31,14 +31,14 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Value:
-    """A scalar that the DAG computes from the batch without parameters: a mask's sum.
+class Whole:
+    """A scalar that the whole batch has been summed up to: a mask's sum. Micro-batches are given it.
 
-    `adds_up` tells whether the batch's is known to be the sum of its micro-batches'.
+    It changes no weight, unless it is 0: then nothing counts.
     """
 
     name: str
-    adds_up: bool = False
+    adds_up: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Targets:
     adds_up: ClassVar[bool] = True
 
 
-Factor = Rows | Fixed | Size | Value | Targets
+Factor = Rows | Fixed | Size | Whole | Targets
 Term = tuple[tuple[Factor, int], ...]
 """Factors, with their exponents 1 or -1, of what divides a part of the loss. A sum has none."""
 

@@ -7,14 +7,15 @@ where they part, by numbers that come with every micro-batch; below that nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from dagflow.graph.dag import OperatorDag, OperatorInfo, buffer_value
-from dagflow.plan.loss_parts import FIXED, ROWS, Term, described, times
+from dagflow.plan.loss_parts import FIXED, ROWS, Term, Whole, described, times
 from dagflow.plan.loss_terms import LossReader
-from dagflow_tasks.operators import WEIGHTED, Node, weight_value
+from dagflow_tasks.operators import WEIGHTED, Node
+from dagflow_tasks.references import WEIGHT
 
 
 def separated(reader: LossReader) -> tuple[OperatorDag, tuple[Term, ...]]:
@@ -36,7 +37,8 @@ def separated(reader: LossReader) -> tuple[OperatorDag, tuple[Term, ...]]:
 
 def adds_up(term: Term) -> bool:
     """Tell whether what divides the batch is the sum of what divides its micro-batches."""
-    return len(term) == 1 and term[0][1] == 1 and term[0][0].adds_up
+    counts = [factor for factor in term if not isinstance(factor[0], Whole)]
+    return len(counts) == 1 and counts[0][1] == 1 and counts[0][0].adds_up
 
 
 class _Separation:
@@ -85,7 +87,7 @@ class _Separation:
         renamed: dict[str, str] = {}
 
         def multiply(value: str, term: Term, reader: Node) -> str:
-            weight = weight_value(self.terms.index(term))
+            weight = f"{WEIGHT}{self.terms.index(term)}"
             name = f"{reader.name}.{weight}.{value}"
             arguments = ({"ref": renamed.get(value, value)}, {"ref": weight})
             nodes.append(replace(reader, name=name, op=WEIGHTED, args=arguments, kwargs={}))
@@ -95,7 +97,7 @@ class _Separation:
         for node in dag.nodes:
             reads = {of: term for (name, of), term in self._read.items() if name == node.name}
             weighed = {of: multiply(of, term, node) for of, term in reads.items()}
-            nodes.append(_reading(node, {**renamed, **weighed}))
+            nodes.append(node.reading({**renamed, **weighed}))
             if node.name in self._made:
                 renamed[node.name] = multiply(node.name, self._made[node.name], node)
         return replace(
@@ -103,7 +105,7 @@ class _Separation:
             nodes=tuple(nodes),
             info=info,
             loss=renamed.get(dag.loss, dag.loss),
-            term_weights=tuple(map(weight_value, range(len(self.terms)))),
+            numbers=(*dag.numbers, *(f"{WEIGHT}{k}" for k in range(len(self.terms)))),
         )
 
 
@@ -113,22 +115,6 @@ def _form(dag: OperatorDag, value: str) -> tuple[str, tuple[Any, ...]]:
         return dag.info[value].outputs[0]
     forms = {use: (p.dtype, p.shape) for p in dag.parameters for use in p.uses}
     forms |= {buffer_value(b.name): (b.dtype, b.shape) for b in dag.buffers}
-    forms |= {spec.name: (spec.dtype, spec.shape) for spec in (*dag.inputs, *dag.constants)}
+    forms |= {spec.name: (spec.dtype, spec.shape) for spec in dag.inputs}
+    forms |= {constant.name: (constant.dtype, constant.shape) for constant in dag.constants}
     return forms[value]
-
-
-def _reading(node: Node, renamed: Mapping[str, str]) -> Node:
-    """Return a node that reads values by other names."""
-    if not any(name in renamed for name in node.references()):
-        return node
-
-    def rename(argument: Any) -> Any:
-        if isinstance(argument, Mapping):
-            name = argument.get("ref")
-            return {"ref": renamed[name]} if name in renamed else argument
-        if isinstance(argument, (list, tuple)):
-            return [rename(item) for item in argument]
-        return argument
-
-    keywords = {name: rename(argument) for name, argument in node.kwargs.items()}
-    return replace(node, args=tuple(map(rename, node.args)), kwargs=keywords)

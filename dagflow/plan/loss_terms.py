@@ -26,10 +26,10 @@ from dagflow.plan.loss_parts import (
     Size,
     Targets,
     Term,
-    Value,
+    Whole,
     times,
 )
-from dagflow_tasks.operators import Node, draws_random_numbers, dtype_of, schema_of
+from dagflow_tasks.operators import WHOLE, Node, draws_random_numbers, dtype_of, schema_of
 
 _MEAN, _SUM = 1, 2
 # Where operators of a loss function come from that is no module.
@@ -78,11 +78,11 @@ class LossReader:
         self.obstacle = ""
         self._found: dict[str, tuple[Term, ...]] = {}
         self._parts: dict[str, list[Part]] = {}
-        self._accounted_for: set[str] = set()
         self.by_name = {node.name: node for node in self.dag.nodes}
         self.given = {spec.name for spec in self.dag.inputs} | {c.name for c in self.dag.constants}
         self.given |= {buffer_value(b.name) for b in self.dag.buffers if not b.mutated}
         self.rows = {symbol.name for symbol in self.dag.symbols if symbol.dim == 0}
+        self.of_batch = {node.name for node in self.dag.nodes if node.op == WHOLE}
         inputs = {spec.name for spec in self.dag.inputs}
         made = {node.name for node in self.dag.nodes if self.rows and self._has_rows(node.name)}
         self.from_batch = analysis.depending_on(inputs | made)
@@ -195,28 +195,27 @@ class LossReader:
             if tensor is None:
                 continue
             power = 1 if place and op == "div" else -1
-            if self._is_statistic(tensor):
-                if not self._is_known(tensor) or self._shape(tensor):
-                    self.refuse(node, "scales rows by what the batch has been summed up to")
-                    return ()
-                found += ((self._value(tensor), power),)
-                self._accounted_for.add(node.name)
+            if tensor in self.of_batch and not self._shape(tensor):
+                found += ((Whole(tensor), power),)
+            elif self.is_statistic(tensor):
+                self.refuse(node, "scales rows by what the batch has been summed up to")
+                return ()
             elif power < 0:
                 found += self._scaled(tensor)
         return found
 
-    def _value(self, name: str) -> Value:
-        """Return a known scalar as a factor; sums of rows are known to add up."""
-        node: Node | None = self.by_name[name]
+    def adds_up(self, name: str) -> bool:
+        """Tell whether the batch's value is known to be the sum of its micro-batches'."""
+        node = self.by_name.get(name)
         while node is not None and short_name(node.op) in _SCALING - {"neg"}:
             node = self.by_name.get(next(iter(node.references())))
         if node is None or short_name(node.op) not in ("sum", "count_nonzero"):
-            return Value(name)
-        return Value(name, adds_up=self._has_rows(next(iter(node.references()))))
+            return False
+        return self._has_rows(next(iter(node.references())))
 
     def _other(self, node: Node, op: str, tensors: list[str]) -> list[Part] | None:
         """Return the parts in what an operator makes that isn't one of those that hand a loss on."""
-        held = [t for t in tensors if self._is_statistic(t) and not self._is_known(t)]
+        held = [t for t in tensors if self.is_statistic(t) and not self.is_known(t)]
         moving = [t for t in tensors if t in self.from_rows]
         if held and op in _LINEAR_IN_EACH and len(moving) == 1:
             return [Part(node.name, held[0])]
@@ -248,10 +247,10 @@ class LossReader:
             return None
         names = [target["ref"], *([weight["ref"]] if weight is not None else [])]
         for name in names:
-            if not self._is_known(name):
+            if not self.is_known(name):
                 what = "targets" if name == names[0] else "class weights"
                 self.refuse(node, f"divides by {what} that {self._how(name)}", name)
-        if not all(map(self._is_known, names)):
+        if not all(map(self.is_known, names)):
             return None
         targets = Targets(names[0], ignored, names[1] if len(names) > 1 else None)
         return [Part(node.name, None, ((targets, 1),))]
@@ -283,7 +282,7 @@ class LossReader:
         if "rounding_mode" in node.kwargs:
             return None
         if self._holds_loss(second):
-            if self._is_statistic(second["ref"]):
+            if self.is_statistic(second["ref"]):
                 doing = "multiplies by" if power < 0 else "divides by"
                 self.refuse(node, f"{doing} numbers that {self._how(second['ref'])}", second["ref"])
             return None
@@ -292,30 +291,31 @@ class LossReader:
         factor: Factor
         if "size" in second:
             factor = Size(_hashable(second["size"]))
+        elif second.get("ref") in self.of_batch and not self._shape(second["ref"]):
+            factor = Whole(second["ref"])
         elif second.get("ref") not in self.from_batch:
             return parts
-        elif self._is_known(second["ref"]) and not self._shape(second["ref"]):
-            factor = self._value(second["ref"])
         else:
-            if self._is_statistic(second["ref"]):
+            if self.is_statistic(second["ref"]):
                 self.refuse(node, "uses different statistics of the batch for parts of the loss")
             return None
         return [replace(part, term=times(part.term, ((factor, power),))) for part in parts]
 
     def _refuse_statistics(self, node: Node, tensors: list[str]) -> None:
-        if any(map(self._is_statistic, tensors)):
+        if any(map(self.is_statistic, tensors)):
             self.refuse(node, "is given what has been summed or averaged over rows")
 
     def _refuse_uneven_rows(self) -> None:
         """Refuse rows that are given, without parameters, what the batch has been summed up to.
 
-        Such as weights by how many rows are of a class, or targets less their mean.
+        Such as tokens less their mean by position. Few numbers come from the whole batch, see
+        `dagflow.plan.batch_numbers`.
         """
         for name in self.analysis.needed_for([self.dag.loss]):
             node = self.by_name[name]
-            if name in self._accounted_for or not (self._is_known(name) and self._has_rows(name)):
+            if not (self.is_known(name) and self._has_rows(name)):
                 continue
-            if any(map(self._is_statistic, node.references())):
+            if any(map(self.is_statistic, node.references())):
                 self.refuse(
                     node,
                     "gives rows what the whole batch has been summed up to",
@@ -328,31 +328,29 @@ class LossReader:
     def _is_only_drawn(self, name: str) -> bool:
         return name in self.drawn and name in self.analysis.free_of_parameters
 
-    def refuse(self, node: Node, what: str, cause: str = "") -> None:
+    def refuse(self, node: Node, what: str, cause: str = "", remedy: str = "") -> None:
         """Note why no weights are right, if nothing else has been noted."""
         source = self.dag.info[node.name].source or "source unknown"
         where = "in the loss function" if _WRAPPER in source else source
-        remedy = (
-            "draw masks and targets where the data is made"
-            if self._is_only_drawn(cause)
-            else "make the loss a sum or a mean over rows or targets"
-        )
+        if self._is_only_drawn(cause):
+            remedy = "draw masks and targets where the data is made"
+        remedy = remedy or "make the loss a sum or a mean over rows or targets"
         self.obstacle = self.obstacle or (
             f"The batch's loss isn't the sum of its micro-batches' losses: {short_name(node.op)} "
             f"({where}) {what}. Training would follow another loss than the model's. What to do: "
             f"train with num_microbatches=1, or {remedy}."
         )
 
-    def _is_statistic(self, name: str) -> bool:
+    def is_statistic(self, name: str) -> bool:
         """Tell whether a value is made of rows, and has none."""
         return name in self.from_rows and not self._has_rows(name)
 
     def _holds_loss(self, argument: Any) -> bool:
         """Tell whether an argument depends on the batch and on parameters or draws."""
         name = argument.get("ref") if isinstance(argument, Mapping) else None
-        return name in self.from_batch and name in self.by_name and not self._is_known(name)
+        return name in self.from_batch and name in self.by_name and not self.is_known(name)
 
-    def _is_known(self, name: str) -> bool:
+    def is_known(self, name: str) -> bool:
         """Tell whether a value can be computed from the batch alone."""
         free = name in self.analysis.free_of_parameters or name in self.given
         return free and name not in self.drawn

@@ -33,8 +33,8 @@ class Uncut:
 
     Attributes
     ----------
-    term_weights : dict
-        Of the loss's terms, 1 at first.
+    numbers : dict
+        Values that come with a micro-batch as numbers; to be set where the DAG reads any.
     """
 
     def __init__(self, dag: OperatorDag, parameters: Tensors, buffers: Tensors) -> None:
@@ -42,7 +42,7 @@ class Uncut:
         self._executable = Executable(self.program, torch.device("cpu"))
         self._loss = str(self.program.loss)
         self._written = self._executable.written_parameters
-        self.term_weights = dict.fromkeys(self.program.term_weights, 1.0)
+        self.numbers: Mapping[str, Any] = {}
         self.buffers = buffers
         self._given = parameters, buffers
         self.begin()
@@ -104,7 +104,7 @@ class Uncut:
         names = set(self.program.batch_inputs)
         buffers = {use.value: self._buffers[use.buffer] for use in self.program.buffers}
         batch = {n: t.detach() for n, t in tensors.items() if n in names}
-        return {**batch, **leaves, **buffers, **self.term_weights}
+        return {**batch, **leaves, **buffers, **self.numbers}
 
     def _gradients(self, loss: torch.Tensor, leaves: Tensors, keep: Collection[str]) -> Outcome:
         wanted = {

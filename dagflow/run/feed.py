@@ -305,7 +305,7 @@ def split_batch(
     named = [tensors_of(part) for part in parts]
     shares = loss_weights(named, [dict(s) for s in sizes], whole_batch(dag, tensors, constants))
     microbatches = tuple(
-        Microbatch(step, index, share.weight, sizes[index], share.terms)
+        Microbatch(step, index, share.weight, sizes[index], share.numbers)
         for index, share in enumerate(shares)
     )
     return named, microbatches

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from dagflow.graph.loss import LossFunction
 from dagflow.plan.analysis import DagAnalysis
 from dagflow.plan.check import CheckReport, check_capture
 from dagflow.plan.check_batch import check_microbatches
-from dagflow.plan.loss_weight import LossWeights, Share
+from dagflow.plan.known_values import Sizes, Tensors
+from dagflow.plan.loss_weight import LossWeights
 from dagflow.run.data import num_rows, split_rows
 from dagflow.run.feed import least_rows, split_batch, whole_batch
 from dagflow.run.settings import Config
@@ -100,11 +101,11 @@ class FirstBatch:
         loss_weights = LossWeights(dag, self.read_buffer)
         if not check:
             skipped = CheckReport(skipped="the check is turned off")
-            return Prepared(loss_weights.dag, loss_weights, skipped)
+            return Prepared(loss_weights.applied_to(dag), loss_weights, skipped)
         microbatches = split_batch(dag, self.batch, 0, self.num_microbatches, loss_weights)
         batch, following = self._chosen(dag, loss_weights, microbatches[1])
         checked, report = check_capture(
-            loss_weights.dag,
+            dag,
             self.model,
             batch,
             self.loss,
@@ -112,11 +113,11 @@ class FirstBatch:
             memory_bytes=_available_bytes(),
         )
         start = time.perf_counter()
-        reason = report.skipped or self._check_microbatches(checked, *microbatches)
+        reason = report.skipped or self._check_microbatches(checked, loss_weights, *microbatches)
         report = replace(
             report, microbatches=reason, seconds=report.seconds + time.perf_counter() - start
         )
-        return Prepared(checked, loss_weights, report)
+        return Prepared(loss_weights.applied_to(checked), loss_weights, report)
 
     def _chosen(
         self, dag: OperatorDag, loss_weights: LossWeights, microbatches: tuple[Microbatch, ...]
@@ -125,15 +126,12 @@ class FirstBatch:
         tensors, _ = flatten_batch(self.batch)
         rows = num_rows(tensors, "step 0")
         bounds = split_rows(rows, self.num_microbatches, least_rows(dag))
-        chosen = max(microbatches, key=lambda m: _least(m.weight, m.term_weights)).index
+        chosen = max(microbatches, key=lambda m: m.least_weight).index
         begin, end = bounds[chosen]
         few = min(end, begin + max(least_rows(dag), rows // _LARGEST_SHARE))
         part = take_rows(tensors, begin, few)
         found = whole_batch(dag, part, dag.batch_constants)
-        (share,) = (
-            loss_weights([found[0]], [found[1]], None) if found is not None else (Share(0.0),)
-        )
-        if not _least(share.weight, share.terms):
+        if found is None or not _all_counts(loss_weights, *found):
             part = take_rows(tensors, begin, end)
         other = take_rows(tensors, *bounds[(chosen + 1) % len(bounds)])
         if len(bounds) == 1:
@@ -143,13 +141,15 @@ class FirstBatch:
     def _check_microbatches(
         self,
         dag: OperatorDag,
+        loss_weights: LossWeights,
         parts: list[dict[str, torch.Tensor]],
         microbatches: tuple[Microbatch, ...],
     ) -> str:
         """Compare the batch's loss with its micro-batches'; return why not, or ""."""
         if len(microbatches) == 1:
             return "there is one micro-batch only"
-        check_microbatches(dag, self.model, self.batch, parts, microbatches, self.loss)
+        split = loss_weights.applied_to(dag)
+        check_microbatches(dag, split, self.model, self.batch, parts, microbatches, self.loss)
         return ""
 
 
@@ -169,9 +169,9 @@ def described(report: CheckReport) -> str:
     return text
 
 
-def _least(weight: float, terms: Sequence[tuple[str, float]]) -> float:
-    """Return the weight of what counts least in a micro-batch."""
-    return min([weight, *(of_term for _, of_term in terms)])
+def _all_counts(loss_weights: LossWeights, tensors: Tensors, sizes: Sizes) -> bool:
+    (share,) = loss_weights([tensors], [sizes], None)
+    return bool(Microbatch(0, 0, share.weight, (), share.numbers).least_weight)
 
 
 def _like(batch: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -42,6 +42,7 @@ Argument = Any
 
 LINEAR = "aten.linear.default"
 WEIGHTED = "dagflow.weighted"
+WHOLE = "dagflow.whole"
 _ATEN_NAME = re.compile(r"aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
 
 # ATen operators that reach outside the program: files, other processes, raw storage, or a device
@@ -105,6 +106,22 @@ class Node:
         for argument in (*self.args, *self.kwargs.values()):
             yield from argument_references(argument)
 
+    def reading(self, renamed: Mapping[str, str]) -> Node:
+        """Return the node with values read by other names."""
+        if not any(name in renamed for name in self.references()):
+            return self
+
+        def rename(argument: Argument) -> Argument:
+            if isinstance(argument, Mapping):
+                name = str(argument.get("ref"))
+                return {"ref": renamed[name]} if name in renamed else argument
+            if isinstance(argument, (list, tuple)):
+                return [rename(item) for item in argument]
+            return argument
+
+        keywords = {name: rename(argument) for name, argument in self.kwargs.items()}
+        return replace(self, args=tuple(map(rename, self.args)), kwargs=keywords)
+
     def to_json(self) -> dict[str, Any]:
         body: dict[str, Any] = {"name": self.name, "op": self.op, "args": list(self.args)}
         if self.kwargs:
@@ -146,11 +163,6 @@ def argument_references(argument: Argument) -> Iterator[str]:
     elif isinstance(argument, (list, tuple)):
         for item in argument:
             yield from argument_references(item)
-
-
-def weight_value(index: int) -> str:
-    """Name of the value that holds the weight of one of the loss's terms: a number, no tensor."""
-    return f"w.{index}"
 
 
 def mentions_size(argument: Argument) -> bool:
@@ -307,6 +319,13 @@ def _weighted(part: torch.Tensor, weight: float) -> torch.Tensor:
     return part * weight if weight else torch.zeros_like(part)
 
 
+def _whole(
+    numbers: Any, shape: list[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return what the whole batch has been summed up to, which came with the micro-batch."""
+    return torch.tensor(numbers, dtype=dtype, device=device).reshape(shape)
+
+
 _EXTENSIONS: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem,
     "aten.histc.default": _histc,
@@ -325,6 +344,7 @@ _EXTENSIONS: dict[str, Callable[..., Any]] = {
     LINEAR_RECURRENCE: linear_recurrence,
     WEIGHTED_SUMS: weighted_sums,
     WEIGHTED: _weighted,
+    WHOLE: _whole,
     LINEAR_INT8: linear_int8,
     LINEAR_INT4: linear_int4,
     LINEAR_PACKED: linear_packed,

@@ -164,8 +164,8 @@ class StageProgram:
         Sizes that differ from batch to batch; their values come with every task.
     loss : str | None
         Name of the scalar to minimise, in the stage that computes it.
-    term_weights : tuple of str
-        Numbers that come with every micro-batch, by which the parts of its loss count.
+    numbers : tuple of str
+        Values that come with every micro-batch as numbers, see `Microbatch`.
     """
 
     stage: int
@@ -178,7 +178,7 @@ class StageProgram:
     constants: tuple[Constant, ...]
     nodes: tuple[Node, ...]
     loss: str | None = None
-    term_weights: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
 
     @cached_property
     def mutated_buffers(self) -> tuple[str, ...]:
@@ -288,8 +288,8 @@ class StageProgram:
             "nodes": [node.to_json() for node in self.nodes],
             "loss": self.loss,
         }
-        if self.term_weights:  # else as it was before there were any
-            body["term_weights"] = list(self.term_weights)
+        if self.numbers:  # else as it was before there were any
+            body["numbers"] = list(self.numbers)
         return json.dumps(body)
 
     @classmethod
@@ -332,7 +332,7 @@ class StageProgram:
                 constants=tuple(Constant.from_json(c) for c in body["constants"]),
                 nodes=tuple(Node.from_json(node) for node in body["nodes"]),
                 loss=body["loss"],
-                term_weights=tuple(body.get("term_weights", ())),
+                numbers=tuple(body.get("numbers", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProgramInvalid(
@@ -353,7 +353,7 @@ class StageProgram:
             *(use.value for use in self.parameters),
             *(use.value for use in self.buffers),
             *(constant.name for constant in self.constants),
-            *self.term_weights,
+            *self.numbers,
         }
 
 

@@ -31,7 +31,7 @@ def check_received(
     """
     tensor = _check_form(ref, value, source, given, microbatch)
     what = _sent_to(ref, source, microbatch)
-    if microbatch.all_counts:
+    if microbatch.least_weight:
         check_numbers(ref, tensor, f"{what} NaN in {value.name!r}.", source)
 
 
@@ -63,7 +63,7 @@ def will_be_refused(ref: StageRef, result: ForwardResult, microbatch: Microbatch
     try:
         for output in CACHE.executable(ref).program.outputs:
             tensor = _check_form(ref, output.value, ref.stage, result.values, microbatch)
-            if not result.finite and microbatch.all_counts:
+            if not result.finite and microbatch.least_weight:
                 check_numbers(ref, tensor, output.value.name, ref.stage)
     except GarbageReceived:
         return True

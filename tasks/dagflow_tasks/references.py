@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from dagflow_storage import Store
 from dagflow_tasks.optimizer import Optimizer
 
 DAGFLOW_VERSION = version("dagflow")
+
+# How values begin that hold the weight of a term, and what a whole batch has been summed up to.
+WEIGHT, OF_BATCH = "w.", "n."
+
+Numbers = Any
+"""A number, or lists of numbers as deep as the value has dimensions."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +62,23 @@ class Microbatch:
         The factor with which its loss counts in the step's: its share of what a mean is over, 1 for a
         sum, and 0 if nothing of it counts (no target), whatever its loss is then.
     sizes : tuple of (symbol, size)
-    term_weights : tuple of (value, float)
-        The factors of the loss's terms, where these are weighed one by one; `weight` is 1 then, or 0.
+    numbers : tuple of (value, number or numbers)
+        What the program reads besides tensors: the factors of the loss's terms, where these are weighed
+        one by one (``w.0``; `weight` is 1 then, or 0), and what the whole batch has been summed up to.
     """
 
     step: int
     index: int
     weight: float
     sizes: tuple[tuple[str, int], ...] = ()
-    term_weights: tuple[tuple[str, float], ...] = ()
+    numbers: tuple[tuple[str, Numbers], ...] = ()
 
     @property
-    def all_counts(self) -> bool:
-        """Whether there is something to count for every part of the loss; a mean over nothing is NaN."""
-        return bool(self.weight) and all(weight for _, weight in self.term_weights)
+    def least_weight(self) -> float:
+        """The weight of what counts least; where it is 0, a mean over nothing may be NaN."""
+        return min(
+            [self.weight, *(float(n) for name, n in self.numbers if name.startswith(WEIGHT))]
+        )
 
 
 @dataclass(frozen=True)

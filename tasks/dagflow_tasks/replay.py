@@ -62,7 +62,7 @@ class StepRecord:
         return {
             "step": self.step,
             "microbatches": [
-                [m.weight, _pairs(m.sizes), *([_pairs(m.term_weights)] if m.term_weights else [])]
+                [m.weight, _pairs(m.sizes), *([_pairs(m.numbers)] if m.numbers else [])]
                 for m in self.microbatches
             ],
             "learning_rate_factor": self.learning_rate_factor,
@@ -87,7 +87,7 @@ class StepRecord:
         )
 
 
-def _pairs(named: Iterable[tuple[str, float]]) -> list[list[str | float]]:
+def _pairs(named: Iterable[tuple[str, Any]]) -> list[list[Any]]:
     return [[name, number] for name, number in named]
 
 

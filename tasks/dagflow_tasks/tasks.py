@@ -284,8 +284,8 @@ def _run(
     buffers, written = _buffers(executable, state, latest)
     random = RandomAddress(ref.settings.seed, microbatch.step, microbatch.index)
     weights = WeightGradients(later=halves)
-    terms = dict(microbatch.term_weights)
-    numbers = {name: terms[name] for name in program.term_weights}
+    known = dict(microbatch.numbers)
+    numbers = {name: known[name] for name in program.numbers}
     values_of = {**inputs, **uses, **buffers, **numbers}
     outputs = executable.run(values_of, dict(microbatch.sizes), random, weights)
     return SavedGraph(inputs, uses, outputs, weights), written

@@ -129,7 +129,7 @@ def test_parts_of_a_loss_have_counts_of_their_own_in_every_cut_and_rebuilding() 
         for step, batch in enumerate(steps):
             _, microbatches = split_batch(shares.dag, batch, step, 3, shares)
             parts = [tuple(tensor[3 * m : 3 * m + 3] for tensor in batch) for m in range(3)]
-            weights, terms = zip(*((m.weight, m.term_weights) for m in microbatches), strict=True)
+            weights, terms = zip(*((m.weight, m.numbers) for m in microbatches), strict=True)
             assert weights == (1.0, 1.0, 1.0)
             assert [dict(of_part)["w.0"] for of_part in terms] == [0.25, 0.0, 0.75]
             run.step(step, parts, weights, terms)

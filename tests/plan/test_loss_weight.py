@@ -161,7 +161,7 @@ def split(model: nn.Module, loss: Loss | None, given: Any) -> Iterator[tuple[Mic
     uncut = Uncut(weights.dag, dict(model.named_parameters()), dict(model.named_buffers()))
     parts, microbatches = split_batch(dag, given, 0, 4, weights)
     for part, microbatch in zip(parts, microbatches, strict=True):
-        uncut.term_weights = dict(microbatch.term_weights)
+        uncut.numbers = dict(microbatch.numbers)
         yield microbatch, uncut.loss(part, dict(microbatch.sizes))
 
 
@@ -209,12 +209,16 @@ def test_class_weights_may_be_a_buffer_of_the_model() -> None:
 def test_a_microbatch_without_targets_counts_nothing() -> None:
     ids, target = batch()
     target[3:6] = -100
-    for loss in (entropy(), entropy(weight=CLASS_WEIGHT), over_mask(0.0)):
+    for loss in (entropy(), entropy(weight=CLASS_WEIGHT)):
         weights = weighed(Tagger(), loss, (ids, target))
         assert weights[1] == 0.0
         assert sum(weights) == pytest.approx(1.0)
+    model, masked_mean = Tagger(), over_mask(0.0)
+    wanted = masked_mean(model(ids), target).item()
+    assert added(model, masked_mean, (ids, target)) == pytest.approx(wanted, rel=1e-6)
     target[:] = -100
-    assert weighed(Tagger(), entropy(), (ids, target)) == [0.0] * 4
+    assert weighed(model, entropy(), (ids, target)) == [0.0] * 4
+    assert weighed(model, masked_mean, (ids, target)) == [0.0] * 4
 
 
 def spread(output: torch.Tensor) -> torch.Tensor:
@@ -292,7 +296,7 @@ def test_a_part_of_which_nothing_counts_has_no_gradient() -> None:
     weights = LossWeights(dag)
     (part,), (microbatch,) = split_batch(dag, (ids, target), 0, 1, weights)
     uncut = Uncut(weights.dag, dict(model.named_parameters()), {})
-    uncut.term_weights = dict(microbatch.term_weights)
+    uncut.numbers = dict(microbatch.numbers)
     found = uncut.run(part, dict(microbatch.sizes), ["head.weight"])
     wanted = 0.1 * spread(model(ids))
     wanted.backward()
@@ -368,9 +372,10 @@ def own_labels(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return entropy()(output, torch.where(sure, output.detach().argmax(-1), -100))
 
 
-def balanced(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def by_class(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Each class weighs what the batch has of all others."""
     share = one_hot(target.clamp(min=0), 5).float().mean((0, 1))
-    return entropy(weight=1 / share.clamp(min=0.9))(output, target)
+    return entropy(weight=1 / share.clamp(min=0.01))(output, target)
 
 
 def positives(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -381,39 +386,113 @@ def positives(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def by_balance(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     wanted = (target > 2).float()
-    share = wanted.mean().clamp(0.9, 1.0)
-    weight = torch.where(wanted > 0, 1 / share, 1 / (2 - share))
+    share = wanted.mean()
+    weight = torch.where(wanted > 0, 1 / share, 1 / (1 - share))
     losses = binary_cross_entropy_with_logits(output[..., 0], wanted, reduction="none")
     return (losses * weight).mean()
 
 
 def by_frequency(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     target = target.clamp(min=0)
-    often = one_hot(target, 5).sum((0, 1)).clamp(max=1)
+    often = one_hot(target, 5).sum((0, 1))
     losses = cross_entropy(output.transpose(1, 2), target, reduction="none")
-    return (losses * often[target]).mean()
+    return (losses / often[target]).sum()
 
 
 def centred(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     wanted = target.float().clamp(min=0)
-    return mse_loss(output[..., 0], wanted - wanted.mean().clamp(max=0))
+    wanted -= wanted.mean()
+    return mse_loss(output[..., 0], wanted / wanted.std())
+
+
+def guarded(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    losses, mask = masked(output, target)
+    count = mask.sum()
+    count.clamp_(min=1)
+    return torch.where(mask.sum() > 0, losses.sum() / count, 0.0) + spread(output)
+
+
+def by_what_is_left(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Numbers that are 0 in a micro-batch, and not in the batch."""
+    mask = (target != -100).float()
+    return entropy()(output, target) * mask.mean() + spread(output) / mask.sum()
+
+
+BALANCED: dict[str, Loss] = {
+    "rows by their class's share": by_balance,
+    "classes": by_class,
+    "guarded": guarded,
+    "numbers that may be 0": by_what_is_left,
+    "positives": positives,
+    "rows by their class's number": by_frequency,
+    "standardised targets": centred,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if k < 4 else [pytest.mark.slow]) for k, n in enumerate(BALANCED)],
+)
+def test_what_the_batch_is_summed_up_to_is_the_whole_batchs(name: str) -> None:
+    model, loss, (ids, target) = Tagger(), BALANCED[name], batch()
+    target[3:6] = -100  # of the second micro-batch
+    wanted = loss(model(ids), target).item()
+    assert added(model, loss, (ids, target)) == pytest.approx(wanted, rel=2e-6)
+
+
+class Counting(Tagger):
+    """Counts targets in a buffer, and divides by the batch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        count = (labels != -100).sum()
+        self.seen += count
+        return entropy(reduction="sum")(super().forward(ids), labels) / count
+
+
+def test_a_buffer_counts_each_microbatch_though_the_loss_is_given_the_batchs_count() -> None:
+    model, (ids, labels) = Counting(), batch()
+    dag = capture(model, (ids[:3], labels[:3]))
+    weights = LossWeights(dag)
+    parts, microbatches = split_batch(dag, (ids, labels), 0, 4, weights)
+    uncut = Uncut(weights.dag, dict(model.named_parameters()), dict(model.named_buffers()))
+    losses = []
+    for part, microbatch in zip(parts, microbatches, strict=True):
+        uncut.numbers = dict(microbatch.numbers)
+        outcome = uncut.run(part, dict(microbatch.sizes), None)
+        losses.append(outcome["loss", ""].item())
+    count = (labels != -100).sum().item()
+    assert outcome["buffer", "seen"].item() == count
+    wanted = entropy(reduction="sum")(Tagger.forward(model, ids), labels).item() / count
+    assert sum(losses) == pytest.approx(wanted, rel=1e-6)
+
+
+class ByPosition(Tagger):
+    """Takes from each token's target the mean of its position's: as many numbers as there are tokens."""
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        wanted = labels.float() - labels.float().mean(0)
+        return mse_loss(super().forward(ids)[..., 0], wanted)
+
+
+def test_many_numbers_of_the_batch_are_refused() -> None:
+    with pytest.raises(ResultsDiffer, match=r"sub .*test_loss_weight.*whole data set"):
+        weighed(ByPosition(), None, batch())
 
 
 NO_SUMS: dict[str, tuple[str, Loss]] = {
     "hard examples": ("div", hard),
     "own labels": ("cross_entropy_loss", own_labels),
-    "balanced classes": ("cross_entropy_loss", balanced),
-    "rows by their class's share": ("where", by_balance),
-    "rows by their class's number": ("index", by_frequency),
-    "targets less their mean": ("sub", centred),
-    "balanced positives": ("binary_cross_entropy_with_logits", positives),
     "mean of what is no nan": ("nanmean", lambda o, t: squares(o, t).nanmean()),
     "flooded": ("abs", lambda o, t: (squares(o, t).mean() + 1.0).abs() - 1.0),
     "hinge of a mean": ("relu", lambda o, t: (squares(o, t).mean() + 1.0).relu()),
     "larger of two": ("maximum", lambda o, t: torch.maximum(squares(o, t).mean(), o.new_zeros(()))),
     "largest of means": ("max", lambda o, t: o.mean((0, 1)).max()),
 }
-FEW = ("hard examples", "own labels", "balanced classes", "rows by their class's share", "flooded")
+FEW = ("hard examples", "own labels", "flooded")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ def judge_microbatches(subject: Subject, dag: OperatorDag, batch: Any, record: R
             return
         weights = LossWeights(dag, dict(model.named_buffers()).get)
         parts, microbatches = split_batch(dag, batch, 0, _NUM_MICROBATCHES, weights)
-        check_microbatches(weights.dag, model, batch, parts, microbatches, subject.loss)
+        split = weights.applied_to(dag)
+        check_microbatches(dag, split, model, batch, parts, microbatches, subject.loss)
     except DagflowError as error:
         record.note(microbatches="refused", microbatches_cause=short(error))
     except Exception as error:

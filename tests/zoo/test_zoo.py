@@ -129,6 +129,13 @@ def test_families_of_other_kinds_train_right(name: str) -> None:
     assert (record["training"], record["cut"]) == ("right", "bits"), record
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_halves_of_a_batch_add_up_to_it_or_splitting_is_refused() -> None:
+    found = {name: judged(idioms()[name]) for name in ("CrossEntropySummed", "ContrastiveLoss")}
+    assert [record["microbatches"] for record in found.values()] == ["right", "refused"]
+    assert "add up to" in found["ContrastiveLoss"]["microbatches_cause"]
+
+
 class _Wrong(torch.nn.Module):
     """Counts its calls where no graph can see it."""
 
