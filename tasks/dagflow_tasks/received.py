@@ -1,4 +1,4 @@
-"""What a stage gets from others, or is about to send or to use, that can't be right."""
+"""What a stage gets from others, or is about to send, that can't be right."""
 
 from __future__ import annotations
 
@@ -101,24 +101,6 @@ def _sent_to(ref: StageRef, source: int, microbatch: Microbatch) -> str:
         f"Stage {source} sent stage {ref.stage} in step {microbatch.step}, micro-batch "
         f"{microbatch.index},"
     )
-
-
-def check_own_gradients(ref: StageRef, step: int, gradients: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a parameter's gradient that isn't finite before it ruins the weights.
-
-    The loss may well be finite, and the next one is too late: a snapshot could have been written.
-    """
-    if not ref.journal:
-        return
-    # One number a tensor, and one look at all of them; a sum may overflow where no element has.
-    sums = [torch.isfinite(countable(gradient).sum()) for gradient in gradients.values()]
-    if not sums or bool(torch.stack(sums).all()):
-        return
-    for name, gradient in gradients.items():
-        if not bool(torch.isfinite(countable(gradient)).all()):
-            raise GarbageReceived(
-                f"The gradient of {name!r} in step {step} isn't finite.", ref.stage, True
-            )
 
 
 def check_numbers(ref: StageRef, tensor: torch.Tensor, message: str, source: int) -> None:

@@ -34,7 +34,6 @@ from dagflow_tasks.optimizer import Schedule
 from dagflow_tasks.received import (
     check_gradient,
     check_numbers,
-    check_own_gradients,
     check_received,
     will_be_refused,
 )
@@ -487,11 +486,6 @@ def update(
     -------
     UpdateResult
         Refers to the state after the step; run again, the same.
-
-    Raises
-    ------
-    GarbageReceived
-        If a gradient isn't finite; the state is as it was.
     """
     facts = {
         "non_finite": gradients.non_finite,
@@ -502,14 +496,11 @@ def update(
         if cached is not None and cached.step == state.step + 1:
             return _updated(ref, state, gradients)
     current = CACHE.state(ref, state.step)
-    applied = decision is None or decision.apply
-    own = own_gradients(ref, gradients, borrowed) if applied else {}
-    check_own_gradients(ref, state.step, own)
     try:
         CACHE.executable(ref).write_parameters(current.parameters, current.buffers)
-        if applied:
+        if decision is None or decision.apply:
             factor = learning_rate_factor(learning_rate, state.step, decision)
-            _step(current, own, factor, decision)
+            _step(current, own_gradients(ref, gradients, borrowed), factor, decision)
     except BaseException:
         with CACHE.lock:
             CACHE.states.pop(ref.key, None)  # half-updated: better none

