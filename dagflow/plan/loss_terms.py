@@ -293,7 +293,7 @@ class LossReader:
             factor = Size(_hashable(second["size"]))
         elif second.get("ref") in self.of_batch and not self._shape(second["ref"]):
             factor = Whole(second["ref"])
-        elif second.get("ref") not in self.from_batch:
+        elif self._is_constant(second["ref"]):
             return parts
         else:
             if self.is_statistic(second["ref"]):
@@ -305,12 +305,12 @@ class LossReader:
         if any(map(self.is_statistic, tensors)):
             self.refuse(node, "is given what has been summed or averaged over rows")
 
-    def _refuse_uneven_rows(self) -> None:
-        """Refuse rows that are given, without parameters, what the batch has been summed up to.
+    def _is_constant(self, name: str) -> bool:
+        """Tell whether all micro-batches have the same: no batch is in it, or what has no rows of it."""
+        return name not in self.from_batch or (self.is_known(name) and name not in self.from_rows)
 
-        Such as tokens less their mean by position. Few numbers come from the whole batch, see
-        `dagflow.plan.batch_numbers`.
-        """
+    def _refuse_uneven_rows(self) -> None:
+        """Refuse rows that are given more numbers than `batch_numbers` takes: means by position, say."""
         for name in self.analysis.needed_for([self.dag.loss]):
             node = self.by_name[name]
             if not (self.is_known(name) and self._has_rows(name)):
