@@ -103,14 +103,17 @@ def of_two_counts(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def test_parts_of_a_loss_have_counts_of_their_own_in_every_cut_and_rebuilding() -> None:
-    of, _ = example()
-    of = Example(of.model, of.batch, of_two_counts)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
+    of = Example(
+        model, lambda rows: (torch.randn(rows, 6), torch.randint(0, 5, (rows,))), of_two_counts
+    )
     shares = LossWeights(capture_example(of))
     torch.manual_seed(2)
     steps = [of.batch(9) for _ in range(STEPS)]
     for _, target in steps:
         target[1:6] = -100  # of three micro-batches' targets one is left, none, and all
-    model, wanted = copy.deepcopy(of.model), []
+    model, wanted = copy.deepcopy(model), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for batch in steps:
         optimizer.zero_grad()
