@@ -21,6 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import sympy.core.random
 import torch
 from torch import nn
 
@@ -285,14 +286,14 @@ class Draws:
 
 
 @contextmanager
-def watch_generators(kind: str) -> Iterator[Draws]:
+def watch_generators(kind: str, lines: bool = True) -> Iterator[Draws]:
     """Note the lines of this thread's code that draw from Python's or NumPy's generators.
 
     What is drawn between 0 and 1 is as small or as large as can be, so that whoever decides by it,
     to skip a layer with some probability, decides otherwise; or it is between whatever bounds it is
     compared with. Python's are seen by the interpreter's
     profiling hook, under whatever name the model's code knows them, which makes a trace slower;
-    NumPy's functions by wrapping them.
+    NumPy's functions by wrapping them. Without `lines` there is no hook.
     """
     found = Draws()
 
@@ -307,6 +308,8 @@ def watch_generators(kind: str) -> Iterator[Draws]:
 
     def called(frame: types.FrameType, event: str, function: Any) -> None:
         if event == "c_call" and isinstance(getattr(function, "__self__", None), random.Random):
+            if function.__self__ in sympys:
+                return
             ours, caller = frame.f_code is drawn_here.__code__, frame.f_back
             by_library = caller is not None and caller.f_code.co_filename == random.__file__
             is_uniform = caller is not None and caller.f_code is random.Random.uniform.__code__
@@ -336,6 +339,8 @@ def watch_generators(kind: str) -> Iterator[Draws]:
         is_ours = threading.get_ident() == thread and next(drawn_so_far) < _MOST_DRAWS
         return extreme if is_ours else plain
 
+    # With these it shuffles, in whatever asks about open sizes.
+    sympys = (sympy.core.random.rng, sympy.core.random._assumptions_rng)
     before = sys.getprofile()
     with ExitStack() as stack:
         for owner in (random, random._inst):
@@ -343,7 +348,7 @@ def watch_generators(kind: str) -> Iterator[Draws]:
         for name, function in vars(np.random).items():
             if isinstance(getattr(function, "__self__", None), np.random.RandomState):
                 stack.enter_context(patch.object(np.random, name, noting(function)))
-        sys.setprofile(called)
+        sys.setprofile(called if lines else before)
         try:
             yield found
         finally:

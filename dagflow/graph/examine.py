@@ -165,7 +165,7 @@ class _Examination:
         graphs = {self._graph, graph}
         for kind in ("smallest", "between"):
             with (
-                watch_generators(kind),
+                watch_generators(kind, lines=False),
                 _left_as_it_was(self._wrapper, Outside(self._wrapper)),
             ):
                 graphs.add(fingerprint(self._export()[0]))

@@ -7,10 +7,11 @@ tensors, which cost nothing, under torch's flop counter; it sees the matrix prod
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dagflow_tasks.operators import resolve
 
@@ -57,14 +58,32 @@ def operator_flops(op: str, args: Sequence[Any], kwargs: dict[str, Any], output:
     special = _EXTENDED.get(_short(op))
     if special is not None:
         return special(args)
+    counted = _counted(op, args, kwargs) if _may_multiply(op) else 0
+    largest = max((t.numel() for t in _tensors([args, output])), default=0)
+    return counted or largest * _FLOPS_PER_ELEMENT.get(_short(op), 1)
+
+
+@cache
+def _may_multiply(op: str) -> bool:
+    """Tell whether torch counts an operator, or it is made of others that it might count."""
+    function = resolve(op)
+    if not isinstance(function, torch._ops.OpOverload):
+        return True
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return (
+        function._overloadpacket in flop_registry
+        or composite in function.py_kernels
+        or function.has_kernel_for_dispatch_key(composite)
+    )
+
+
+def _counted(op: str, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             resolve(op)(*args, **kwargs)
-        counted = int(counter.get_total_flops())
+        return int(counter.get_total_flops())
     except Exception:
-        counted = 0
-    largest = max((t.numel() for t in _tensors([args, output])), default=0)
-    return counted or largest * _FLOPS_PER_ELEMENT.get(_short(op), 1)
+        return 0
 
 
 def _short(op: str) -> str:

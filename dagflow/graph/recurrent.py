@@ -59,7 +59,7 @@ def replaced_functions(
     model: torch.nn.Module, functions: Mapping[str, Callable[..., Any]]
 ) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     """Yield functions of transformers that a model may call: their module, their name, and ours."""
-    for code in {kind.__module__ for kind in _kinds(model)}:
+    for code in {kind.__module__ for kind in kinds_of(model)}:
         for name, ours in functions.items():
             theirs = getattr(sys.modules[code], name, None)
             if theirs is not None:
@@ -70,13 +70,13 @@ def replaced_methods(
     model: torch.nn.Module, methods: Mapping[tuple[str, str], Callable[..., Any]]
 ) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     """Yield methods of transformers that a model may call: their class, their name, and ours."""
-    for kind in _kinds(model):
+    for kind in kinds_of(model):
         for (of, name), ours in methods.items():
             if kind.__name__ == of:
                 yield kind, name, _checked(getattr(kind, name), ours)
 
 
-def _kinds(model: torch.nn.Module) -> set[type]:
+def kinds_of(model: torch.nn.Module) -> set[type]:
     """Return the classes of transformers' models that a model is made of."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     return {kind for kind in kinds if kind.__module__.startswith("transformers.models.")}

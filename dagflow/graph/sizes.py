@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -79,13 +80,14 @@ def watch_decisions(own_files: frozenset[str]) -> Iterator[list[Decision]]:
     original = ShapeEnv.evaluate_sym_node
 
     def evaluate(self: ShapeEnv, node: Any, *args: Any, **kwargs: Any) -> Any:
-        before = node.expr
+        before, num_known = node.expr, len(self.replacements)
         result = original(self, node, *args, **kwargs)
-        free = before.free_symbols
-        if free and threading.get_ident() == thread:
-            source, by_operator = _deciding_line(own_files)
+        if before.free_symbols and threading.get_ident() == thread:
+            frame, by_operator = _decider()
+            free = before.free_symbols if len(self.replacements) > num_known else ()
             fixes = frozenset(s for s in free if self.replace(s).is_Integer)
-            if source and (fixes or not by_operator):
+            source = _line(frame, by_operator, own_files) if fixes or not by_operator else ""
+            if source:
                 holding = _holding(before, result)
                 found.append(Decision(self, holding, source, fixes, by_operator))
         return result
@@ -122,29 +124,41 @@ def _holding(expression: Any, result: Any) -> Any:
     return sympy.Eq(expression, result)
 
 
-def _deciding_line(own_files: frozenset[str]) -> tuple[str, bool]:
-    """Return the line of the model's code that decides, "" if it is none, and if an operator does."""
+def _decider() -> tuple[Any, bool]:
+    """Return the innermost frame of what decides, and if that is an operator.
+
+    Called by what torch asks for each of thousands of decisions in a trace: quick, hence the names
+    of functions first.
+    """
     frame = sys._getframe(2)
-    by_operator = False
     while frame is not None:
-        name, code = frame.f_code.co_name, frame.f_code
+        code = frame.f_code
         # An operator that torch records whole; one that it takes apart decides for the graph.
-        if name == "proxy_call" and code.co_filename.endswith("proxy_tensor.py"):
-            by_operator = True
-            break
-        if name == "decompose" and code.co_filename.endswith("_ops.py"):
-            break
-        if not code.co_filename.startswith((_TORCH_FOLDER, "<")):
-            break
+        if code.co_name == "proxy_call" and code.co_filename.endswith("proxy_tensor.py"):
+            return frame, True
+        if code.co_name == "decompose" and code.co_filename.endswith("_ops.py"):
+            return frame, False
+        if not _is_torchs(code.co_filename):
+            return frame, False
         frame = frame.f_back  # type: ignore[assignment]
+    return None, False
+
+
+@cache
+def _is_torchs(file: str) -> bool:
+    return file.startswith((_TORCH_FOLDER, "<"))
+
+
+def _line(frame: Any, by_operator: bool, own_files: frozenset[str]) -> str:
+    """Return the line of the model's code that a frame serves, "" if it is none."""
     while frame is not None:
         file = frame.f_code.co_filename
         # Operators are called through the capture's own functions.
         passed = by_operator and file in own_files
-        if not passed and not file.startswith((_TORCH_FOLDER, "<")):
-            return "" if file in own_files else f"{file}:{frame.f_lineno}", by_operator
-        frame = frame.f_back  # type: ignore[assignment]
-    return "", by_operator
+        if not passed and not _is_torchs(file):
+            return "" if file in own_files else f"{file}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 @dataclass

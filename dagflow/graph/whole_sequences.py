@@ -7,6 +7,7 @@ and fixes the sequence's length. See `dagflow_tasks.whole_sequences`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from dagflow.graph.recurrent import replaced_functions, replaced_methods
+from dagflow.graph.recurrent import kinds_of, replaced_functions, replaced_methods
 from dagflow_tasks import whole_sequences as computing
 
 
@@ -27,7 +28,27 @@ def whole_sequences(model: torch.nn.Module) -> Iterator[None]:
             *replaced_methods(model, _METHODS),
         ]:
             stack.enter_context(patch.object(owner, name, ours))
+        for code in {sys.modules[kind.__module__] for kind in kinds_of(model)}:
+            if hasattr(code, "SqrtBoundDerivative"):
+                stack.enter_context(patch.object(code, "SqrtBoundDerivative", _BoundedSquareRoot))
         yield
+
+
+class _BoundedSquareRoot:
+    """Stands for RecurrentGemma's square root whose derivative is bounded, near zero a large number.
+
+    Written in operators, so that its backward is the one that the model's code has, to the bit.
+    """
+
+    @staticmethod
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        fixed = x.detach()
+        bounded = torch.clip(4.0 * fixed, min=1 / _MOST_DERIVATIVE**2).sqrt()
+        return fixed.sqrt() + (x - fixed) / bounded
+
+
+# transformers' _MAX_SQRT_GRADIENT.
+_MOST_DERIVATIVE = 1000.0
 
 
 @torch.library.custom_op("dagflow::selective_scan", mutates_args=())
