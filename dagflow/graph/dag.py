@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -233,19 +233,19 @@ class OperatorDag:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "torch": torch.__version__,
-            "symbols": [asdict(symbol) for symbol in self.symbols],
+            "symbols": [vars(symbol) for symbol in self.symbols],
             "inputs": [spec.to_json() for spec in self.inputs],
-            "parameters": [asdict(parameter) for parameter in self.parameters],
-            "buffers": [asdict(buffer) for buffer in self.buffers],
+            "parameters": [vars(parameter) for parameter in self.parameters],
+            "buffers": [vars(buffer) for buffer in self.buffers],
             "constants": [constant.to_json() for constant in self.constants],
             "nodes": [
-                {**node.to_json(), "info": asdict(self.info[node.name])} for node in self.nodes
+                {**node.to_json(), "info": vars(self.info[node.name])} for node in self.nodes
             ],
             "loss": self.loss,
             "batch_constants": dict(self.batch_constants),
-            "conditions": [asdict(condition) for condition in self.conditions],
+            "conditions": [vars(condition) for condition in self.conditions],
             "dropped_columns": list(self.dropped_columns),
-            "fixed_sizes": [asdict(fixed) for fixed in self.fixed_sizes],
+            "fixed_sizes": [vars(fixed) for fixed in self.fixed_sizes],
             "numbers": list(self.numbers),
         }
         return json.dumps(body)

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sympy.core.random
 import torch
 from torch import nn
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
+from dagflow.graph.effects import watch_generators
 
 BATCH = torch.randn(3, 4)
 
@@ -334,3 +336,11 @@ def test_what_a_loss_keeps_from_call_to_call_is_refused_by_name(loss: Any, name:
         capture(nn.Linear(4, 4), PAIR, loss=loss)
     assert vars(loss) == before
     assert all(loss._buffers[name] is buffer for name, buffer in buffers.items())
+
+
+def test_draws_of_torchs_own_mathematics_are_not_the_models() -> None:
+    with watch_generators(largest=True) as draws:
+        sympy.core.random.rng.random()
+        assert draws.lines == []
+        random.random()
+    assert len(draws.lines) == 1
