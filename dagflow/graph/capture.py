@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._dynamo.config
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import proxy_tensor
 
 from dagflow.errors import BatchInvalid, CaptureFailed
 from dagflow.graph.batch import (

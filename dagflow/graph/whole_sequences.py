@@ -14,8 +14,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.nn import functional
 
 from dagflow.graph.recurrent import kinds_of, replaced_functions, replaced_methods
+from dagflow_tasks import linear_attention
 from dagflow_tasks import whole_sequences as computing
 
 
@@ -165,6 +167,45 @@ def _(decay: torch.Tensor, own: torch.Tensor, key: torch.Tensor, *_: Any) -> tor
     return torch.empty_like(key)
 
 
+@torch.library.custom_op("dagflow::lightning_blocks", mutates_args=())
+def _lightning_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rates: torch.Tensor,
+    query_decay: torch.Tensor,
+    key_decay: torch.Tensor,
+    own_decay: torch.Tensor,
+    block: int,
+) -> torch.Tensor:
+    return linear_attention.lightning_blocks(
+        query, key, value, rates, query_decay, key_decay, own_decay, block
+    )
+
+
+@torch.library.custom_op("dagflow::matrix_memory", mutates_args=())
+def _matrix_memory(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    forget: torch.Tensor,
+    epsilon: float,
+    memory: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    most: torch.Tensor | None,
+) -> torch.Tensor:
+    return linear_attention.matrix_memory(
+        query, key, value, gate, forget, epsilon, memory, weights, most
+    )
+
+
+@_lightning_blocks.register_fake
+@_matrix_memory.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(value.shape)
+
+
 def _mamba(
     hidden_states: torch.Tensor,
     dt: torch.Tensor,
@@ -237,6 +278,58 @@ def _rg_lru(
     return found, found[:, -1].float()
 
 
+def _lightning_attention(
+    module: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: Any,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Any = None,
+) -> tuple[torch.Tensor, None]:
+    """MiniMax's, which takes no notice of positions; a cache is made of the state by nobody here."""
+    mixed = module.act_fn(module.qkv_proj(hidden_states))
+    if attention_mask is not None and attention_mask.dim() == 2:
+        mixed = (mixed * attention_mask[:, :, None]).to(mixed.dtype)
+    shape = (*hidden_states.shape[:2], module.num_attention_heads, 3 * module.head_dim)
+    query, key, value = torch.split(mixed.reshape(shape), module.head_dim, dim=3)
+    found = _lightning_blocks(
+        *(t.transpose(1, 2) for t in (query, key, value)),
+        module.slope_rate,
+        module.query_decay,
+        module.key_decay,
+        module.diagonal_decay,
+        module.block_size,
+    )
+    found = module.norm(found.transpose(1, 2).reshape(*hidden_states.shape[:2], -1))
+    found = functional.sigmoid(module.output_gate(hidden_states)) * found
+    return module.out_proj(found), None
+
+
+def _mlstm(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    igate: torch.Tensor,
+    fgate: torch.Tensor,
+    c_initial: torch.Tensor | None = None,
+    n_initial: torch.Tensor | None = None,
+    m_initial: torch.Tensor | None = None,
+) -> Any:
+    """xLSTM's, of texts that are shorter than a chunk: those that aren't go another way, as there."""
+    config, states = module.config, (c_initial, n_initial, m_initial)
+    is_short = config.mode == "inference" and query.shape[2] < config.chunk_size
+    if is_short and config.inference_state_dtype == "float32":
+        found = _matrix_memory(query, key, value, igate, fgate, config.eps, *states)
+        memory = _no_state(value[:, :, 0], key[0, 0, 0])
+        return found, (memory, memory[..., 0], memory[..., 0, :1])
+    way = module._inference_fn if config.mode == "inference" else module._train_fn
+    options = (
+        {} if config.mode == "inference" else {"return_last_states": config.return_last_states}
+    )
+    given = dict(zip(("c_initial", "n_initial", "m_initial"), states, strict=True)) | options
+    return way(query=query, key=key, value=value, igate=igate, fgate=fgate, **given)
+
+
 def _no_state(values: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Stand for the state after the last token, which a cache gets and nobody reads in training.
 
@@ -254,5 +347,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _METHODS: dict[tuple[str, str], Callable[..., Any]] = {
     ("RecurrentGemmaRglru", "_rnn_scan"): _rg_lru,
+    ("MiniMaxLightningAttention", "forward"): _lightning_attention,
+    ("xLSTMBackend", "forward"): _mlstm,
 }
 # By the names that they have in transformers' modeling modules.

@@ -18,6 +18,12 @@ import torch
 
 from dagflow_tasks.attention import ATTEND, attend
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid
+from dagflow_tasks.linear_attention import (
+    LIGHTNING,
+    MATRIX_MEMORY,
+    lightning_blocks,
+    matrix_memory,
+)
 from dagflow_tasks.onednn import LINEAR_PACKED, linear_packed
 from dagflow_tasks.quantised import LINEAR_INT4, LINEAR_INT8, linear_int4, linear_int8
 from dagflow_tasks.recurrence import RUNNING_MAX, SCAN, WINDOW, running_max, scan, window
@@ -345,6 +351,8 @@ _EXTENSIONS: dict[str, Callable[..., Any]] = {
     WEIGHTED_SUMS: weighted_sums,
     WEIGHTED: _weighted,
     WHOLE: _whole,
+    LIGHTNING: lightning_blocks,
+    MATRIX_MEMORY: matrix_memory,
     LINEAR_INT8: linear_int8,
     LINEAR_INT4: linear_int4,
     LINEAR_PACKED: linear_packed,
