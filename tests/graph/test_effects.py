@@ -339,7 +339,7 @@ def test_what_a_loss_keeps_from_call_to_call_is_refused_by_name(loss: Any, name:
 
 
 def test_draws_of_torchs_own_mathematics_are_not_the_models() -> None:
-    with watch_generators(largest=True) as draws:
+    with watch_generators("largest") as draws:
         sympy.core.random.rng.random()
         assert draws.lines == []
         random.random()
