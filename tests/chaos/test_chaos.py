@@ -22,7 +22,8 @@ from chaos.faults import (
 from chaos.trial import hold_script, hold_trial, recipe_for
 
 EXTENT = Extent()
-SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 10))]
+# A seed takes a minute, and has faults of every kind: one is enough for every day.
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

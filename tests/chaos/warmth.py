@@ -12,12 +12,14 @@ import torch._dynamo
 import torch._inductor
 import torch.export
 import torch.onnx
+import transformers.models.llama.modeling_llama  # noqa: F401
 
 import chaos.away
 import chaos.driving
 import chaos.scheduling
 import chaos.volunteer
 import dagflow
+import dagflow.server.serve
 
 torch.set_num_threads(1)
 _recipe = chaos.driving.Recipe()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from chaos import warm
 from distributed import Client
@@ -26,6 +26,12 @@ class Process(Protocol):
 
     @property
     def pid(self) -> int: ...
+
+    def wait(self, timeout: float) -> int | None: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+    def communicate(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,24 @@ class Copy:
     def communicate(self) -> None:
         """Wait until it has ended."""
         self.process.join()
+
+    def wait(self, timeout: float) -> int | None:
+        """Return its exit status, or None if it still runs after so many seconds."""
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def dagflow_command(said: Path, arguments: Sequence[str]) -> None:
+    """Run ``dagflow`` in this process, with what it prints in a file."""
+    from dagflow.cli import main
+
+    os.chdir(said.parent)
+    with said.open("w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+    main(list(arguments), prog_name="dagflow")
 
 
 def dask_worker(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""One server for all tests of the folder, started as people start it."""
+"""Servers for all tests of the folder: one started as people start it, and one over others' workers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cluster.processes import BIN, kill_group
+from cluster.processes import kill_group
 from distributed import Client
-from local import local_cluster
+from local import local_client
 from openai import OpenAI
-from serving import KEYS, Served, Swarmed, process_of
+from serving import KEYS, Served, Swarmed, as_people_start_it, ended_without_a_word, started
 from tiny import save_tiny
 
 
@@ -23,11 +23,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(model_folder: Path) -> Iterator[Served]:
-    command: list[str | Path] = [BIN / "dagflow", "serve", "--model", model_folder, "--port", "0"]
-    command += ["--workers", "2", "--max-running", "1", "--max-queue", "1"]
+    arguments: list[str | Path] = ["--model", model_folder, "--port", "0"]
+    arguments += ["--workers", "2", "--max-running", "1", "--max-queue", "1"]
     for key in KEYS:
-        command += ["--api-key", key]
-    with process_of(command, model_folder.parent / "serve.log") as (url, process):
+        arguments += ["--api-key", key]
+    log = model_folder.parent / "serve.log"
+    with (
+        as_people_start_it(arguments, log) as (url, process),
+        ended_without_a_word(process, log),
+    ):
         headers = {"Authorization": f"Bearer {KEYS[0]}"}
         with (
             httpx.Client(base_url=url, headers=headers, timeout=60) as http,
@@ -38,16 +42,27 @@ def served(model_folder: Path) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def swarmed(model_folder: Path) -> Iterator[Swarmed]:
-    with (
-        local_cluster(2) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        command: list[str | Path] = [BIN / "dagflow", "serve", "--model", model_folder]
-        command += ["--scheduler", cluster.scheduler_address, "--stages", "2", "--port", "0"]
-        # Beginnings that are kept for others would look like sessions that are left behind.
-        command += ["--max-queue", "256", "--no-prefix-reuse"]
-        with process_of(command, model_folder.parent / "swarmed.log") as (url, process):
-            with httpx.Client(base_url=url, timeout=60) as http:
-                yield Swarmed(http, client, process.pid)
-            kill_group(process, signal.SIGINT)
+def workers() -> Iterator[Client]:
+    """A client of two workers that belong to no server."""
+    with local_client(2) as client:
+        yield client
+
+
+@pytest.fixture
+def of_the_swarm(model_folder: Path, workers: Client) -> list[str | Path]:
+    """Return what `dagflow serve` is told to serve the model on these workers."""
+    scheduler = workers.scheduler.address
+    return ["--model", model_folder, "--scheduler", scheduler, "--port", "0"]
+
+
+@pytest.fixture(scope="session")
+def swarmed(model_folder: Path, workers: Client) -> Iterator[Swarmed]:
+    arguments: list[str | Path] = ["--model", model_folder, "--port", "0", "--stages", "2"]
+    arguments += ["--scheduler", workers.scheduler.address]
+    # Beginnings that are kept for others would look like sessions that are left behind.
+    arguments += ["--max-queue", "256", "--no-prefix-reuse"]
+    log = model_folder.parent / "swarmed.log"
+    with started(arguments, log) as (url, process), ended_without_a_word(process, log):
+        with httpx.Client(base_url=url, timeout=60) as http:
+            yield Swarmed(http, workers, process.pid)
+        kill_group(process, signal.SIGINT)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cluster.processes import BIN
-from serving import KEYS, Served, process_of
+from serving import KEYS, Served, ended_without_a_word, started
 from test_openai_client import GOES_ON, complete
 
 MODEL_TOKENS = 4096
@@ -133,11 +132,16 @@ def test_prompts_that_begin_alike_are_computed_once(served: Served) -> None:
     assert after["dagflow_cache_used_tokens"] == after["dagflow_cache_waiting_answers"] == 0
 
 
-def test_caches_with_too_little_memory_shorten_what_may_be_asked(model_folder: Path) -> None:
-    command: list[str | Path] = [BIN / "dagflow", "serve", "--model", model_folder, "--port", "0"]
-    command += ["--workers", "1", "--cache-memory", "100kB", "--no-prefix-reuse"]
-    log = model_folder.parent / "small.log"
-    with process_of(command, log) as (url, process), httpx.Client(base_url=url, timeout=60) as http:
+def test_caches_with_too_little_memory_shorten_what_may_be_asked(
+    of_the_swarm: list[str | Path], tmp_path: Path
+) -> None:
+    small = [*of_the_swarm, "--stages", "1", "--cache-memory", "100kB", "--no-prefix-reuse"]
+    log = tmp_path / "serve.log"
+    with (
+        started(small, log) as (url, process),
+        ended_without_a_word(process, log),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
         room = http.get("/v1/models/tiny").json()["max_model_len"]
         assert 0 < room < MODEL_TOKENS
         assert f"dagflow_cache_capacity_tokens {room}\n" in http.get("/metrics").text
@@ -159,12 +163,11 @@ def test_caches_with_too_little_memory_shorten_what_may_be_asked(model_folder: P
         process.send_signal(signal.SIGTERM)
 
 
-def test_a_server_that_is_ended_tells_its_clients(model_folder: Path) -> None:
-    command: list[str | Path] = [BIN / "dagflow", "serve", "--model", model_folder, "--port", "0"]
-    with process_of([*command, "--workers", "1"], model_folder.parent / "ended.log") as (
-        url,
-        process,
-    ):
+def test_a_server_that_is_ended_tells_its_clients(
+    of_the_swarm: list[str | Path], tmp_path: Path
+) -> None:
+    log = tmp_path / "serve.log"
+    with started(of_the_swarm, log) as (url, process), ended_without_a_word(process, log):
         body = {"model": "tiny", "prompt": "A", "logit_bias": GOES_ON, **LONG}
         whole = {**body, "stream": False}
         with (

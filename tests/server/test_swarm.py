@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,9 +17,13 @@ from typing import Any
 
 import psutil
 import pytest
+import serve as benchmark
+import torch
+from cluster.processes import volunteers
 from local import wait_until
-from serving import Swarmed
+from serving import Swarmed, started
 from test_openai_client import GOES_ON
+from tiny import save_tiny
 
 from dagflow.sessions.service import sessions_open
 
@@ -25,6 +31,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 SHORT = {"model": "tiny", "prompt": "A", "max_tokens": 4, "logit_bias": GOES_ON}
 # Random text takes ten times as long as what can be guessed.
 LONG = {**SHORT, "max_tokens": 4000, "stream": True, "temperature": 1.2}
+WORKER = ["--no-nanny", "--nthreads", "1", "--no-dashboard", "--preload", "dagflow.worker"]
 NUM_DEAF = 200
 MOST_BYTES_OF_ONE = 2**18
 # Values of JSON are some tens of bytes each in Python; without care they were a gigabyte here.
@@ -107,7 +114,31 @@ def test_health_says_which_stages_have_no_worker(swarmed: Swarmed) -> None:
 
 
 def test_a_killed_worker_costs_no_request_and_changes_none(tmp_path: Path) -> None:
-    """A short run of the benchmark: its clients are many, and all of its processes are real."""
+    """What `benchmarks/serve.py` does, on processes that start in no time."""
+    torch.set_num_threads(1)
+    folder = save_tiny(tmp_path / "tiny", **benchmark.SIZES)
+    benchmark.say_something(folder)
+    asked = benchmark.requests(30, seed=0)
+    uncut = benchmark.Uncut(folder)
+    wanted = [uncut.answer(each) for each in asked]
+    options = Namespace(clients=10, kill_every_requests=20, seed=0)
+    with volunteers(("first", "second", "spare"), WORKER, tmp_path) as (client, workers):
+        arguments = ["--model", folder, "--scheduler", client.scheduler.address, "--port", "0"]
+        arguments += ["--stages", "2", "--max-queue", "10", "--no-prefix-reuse"]
+        swarm = benchmark.Swarm(client, list(workers.values()))
+        with started(arguments, tmp_path / "serve.log") as (url, process):
+            disturbed = asyncio.run(
+                benchmark.phase(url, process.pid, swarm, asked, options, kills=True)
+            )
+            found = benchmark.summary(disturbed, wanted)
+            assert (found["kills"], found["lost"], found["wrong"]) == (1, 0, 0), found["errors"]
+            left = [n for held in swarm.sessions().values() for n in held.values()]
+            assert sum(left) == 0
+
+
+@pytest.mark.slow
+def test_a_short_run_of_the_benchmark_finds_nothing_lost_or_wrong(tmp_path: Path) -> None:
+    """Its clients are many, and all of its processes start as people start them."""
     command = [sys.executable, REPOSITORY / "benchmarks" / "serve.py", "--part", "kills"]
     command += ["--requests", "30", "--clients", "10", "--stages", "2", "--spares", "1"]
     command += ["--kill-every-requests", "20", "--to", tmp_path]

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from cluster.processes import BIN, start
+from click.testing import CliRunner
 from local import wait_until
 from serving import KEYS, started
 from test_openai_client import GOES_ON
 
+from dagflow.cli import main
 from dagflow.errors import NotFound
 from dagflow_storage import SequenceLog, Store, list_sequences
 
@@ -29,15 +30,14 @@ URL = "/v1/completions"
 
 
 @contextmanager
-def server(model_folder: Path, answers: Path, log: Path) -> Iterator[httpx.Client]:
-    """Start a server, and kill it with all that it has started."""
-    command: list[str | Path] = [BIN / "dagflow", "serve", "--model", model_folder, "--port", "0"]
-    command += ["--workers", "1", "--answers", answers]
+def server(arguments: list[str | Path], answers: Path, log: Path) -> Iterator[httpx.Client]:
+    """Start a server, and kill it at the end."""
+    arguments = [*arguments, "--answers", answers]
     for key in KEYS:
-        command += ["--api-key", key]
+        arguments += ["--api-key", key]
     headers = {"Authorization": f"Bearer {KEYS[0]}"}
     with (
-        started(command, log) as (url, _),
+        started(arguments, log) as (url, _),
         httpx.Client(base_url=url, headers=headers, timeout=180) as client,
     ):
         yield client
@@ -67,11 +67,11 @@ def num_kept(answers: Path) -> int:
 
 
 def test_a_request_that_is_sent_again_gets_the_answer_that_was_begun(
-    model_folder: Path, tmp_path: Path
+    of_the_swarm: list[str | Path], tmp_path: Path
 ) -> None:
     answers, stream = tmp_path / "answers", {**BODY, "stream": True}
     with (
-        server(model_folder, answers, tmp_path / "first.log") as client,
+        server(of_the_swarm, answers, tmp_path / "first.log") as client,
         client.stream("POST", URL, json=stream, headers=with_key("tale")) as response,
     ):
         assert response.status_code == 200
@@ -81,7 +81,7 @@ def test_a_request_that_is_sent_again_gets_the_answer_that_was_begun(
     kept = num_kept(answers)
     assert 20 < kept < BODY["max_tokens"]
 
-    with server(model_folder, answers, tmp_path / "second.log") as client:
+    with server(of_the_swarm, answers, tmp_path / "second.log") as client:
         with client.stream("POST", URL, json=stream, headers=with_key("tale")) as response:
             again = list(pieces(response))
         reason, text = reason_and_text(again)
@@ -107,18 +107,19 @@ def test_a_request_that_is_sent_again_gets_the_answer_that_was_begun(
         assert list_sequences(Store(answers)) == before
 
 
-def refuse_another_server(model_folder: Path, answers: Path, log: Path) -> None:
-    command = [BIN / "dagflow", "serve", "--model", model_folder, "--port", "0"]
-    process = start([*command, "--answers", answers], log)
-    assert process.wait(120) == 1
-    process.communicate()
-    assert "in use by process" in log.read_text()
+def refuse_another_server(arguments: list[str | Path], answers: Path) -> None:
+    command = ["serve", *map(str, arguments), "--answers", str(answers)]
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 1
+    assert "in use by process" in refused.output
 
 
-def test_a_client_that_was_cut_off_gets_the_rest(model_folder: Path, tmp_path: Path) -> None:
+def test_a_client_that_was_cut_off_gets_the_rest(
+    of_the_swarm: list[str | Path], tmp_path: Path
+) -> None:
     answers = tmp_path / "answers"
     body = {**BODY, "max_tokens": 150, "n": 2, "seed": 5}
-    with server(model_folder, answers, tmp_path / "serve.log") as client:
+    with server(of_the_swarm, answers, tmp_path / "serve.log") as client:
         stream, headers = {**body, "stream": True}, with_key("cut off")
         with client.stream("POST", URL, json=stream, headers=headers) as response:
             said = pieces(response)
@@ -128,6 +129,6 @@ def test_a_client_that_was_cut_off_gets_the_rest(model_folder: Path, tmp_path: P
             assert (busy.status_code, busy.json()["error"]["code"]) == (409, "in_progress")
             assert busy.headers["Retry-After"] == "1"
         wanted = client.post(URL, json=body).json()
-        refuse_another_server(model_folder, answers, tmp_path / "second.log")
+        refuse_another_server(of_the_swarm, answers)
         found = client.post(URL, json=body, headers=headers)
     assert found.json()["choices"] == wanted["choices"]
