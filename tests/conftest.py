@@ -21,8 +21,21 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("inline")
 
 
-# Modules that take a minute or more begin, so that nobody waits for one of them at the end.
-LONGEST = ("test_chaos", "test_s3", "test_join", "test_swarm", "test_interrupt", "test_workers")
+# Modules that take half a minute or more begin, so that nobody waits for one of them at the end.
+LONGEST = (
+    "test_chaos",
+    "test_s3",
+    "test_join",
+    "test_interrupt",
+    "test_workers",
+    "test_cut_equals_uncut",
+    "test_swarm",
+    "test_capture_equals_eager",
+    "test_http",
+    "test_taking_over",
+    "test_takeover",
+    "test_zoo",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

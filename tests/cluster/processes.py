@@ -103,7 +103,7 @@ def swarm(
     ``ADDRESS`` in a command becomes the scheduler's.
     """
     workers: dict[str, subprocess.Popen[str]] = {}
-    with _scheduler() as (client, address):
+    with own_scheduler() as (client, address):
         try:
             for name, command in commands.items():
                 filled = [address if part == "ADDRESS" else part for part in command]
@@ -120,7 +120,7 @@ def volunteers(
 ) -> Iterator[tuple[Client, dict[str, Copy]]]:
     """Yield a client of a scheduler, and a ``dask worker`` of each name, ready without importing anything."""
     workers: dict[str, Copy] = {}
-    with _scheduler() as (client, address):
+    with own_scheduler() as (client, address):
         try:
             for name in names:
                 arguments = [address, "--name", name, *options]
@@ -132,7 +132,8 @@ def volunteers(
 
 
 @contextlib.contextmanager
-def _scheduler() -> Iterator[tuple[Client, str]]:
+def own_scheduler() -> Iterator[tuple[Client, str]]:
+    """Yield a client of a scheduler in this process, and its address."""
     with local_cluster(0) as cluster, Client(cluster, set_as_default=False) as client:
         yield client, cluster.scheduler_address
 

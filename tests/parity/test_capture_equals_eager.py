@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from inline import assert_same_bits
-from zoo import ZOO, Example, build, capture_example, without_dropout
+from zoo import SIMILAR, ZOO, Example, build, capture_example, without_dropout
 from zoo import captured as dag_of
 
 from dagflow.graph.batch import flatten_batch
@@ -86,7 +86,14 @@ def assert_close_gradients(found: Outcome, wanted: Outcome) -> None:
         assert error <= 1e-6 * gradient.norm() + 1e-9, name
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name != "bloom"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SIMILAR else [])
+        for name in ZOO
+        if name != "bloom"
+    ],
+)
 def test_captured_model_equals_eager_bit_for_bit_at_any_batch_shape(name: str) -> None:
     example, dag = build_without_dropout(name), dag_of(name, dropout=False)
     shapes = [(3,), (5, 17)] if name in SEQUENCE_MODELS else [(3,), (5,)]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from inline import assert_same_bits, count_onednn_layers, run_inline
-from zoo import ZOO, Example, build, captured
+from zoo import SIMILAR, ZOO, Example, build, captured
 
 from dagflow_tasks.optimizer import Optimizer
 
@@ -40,7 +40,9 @@ def assert_same_training(found: Training, wanted: Training) -> None:
     assert_same_bits(found.weights, wanted.weights)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SIMILAR else []) for n in ZOO]
+)
 def test_two_to_four_stages_train_as_one(name: str) -> None:
     whole = train(name, 1)
     assert len(set(whole.losses)) == 5
@@ -58,7 +60,15 @@ def test_one_operator_a_stage_trains_as_one_stage(name: str) -> None:
     assert_same_training(finest, train(name, 1, steps=2))
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "t5", "two_branches"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "two_branches",
+        pytest.param("bert", marks=pytest.mark.slow),
+        pytest.param("t5", marks=pytest.mark.slow),
+    ],
+)
 def test_on_onednns_kernels_stages_train_as_one_too(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,7 +77,9 @@ def test_twenty_steps_of_four_microbatches_have_torchs_losses(name: str) -> None
     assert found == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "two_branches"])
+@pytest.mark.parametrize(
+    "name", ["llama", "two_branches", pytest.param("t5", marks=pytest.mark.slow)]
+)
 def test_on_onednns_kernels_twenty_steps_have_torchs_losses(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from inline import assert_same_bits, run_inline
 from torch import nn
 from torch.nn.functional import mse_loss
-from zoo import ZOO, Example, captured
+from zoo import SIMILAR, ZOO, Example, captured
 
 from dagflow.errors import PlanInvalid, StageTooLarge
 from dagflow.graph.capture import capture
@@ -70,7 +70,9 @@ def assert_valid(dag: OperatorDag, cuts: Sequence[int], programs: Sequence[Stage
     assert len(owners) == len({parameter for parameter, _ in owners})
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SIMILAR else []) for n in ZOO]
+)
 def test_balanced_stages_and_single_operators_are_valid_cuts(name: str) -> None:
     dag = captured(name)
     for cut in (*(partition(dag, n) for n in (1, 2, 3, 4)), partition_by_operator(dag)):

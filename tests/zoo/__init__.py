@@ -261,6 +261,10 @@ ZOO: dict[str, Callable[[], Example]] = {
 }
 
 
+# Of the same kind as others, as far as capturing and cutting go.
+SIMILAR = frozenset({"qwen3", "opt"})
+
+
 def build(name: str, seed: int = 0) -> Example:
     """Build a model of the zoo from a seed, in training mode."""
     torch.manual_seed(seed)
