@@ -6,6 +6,7 @@ that the DAG runs the same kernels as the model did, to the same bits.
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -206,6 +207,7 @@ def _export(
         _without_extras(),
         without_gradient_hooks(model),
         refuse_iterators(wrapper),
+        _without_torchs_log(),
         follow(wrapper) as trace,
     ):
         try:
@@ -245,6 +247,17 @@ def _without_extras() -> Iterator[None]:
         patch.object(proxy_tensor, "_extract_tensor_metadata", describe),
     ):
         yield
+
+
+@contextmanager
+def _without_torchs_log() -> Iterator[None]:
+    """Keep torch from logging a traceback of what is raised anyway."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _dynamic_dims(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dagflow.errors import ResultsDiffer
+from dagflow.errors import BatchInvalid, ResultsDiffer
 from dagflow.graph.batch import flatten_batch, take_rows, without_columns
 from dagflow.graph.dag import OperatorDag, Symbol
 from dagflow.graph.loss import LossFunction
@@ -157,6 +157,7 @@ class _Check:
             self.eager.begin()  # which fails for models that can't be copied
             wanted = self._by_model(script)
         except Exception as error:
+            self._refuse_if_nothing_runs(error)
             reason = f"the model doesn't run by itself here ({_short(error)})"
             return self.dag, CheckReport(time.perf_counter() - begin, reason)
         attributes, draws_in_python = self.eager.changed_attributes, self.eager.draws_in_python
@@ -177,6 +178,25 @@ class _Check:
             fixed=tuple(f"{s.input[3:]!r} dimension {s.dim} = {s.hint}" for s in fixed),
         )
         return self._limited(fixed, one_row), report
+
+    def _refuse_if_nothing_runs(self, error: Exception) -> None:
+        """Refuse a batch on which model and graph fail alike, but for kernels that a worker may have.
+
+        Raises
+        ------
+        BatchInvalid
+        """
+        text = str(error).lower()
+        if isinstance(error, NotImplementedError) or "not implemented" in text or "memory" in text:
+            return
+        sizes = dict(match_batch(self.dag, self.tensors, self.constants, "the check"))
+        try:
+            self.uncut.run(tensors_of(self.tensors), sizes, None)
+        except TaskFailed as failed:
+            raise BatchInvalid(
+                f"The model fails on the first batch without dagflow, too. {failed}. What to do: look at "
+                "the batch's dtypes and values; see that one step of a plain loop over this data works."
+            ) from error
 
     def _by_model(self, script: Script) -> list[tuple[Outcome, list[Draw]]]:
         return [self.eager.run(list(tensors.values()), keep) for tensors, keep in script]

@@ -105,6 +105,11 @@ def open_cluster(
                 f"No dask scheduler answers at {client} within {settings.wait_seconds:g} s. Start one "
                 "with `dask scheduler`, or leave client= out for a local cluster."
             ) from error
+        except ValueError as error:
+            raise SettingsInvalid(
+                f"{client!r} is no scheduler's address ({error}): wanted one like "
+                "'tcp://10.0.0.1:8786'."
+            ) from error
         with connected, open_cluster(connected, settings, store) as prepared:
             yield prepared
         return
@@ -144,7 +149,8 @@ def _embedded(settings: ClusterSettings, store: Store) -> Iterator[Client]:
                 threads_per_worker=1,
                 processes=processes,
                 dashboard_address=f"127.0.0.1:{_free_dashboard_port()}",
-                silence_logs=logging.ERROR,
+                # What goes wrong in a task comes back as an exception.
+                silence_logs=logging.CRITICAL,
             )
             stack.enter_context(cluster)
             client = Client(cluster, set_as_default=False, direct_to_workers=True)

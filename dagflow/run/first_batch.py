@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dagflow.errors import SettingsInvalid
+from dagflow.errors import BatchInvalid, CaptureFailed, SettingsInvalid
 from dagflow.graph.batch import flatten_batch, rebuilder, take_rows
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
@@ -18,6 +18,7 @@ from dagflow.graph.loss import LossFunction
 from dagflow.plan.analysis import DagAnalysis
 from dagflow.plan.check import CheckReport, check_capture
 from dagflow.plan.check_batch import check_microbatches
+from dagflow.plan.eager import Eager
 from dagflow.plan.known_values import Sizes, Tensors
 from dagflow.plan.loss_weight import LossWeights
 from dagflow.run.data import num_rows, split_rows
@@ -96,7 +97,7 @@ class FirstBatch:
         tensors, _ = flatten_batch(self.batch)
         begin, end = split_rows(num_rows(tensors, "step 0"), self.num_microbatches, 2)[0]
         example = _like(self.batch, take_rows(tensors, begin, end))
-        dag = capture(self.model, example, loss=self.loss, dynamic=self.config.dynamic)
+        dag = self._captured(example)
         _refuse_nothing_to_train(dag)
         loss_weights = LossWeights(dag, self.read_buffer)
         if not check:
@@ -118,6 +119,31 @@ class FirstBatch:
             report, microbatches=reason, seconds=report.seconds + time.perf_counter() - start
         )
         return Prepared(loss_weights.applied_to(checked), loss_weights, report)
+
+    def _captured(self, example: Any) -> OperatorDag:
+        """Capture the model, and if that fails say so if the model itself fails just like that.
+
+        Raises
+        ------
+        CaptureFailed, BatchInvalid
+        """
+        try:
+            return capture(self.model, example, loss=self.loss, dynamic=self.config.dynamic)
+        except CaptureFailed as error:
+            if error.__cause__ is None:  # refused by name
+                raise
+            tensors, _ = flatten_batch(self.batch)
+            why = _why_it_fails(self.model, self.loss, example)
+            hint = _of_single_samples(tensors)
+            if why:
+                raise BatchInvalid(
+                    f"The model fails on the first batch without dagflow, too: {why} The batch holds "
+                    f"{_listed(tensors)}.{hint} What to do: see that one step of a plain loop over "
+                    "this data works."
+                ) from error.__cause__
+            if hint:
+                raise CaptureFailed(f"{error}{hint}") from error.__cause__
+            raise
 
     def _chosen(
         self, dag: OperatorDag, loss_weights: LossWeights, microbatches: tuple[Microbatch, ...]
@@ -151,6 +177,47 @@ class FirstBatch:
         split = loss_weights.applied_to(dag)
         check_microbatches(dag, split, self.model, self.batch, parts, microbatches, self.loss)
         return ""
+
+
+def _why_it_fails(model: torch.nn.Module, loss: LossFunction | None, batch: Any) -> str:
+    """Return what the model raises on a batch, run eagerly; "" if nothing, or if it can't be tried."""
+    tensors, _ = flatten_batch(batch)
+    held = [*model.parameters(), *model.buffers()]
+    available = _available_bytes()
+    if any(tensor.device.type != "cpu" for tensor in held) or (
+        available is not None and sum(tensor.nbytes for tensor in held) > available // 4
+    ):
+        return ""
+    eager = Eager(model, loss, batch, {}, False)
+    try:
+        eager.begin()
+    except Exception:  # a model that can't be copied
+        return ""
+    try:
+        eager.run(list(tensors.values()), grad=False)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}."
+    return ""
+
+
+def _listed(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return names, dtypes and shapes.
+
+    >>> _listed({"0": torch.ones(2, 3)})
+    "'0' float32[2, 3]"
+    """
+    kinds = {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
+    return ", ".join(f"{name!r} {kinds[name]}{list(t.shape)}" for name, t in tensors.items())
+
+
+def _of_single_samples(tensors: Mapping[str, torch.Tensor]) -> str:
+    flat = [name for name, tensor in tensors.items() if not tensor.dim()]
+    if not flat or len(flat) == len(tensors):
+        return ""
+    return (
+        f" {flat[0]!r} has no dimension: does the data yield single samples? "
+        "DataLoader(data, batch_size=8) makes batches of them."
+    )
 
 
 def described(report: CheckReport) -> str:

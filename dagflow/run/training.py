@@ -33,6 +33,7 @@ from dagflow.plan.check import CheckReport
 from dagflow.plan.loss_weight import LossWeights
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
+from dagflow.run.arguments import check_arguments, journal_steps, observers, open_store
 from dagflow.run.clusters import ask_workers, open_cluster, reconnect, roster
 from dagflow.run.data import BatchStream, TokenDataset
 from dagflow.run.driver import Disturbed, Driver
@@ -222,9 +223,29 @@ def train(
     NonFiniteLoss
         If the loss isn't finite; the last snapshot is good.
     """
+    check_arguments(
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        schedule=schedule,
+        config=config,
+        client=client,
+        state_dict=state_dict,
+        epochs=epochs,
+        steps=steps,
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
+        snapshot_every=snapshot_every,
+        seed=seed,
+        clip_grad_norm=clip_grad_norm,
+    )
+    told = observers(callbacks)
+    # NumPy's numbers are no JSON.
+    epochs, num_microbatches, seed = int(epochs), int(num_microbatches), int(seed)
+    steps = None if steps is None else int(steps)
+    clip_grad_norm = None if clip_grad_norm is None else float(clip_grad_norm)
     config = config or Config()
     line = ProgressLine(progress)
-    _check_counts(epochs, steps, snapshot_every)
     for doubt in doubts(data):
         line.note(f"The data's order can't be repeated: {doubt}.")
     stream = _stream(data, epochs, steps, seed, config)
@@ -237,11 +258,12 @@ def train(
         precision=precision,
         seed=seed,
     )
-    url = str(store) if store is not None else _new_folder(model)
-    if client is None and not Store(url).is_process_local:
+    url = store if store is not None else _new_folder(model)
+    probed = open_store(url)
+    if client is None and not probed.is_process_local:
         refuse_unguarded_main()
-    Store(url).probe()
-    where = Store(url, retry=_PATIENT)
+    probed.probe()
+    where = Store(str(url), retry=_PATIENT)
     first = data.rows(0, 0, data.batch_size) if stream is None else stream.peek()
     of_first = FirstBatch(
         model, loss, first, num_microbatches, buffer_reader(model, state_dict), config
@@ -276,9 +298,9 @@ def train(
             num_stages=num_stages,
             snapshot_every=snapshot_every,
             line=line,
-            callbacks=tuple(callbacks),
+            callbacks=told,
             names=names,
-            journal=_journal_steps(journal),
+            journal=journal_steps(journal),
             has_own_client=isinstance(client, str),
         )
         try:
@@ -722,24 +744,6 @@ async def _settle(run_id: str, plan: str) -> None:
     await asyncio.to_thread(JOURNAL.flush, _FLUSH_SECONDS)
     CACHE.forget(run_id, but_plan=plan)
     JOURNAL.forget(run_id, but_plan=plan)
-
-
-def _journal_steps(journal: bool | int) -> int:
-    """Return how many steps are written together; 0 for no journal."""
-    if not isinstance(journal, (bool, int)) or journal < 0:
-        raise SettingsInvalid(
-            f"journal is True, False, or a number of steps to write together; found {journal!r}."
-        )
-    return int(journal)
-
-
-def _check_counts(epochs: int, steps: int | None, snapshot_every: int | None) -> None:
-    if epochs < 1 or (steps is not None and steps < 0):
-        raise SettingsInvalid(f"epochs and steps count up from 1; found {epochs} and {steps}.")
-    if snapshot_every is not None and snapshot_every < 1:
-        raise SettingsInvalid(
-            f"snapshot_every is a number of steps, or None for one at the end; found {snapshot_every}."
-        )
 
 
 def _stream(
