@@ -36,7 +36,7 @@ from dagflow.graph.loss import LossFunction, LossModule, check_loss
 from dagflow.graph.masks import without_needless_masks
 from dagflow.graph.outside import refuse_iterators
 from dagflow.graph.sizes import what_fixed
-from dagflow.graph.trace import Trace, explain, follow
+from dagflow.graph.trace import Trace, decides_by_values, explain, follow, whole_numbers
 from dagflow.graph.translate import translate
 from dagflow.graph.whole_sequences import whole_sequences
 from dagflow_tasks.program import ValueSpec
@@ -201,6 +201,7 @@ def _export(
     model: torch.nn.Module,
     tensors: Mapping[str, torch.Tensor],
     dims: Mapping[str, Sequence[int]],
+    read_buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[ExportedProgram, Trace]:
     with (
         _on_one_device(model, tensors) as leaves,
@@ -208,26 +209,47 @@ def _export(
         without_gradient_hooks(model),
         refuse_iterators(wrapper),
         _without_torchs_log(),
-        follow(wrapper) as trace,
+        follow(wrapper, read_buffers) as trace,
     ):
         try:
-            with (
-                warnings.catch_warnings(),
-                # Of symbolic sizes it costs more than it saves: two thirds of a trace.
-                torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
-            ):
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                exported = torch.export.export(
+                return torch.export.export(
                     wrapper,
                     tuple(leaves.values()),
                     dynamic_shapes=(tuple(dict.fromkeys(dims[name], Dim.AUTO) for name in leaves),),
                     strict=False,
-                )
+                ), trace
         except (BatchInvalid, CaptureFailed):
             raise
         except Exception as error:
-            raise CaptureFailed(explain(error, trace)) from error
-    return exported, trace
+            failed = CaptureFailed(explain(error, trace))
+            failed.__cause__ = error
+            by_values = decides_by_values(error)
+    if read_buffers is not None or not by_values:
+        raise failed
+    # Perhaps by buffers that never change: strides and kernel sizes, say.
+    return _export_with_known_numbers(wrapper, model, tensors, dims, failed)
+
+
+def _export_with_known_numbers(
+    wrapper: torch.nn.Module,
+    model: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    dims: Mapping[str, Sequence[int]],
+    failed: CaptureFailed,
+) -> tuple[ExportedProgram, Trace]:
+    """Export a model whose code reads numbers out of buffers that forward doesn't write."""
+    numbers = whole_numbers(model)
+    while numbers:
+        try:
+            exported, trace = _export(wrapper, model, tensors, dims, numbers)
+        except CaptureFailed:
+            break
+        if not trace.written_numbers:
+            return exported, trace
+        numbers = {n: known for n, known in numbers.items() if n not in trace.written_numbers}
+    raise failed
 
 
 @contextmanager

@@ -46,29 +46,46 @@ def passed(tensor: torch.Tensor, frame: types.FrameType | None) -> bool | None:
     return check.wanted
 
 
+def is_asked_for(tensor: torch.Tensor, frame: types.FrameType | None) -> bool:
+    """Tell whether a number is read out of a tensor for a check that raises: the tensor does as well."""
+    if frame is None or not isinstance(tensor, FakeTensor) or tensor.constant is not None:
+        return False
+    statement = _statement_at(frame)
+    return statement is not None and _raises(statement)
+
+
 def check_at(frame: types.FrameType) -> Check | None:
     """Return the check whose condition a frame is evaluating, if it is one."""
-    file, line = frame.f_code.co_filename, frame.f_lineno
-    around = [
-        s
-        for s in _statements(file)
-        if isinstance(s, (ast.If, ast.Assert))
-        and s.test.lineno <= line <= (s.test.end_lineno or s.test.lineno)
-    ]
-    if len(around) != 1:
+    statement = _statement_at(frame)
+    if statement is None:
         return None
-    (statement,) = around
-    questions = list(_questions(statement.test, isinstance(statement, ast.Assert)))
+    questions = _questions(statement.test, isinstance(statement, ast.Assert))
     by_place = {_span(question.asks): question for question in questions}
     asked = [by_place[place] for place in _places(frame) if place in by_place]
     if not asked:
         return None
     question = asked[0]
-    if isinstance(statement, ast.Assert) or _only_raises(statement.body):
-        wanted = question.wanted if question.decides else None
-    else:
+    if not _raises(statement):
         wanted = _if_finite(question.asks)
-    return None if wanted is None else Check(wanted, f"{file}:{line}", _head(statement))
+    else:
+        wanted = question.wanted if question.decides else None
+    line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return None if wanted is None else Check(wanted, line, _head(statement))
+
+
+def _statement_at(frame: types.FrameType) -> ast.If | ast.Assert | None:
+    line = frame.f_lineno
+    found = [
+        s
+        for s in _statements(frame.f_code.co_filename)
+        if isinstance(s, (ast.If, ast.Assert))
+        and s.test.lineno <= line <= (s.test.end_lineno or s.test.lineno)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _raises(statement: ast.If | ast.Assert) -> bool:
+    return isinstance(statement, ast.Assert) or _only_raises(statement.body)
 
 
 @dataclass(frozen=True)
@@ -97,8 +114,14 @@ def _questions(test: ast.expr, wanted: bool, decides: bool = True) -> Iterator[_
         for value in test.values:
             last = value is test.values[-1]
             yield from _questions(value, wanted, decides and (all_must or last))
+    elif isinstance(test, ast.Compare) and not _is_of_two(test):
+        yield _Question(test, wanted, decides=False)  # it asks for the truth of several tensors
     else:
         yield _Question(test, wanted, decides)
+
+
+def _is_of_two(test: ast.Compare) -> bool:
+    return len(test.ops) == 1 and not isinstance(test.ops[0], (ast.In, ast.NotIn))
 
 
 def _head(statement: ast.If | ast.Assert) -> str:

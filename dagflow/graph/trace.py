@@ -21,13 +21,19 @@ from unittest.mock import patch
 
 import torch
 import torch.utils.checkpoint
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.overrides import TorchFunctionMode
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.batched import unmapped
+<<<<<<< HEAD
 from dagflow.graph.checks import passed
 from dagflow.graph.effects import Snapshot
 from dagflow.graph.leftovers import Left
+=======
+from dagflow.graph.checks import is_asked_for, passed
+from dagflow.graph.effects import Change, Snapshot
+>>>>>>> d365152 (Numbers in buffers that forward never writes are read, and checks may read a tensor's number before they raise)
 from dagflow.graph.sizes import Decision, symbolic_mathematics, watch_decisions
 from dagflow.graph.whole import stand_in
 from dagflow.graph.writes import written_in_place
@@ -78,10 +84,23 @@ class Trace:
         Lines that read the time.
     drawn
         Lines that draw from Python's or NumPy's random numbers, though the graph doesn't show it.
+<<<<<<< HEAD
     left
         What forward leaves in attributes, but for assigned buffers.
     unused
         What it leaves, in every call, where no later call makes use of it.
+=======
+    changes
+        Attributes that forward changes, but for assigned buffers.
+    make_changes
+        Makes these changes outside of a trace.
+    attributes
+        Those attributes of them that forward doesn't read.
+    read_buffers
+        Buffers of one whole number each, and what they hold, that code may read as numbers.
+    written_numbers
+        Those of them that forward writes.
+>>>>>>> d365152 (Numbers in buffers that forward never writes are read, and checks may read a tensor's number before they raise)
     modules, operator
         The modules that the trace is in, outermost first, and the latest torch function.
     """
@@ -93,8 +112,16 @@ class Trace:
     hooks: list[tuple[str, str]] = field(default_factory=list)
     clock: list[str] = field(default_factory=list)
     drawn: str = ""
+<<<<<<< HEAD
     left: list[Left] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+=======
+    changes: list[Change] = field(default_factory=list)
+    make_changes: Callable[[], None] = lambda: None
+    attributes: list[Change] = field(default_factory=list)
+    read_buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    written_numbers: list[str] = field(default_factory=list)
+>>>>>>> d365152 (Numbers in buffers that forward never writes are read, and checks may read a tensor's number before they raise)
     modules: list[str] = field(default_factory=list)
     operator: str = ""
 
@@ -133,6 +160,8 @@ class _Follower(TorchFunctionMode):
             # Switched by what nobody records: a function's `apply`, inference mode.
             self._recorded_grad = torch.is_grad_enabled()
             torch._C._set_grad_enabled(self._recorded_grad)
+        if self.trace.operator == "item" and is_asked_for(args[0], sys._getframe(1)):
+            return args[0]
         if self.trace.operator == "__bool__":
             answer = passed(args[0], sys._getframe(1))
             if answer is not None:
@@ -330,11 +359,39 @@ def _refuse_cumulative_average(module: torch.nn.Module, path: str) -> None:
         )
 
 
+def whole_numbers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of a model's buffers that hold one whole number each: strides, lengths, counters."""
+    return {
+        name: buffer.detach().clone()
+        for name, buffer in model.named_buffers()
+        if buffer.numel() == 1 and not buffer.is_meta and _is_whole(buffer.dtype)
+    }
+
+
+def _is_whole(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex)
+
+
+def _make_known(model: torch.nn.Module, numbers: Mapping[str, torch.Tensor]) -> None:
+    """Let the trace that this is in know what buffers hold, as it knows torch.tensor(3)."""
+    mode = get_proxy_mode()
+    for name, number in numbers.items() if mode is not None else ():
+        slot = get_proxy_slot(model.get_buffer(name), mode.tracer, None)
+        if slot is not None:
+            slot.constant = number
+
+
 @contextmanager
-def follow(wrapper: Any) -> Iterator[Trace]:
-    """Follow the trace of a wrapper around a model through the modules and torch's functions."""
+def follow(wrapper: Any, read_buffers: Mapping[str, torch.Tensor] | None = None) -> Iterator[Trace]:
+    """Follow the trace of a wrapper around a model through the modules and torch's functions.
+
+    Parameters
+    ----------
+    read_buffers
+        What buffers hold that the code may read as numbers.
+    """
     _refuse_scripts(wrapper.model)
-    trace = Trace()
+    trace = Trace(read_buffers=read_buffers or {})
     handles = []
 
     def leave(*_: Any) -> None:
@@ -356,9 +413,18 @@ def follow(wrapper: Any) -> Iterator[Trace]:
             [s.node.expr if isinstance(s, torch.SymInt) else s for s in tensor.shape]
             for tensor in tensors
         ]
+        _make_known(wrapper.model, trace.read_buffers)
+        numbers = {name: wrapper.model.get_buffer(name) for name in trace.read_buffers}
+        versions = {name: number._version for name, number in numbers.items()}
         with _Follower(trace), written_in_place(wrapper.model):
             result = forward(*tensors)
+<<<<<<< HEAD
         trace.left = before.left()  # now: torch.export puts numbers back as they were
+=======
+        trace.written_numbers = [n for n, t in numbers.items() if t._version != versions[n]]
+        # Now: torch.export puts numbers back as they were.
+        trace.changes, trace.make_changes = before.changes(), before.now()
+>>>>>>> d365152 (Numbers in buffers that forward never writes are read, and checks may read a tensor's number before they raise)
         return result
 
     wrapper.forward = followed
@@ -405,6 +471,15 @@ def explain(error: Exception, trace: Trace) -> str:
     )
 
 
+_BY_VALUES = ("data-dependent", "DataDependent", "Unbacked")
+
+
+def decides_by_values(error: Exception) -> bool:
+    """Tell whether a trace failed because the code asks for a tensor's value."""
+    text = f"{type(error).__name__} {error}"
+    return any(sign in text for sign in _BY_VALUES)
+
+
 def _advice(error: Exception) -> str:
     text = f"{type(error).__name__} {error}"
     for signs, advice in _ADVICE.items():
@@ -422,7 +497,7 @@ _ADVICE: Mapping[tuple[str, ...], str] = {
     ("numpy.object_",): (
         "NumPy can't compute with open sizes; write it with torch (torch.arange for numpy.arange)."
     ),
-    ("data-dependent", "DataDependent", "Unbacked"): (
+    _BY_VALUES: (
         "the line decides by a tensor's value, which a graph can't; write it with torch.where "
         "or a mask, or take the decision outside of forward(). (A check that only raises may stay, "
         "as `if tensor.any(): raise ...` or `assert tensor.all()`, without .item().)"

@@ -1,4 +1,7 @@
-"""Checks of values that only raise are kept as assertions; targets a mask selects reach the CTC loss."""
+"""Checks of values that only raise are kept as assertions; targets a mask selects reach the CTC loss.
+
+PYTEST_DONT_REWRITE: what a line asks is read off its code, and pytest writes assertions anew.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,10 @@ def in_a_later_branch(x: torch.Tensor) -> None:
         x = x + 1
 
 
+def reads_a_number(x: torch.Tensor) -> None:
+    assert -x.shape[0] - 2 < x.min().item(), "too small"
+
+
 def clamps_what_is_not_finite(x: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(x).all():
         x = x.clamp(-10, 10)
@@ -64,7 +71,7 @@ class Checked(nn.Module):
         return self.linear(x if found is None else found).square().mean()
 
 
-RAISING = [too_large, not_finite, asserts, in_a_later_branch]
+RAISING = [too_large, not_finite, asserts, in_a_later_branch, reads_a_number]
 
 
 @pytest.mark.parametrize("check", [*RAISING, clamps_what_is_not_finite, clamps_infinities])
@@ -106,12 +113,22 @@ def only_if_both(x: torch.Tensor) -> None:
         raise ValueError("both")
 
 
+def not_among(x: torch.Tensor) -> None:
+    if x.sum().round() not in (1, 2):
+        raise ValueError("neither")
+
+
+def between(x: torch.Tensor) -> None:
+    if 0 < x.sum() < 1:
+        raise ValueError("between")
+
+
 def warns(x: torch.Tensor) -> None:
     if x.sum() < 0:
         x = x + 1
 
 
-@pytest.mark.parametrize("check", [returns_something_else, only_if_both, warns])
+@pytest.mark.parametrize("check", [returns_something_else, only_if_both, not_among, between, warns])
 def test_other_branches_on_values_are_refused(check: Check) -> None:
     with pytest.raises(CaptureFailed, match=r"check that only raises may stay"):
         capture(Checked(check), torch.rand(3, 4))
@@ -155,3 +172,29 @@ def test_targets_that_a_mask_selects_give_the_ctc_loss_to_the_bit(
     assert report.one_row
     assert not report.fixed
     assert not report.skipped
+
+
+class Padded(nn.Module):
+    """Codecs keep strides in buffers, and read them as numbers."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.linear, self.counts = nn.Linear(4, 4), counts
+        self.stride = nn.Buffer(torch.tensor(3), persistent=False)
+        self.seen = nn.Buffer(torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        number = self.seen if self.counts else self.stride
+        ideal = torch.ceil(x.shape[-1] / number) * number if number > 0 else number + 4
+        self.seen += 1
+        return self.linear(functional.pad(x, (0, int(ideal) - 4))[:, :4]).square().mean()
+
+
+def test_numbers_in_buffers_that_never_change_are_read() -> None:
+    model, batch = Padded(False), torch.randn(3, 4)
+    dag = capture(model, batch)
+    _, report = check_capture(dag, model, batch)
+    assert report.exact
+    assert not report.skipped
+    with pytest.raises(CaptureFailed, match=r"test_checks.*number > 0.*torch.where or a mask"):
+        capture(Padded(True), batch)
