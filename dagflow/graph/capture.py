@@ -32,11 +32,12 @@ from dagflow.graph.batch import (
 from dagflow.graph.dag import FixedSize, OperatorDag, input_value
 from dagflow.graph.effects import gradient_hooks, without_gradient_hooks
 from dagflow.graph.examine import examined
+from dagflow.graph.known_numbers import whole_numbers
 from dagflow.graph.loss import LossFunction, LossModule, check_loss
 from dagflow.graph.masks import without_needless_masks
 from dagflow.graph.outside import refuse_iterators
 from dagflow.graph.sizes import what_fixed
-from dagflow.graph.trace import Trace, decides_by_values, explain, follow, whole_numbers
+from dagflow.graph.trace import Trace, decides_by_values, explain, follow
 from dagflow.graph.translate import translate
 from dagflow.graph.whole_sequences import whole_sequences
 from dagflow_tasks.program import ValueSpec

@@ -21,19 +21,14 @@ from unittest.mock import patch
 
 import torch
 import torch.utils.checkpoint
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.overrides import TorchFunctionMode
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.batched import unmapped
-<<<<<<< HEAD
-from dagflow.graph.checks import passed
-from dagflow.graph.effects import Snapshot
-from dagflow.graph.leftovers import Left
-=======
 from dagflow.graph.checks import is_asked_for, passed
-from dagflow.graph.effects import Change, Snapshot
->>>>>>> d365152 (Numbers in buffers that forward never writes are read, and checks may read a tensor's number before they raise)
+from dagflow.graph.effects import Snapshot
+from dagflow.graph.known_numbers import make_known
+from dagflow.graph.leftovers import Left
 from dagflow.graph.sizes import Decision, symbolic_mathematics, watch_decisions
 from dagflow.graph.whole import stand_in
 from dagflow.graph.writes import written_in_place
@@ -52,6 +47,7 @@ OWN_FILES = frozenset(
         "decoder",
         "effects",
         "examine",
+        "known_numbers",
         "leftovers",
         "loss",
         "masks",
@@ -84,23 +80,14 @@ class Trace:
         Lines that read the time.
     drawn
         Lines that draw from Python's or NumPy's random numbers, though the graph doesn't show it.
-<<<<<<< HEAD
     left
         What forward leaves in attributes, but for assigned buffers.
     unused
         What it leaves, in every call, where no later call makes use of it.
-=======
-    changes
-        Attributes that forward changes, but for assigned buffers.
-    make_changes
-        Makes these changes outside of a trace.
-    attributes
-        Those attributes of them that forward doesn't read.
     read_buffers
         Buffers of one whole number each, and what they hold, that code may read as numbers.
     written_numbers
         Those of them that forward writes.
->>>>>>> d365152 (Numbers in buffers that forward never writes are read, and checks may read a tensor's number before they raise)
     modules, operator
         The modules that the trace is in, outermost first, and the latest torch function.
     """
@@ -112,16 +99,10 @@ class Trace:
     hooks: list[tuple[str, str]] = field(default_factory=list)
     clock: list[str] = field(default_factory=list)
     drawn: str = ""
-<<<<<<< HEAD
     left: list[Left] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
-=======
-    changes: list[Change] = field(default_factory=list)
-    make_changes: Callable[[], None] = lambda: None
-    attributes: list[Change] = field(default_factory=list)
     read_buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     written_numbers: list[str] = field(default_factory=list)
->>>>>>> d365152 (Numbers in buffers that forward never writes are read, and checks may read a tensor's number before they raise)
     modules: list[str] = field(default_factory=list)
     operator: str = ""
 
@@ -359,28 +340,6 @@ def _refuse_cumulative_average(module: torch.nn.Module, path: str) -> None:
         )
 
 
-def whole_numbers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of a model's buffers that hold one whole number each: strides, lengths, counters."""
-    return {
-        name: buffer.detach().clone()
-        for name, buffer in model.named_buffers()
-        if buffer.numel() == 1 and not buffer.is_meta and _is_whole(buffer.dtype)
-    }
-
-
-def _is_whole(dtype: torch.dtype) -> bool:
-    return not (dtype.is_floating_point or dtype.is_complex)
-
-
-def _make_known(model: torch.nn.Module, numbers: Mapping[str, torch.Tensor]) -> None:
-    """Let the trace that this is in know what buffers hold, as it knows torch.tensor(3)."""
-    mode = get_proxy_mode()
-    for name, number in numbers.items() if mode is not None else ():
-        slot = get_proxy_slot(model.get_buffer(name), mode.tracer, None)
-        if slot is not None:
-            slot.constant = number
-
-
 @contextmanager
 def follow(wrapper: Any, read_buffers: Mapping[str, torch.Tensor] | None = None) -> Iterator[Trace]:
     """Follow the trace of a wrapper around a model through the modules and torch's functions.
@@ -413,18 +372,11 @@ def follow(wrapper: Any, read_buffers: Mapping[str, torch.Tensor] | None = None)
             [s.node.expr if isinstance(s, torch.SymInt) else s for s in tensor.shape]
             for tensor in tensors
         ]
-        _make_known(wrapper.model, trace.read_buffers)
-        numbers = {name: wrapper.model.get_buffer(name) for name in trace.read_buffers}
-        versions = {name: number._version for name, number in numbers.items()}
+        written = make_known(wrapper.model, trace.read_buffers)
         with _Follower(trace), written_in_place(wrapper.model):
             result = forward(*tensors)
-<<<<<<< HEAD
         trace.left = before.left()  # now: torch.export puts numbers back as they were
-=======
-        trace.written_numbers = [n for n, t in numbers.items() if t._version != versions[n]]
-        # Now: torch.export puts numbers back as they were.
-        trace.changes, trace.make_changes = before.changes(), before.now()
->>>>>>> d365152 (Numbers in buffers that forward never writes are read, and checks may read a tensor's number before they raise)
+        trace.written_numbers = written()
         return result
 
     wrapper.forward = followed

@@ -27,8 +27,8 @@ _HEADS = (
     "SPEECH_SEQ_2_SEQ",
     "IMAGE_CLASSIFICATION",
     "SEMANTIC_SEGMENTATION",
-    "AUDIO_CLASSIFICATION",
     "CTC",
+    "AUDIO_CLASSIFICATION",
     "SEQUENCE_CLASSIFICATION",
     "IMAGE_TEXT_TO_TEXT",
     "MULTIMODAL_LM",
@@ -117,7 +117,8 @@ class ScalarOutput(nn.Module):
 def _scalar(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.float().reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
     weights = torch.cos(torch.arange(flat.shape[1], dtype=torch.float32, device=flat.device))
-    return (flat * weights).mean(1).square().mean()
+    # By the logarithm, so that a few steps don't end in infinity.
+    return (flat * weights).mean(1).square().log1p().mean()
 
 
 def _floats(output: Any) -> Iterator[torch.Tensor]:

@@ -54,13 +54,13 @@ def _inputs(model: Any, config: Any, head: str, taken: set[str]) -> Iterator[Mak
             yield lambda rows, longer, image=image: text(rows, longer) | image(rows, longer)
         for wave in sound:
             yield lambda rows, longer, wave=wave: text(rows, longer) | wave(rows, longer)
-    if "pixel_values" in taken:
+    if "pixel_values" in taken or "pixel_values_videos" in taken:
         yield from images
     for wave in sound:
         yield wave
         if "decoder_input_ids" in taken:
             yield lambda rows, longer, wave=wave: wave(rows, longer) | _decoder(rows)
-    if "hidden_states" in taken:
+    if "hidden_states" in taken or "grid_thw" in taken:
         yield from _patches(config, taken)
     if "past_values" in taken:
         yield from _series(config, taken)
@@ -159,7 +159,8 @@ def _patches(config: Any, taken: set[str]) -> Iterator[Maker]:
     width *= getattr(config, "temporal_patch_size", 1)
     if "grid_thw" in taken:
         grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
-        yield lambda rows, longer: {"hidden_states": torch.randn(32, width), "grid_thw": grid}
+        for name in {"hidden_states", "pixel_values"} & taken:
+            yield lambda rows, longer, name=name: {name: torch.randn(32, width), "grid_thw": grid}
     size = getattr(config, "hidden_size", 32)
     yield lambda rows, longer: {"hidden_states": torch.randn(rows, LENGTHS[longer], size)}
 
