@@ -356,31 +356,52 @@ def watch_generators(kind: str, lines: bool = True) -> Iterator[Draws]:
 
 
 class _Between(float):
-    """A number that lies within whatever bounds it is compared with, as what it is computed to does."""
+    """A number drawn between two bounds, that is on whichever side it is asked of, if it can be."""
 
-    def _is_so(self, other: Any) -> bool:
-        return True
+    low: float
+    high: float
 
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = _is_so  # type: ignore[assignment]
+    def __new__(cls, value: float, low: float, high: float) -> _Between:
+        found = super().__new__(cls, value)
+        found.low, found.high = min(low, high), max(low, high)
+        return found
+
+    def __lt__(self, other: Any) -> bool:
+        return bool(self.low < other)
+
+    def __le__(self, other: Any) -> bool:
+        return bool(self.low <= other)
+
+    def __gt__(self, other: Any) -> bool:
+        return bool(self.high > other)
+
+    # No draw is the upper bound itself.
+    __ge__ = __gt__
+
+    def __eq__(self, other: object) -> bool:
+        return self <= other < self.high if isinstance(other, (int, float)) else False
+
     __hash__ = float.__hash__
 
+    def _moved(self, by: Callable[[float, Any], Any], other: Any) -> Any:
+        value = by(float(self), other)
+        if value is NotImplemented:
+            return value
+        return _Between(value, by(self.low, other), by(self.high, other))
+
     def __mul__(self, other: Any) -> Any:
-        return _between(float.__mul__(self, other))
+        return self._moved(float.__mul__, other)
 
     def __add__(self, other: Any) -> Any:
-        return _between(float.__add__(self, other))
+        return self._moved(float.__add__, other)
 
     def __rsub__(self, other: Any) -> Any:
-        return _between(float.__rsub__(self, other))
+        return self._moved(float.__rsub__, other)
 
     __rmul__, __radd__ = __mul__, __add__
 
 
-def _between(value: Any) -> Any:
-    return value if value is NotImplemented else _Between(value)
-
-
-_KINDS = {"largest": 1 - 2**-53, "smallest": 0.0, "between": _Between(0.5)}
+_KINDS = {"largest": 1 - 2**-53, "smallest": 0.0, "between": _Between(0.5, 0.0, 1.0)}
 # After so many, real ones: a loop may go on for as long as its draws are small.
 _MOST_DRAWS = 1000
 _BETWEEN_0_AND_1 = ("rand", "random", "random_sample", "sample", "ranf")

@@ -108,6 +108,10 @@ def draws_for_nothing(self: Any, h: torch.Tensor) -> torch.Tensor:
     return h if random.random() >= 0.0 else h.relu()
 
 
+def drops_no_layer(self: Any, h: torch.Tensor) -> torch.Tensor:
+    return h if 2 * np.random.uniform(0, 1) - 1 >= 1.0 or random.random() < 0.0 else h.relu()
+
+
 def decides(draw: Callable[[], bool]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     return lambda self, h: h if draw() else h.relu()
 
@@ -160,6 +164,7 @@ WARNED = [
     (counts, r"Forward sets inner: self\.calls"),
     (logs, r"Forward sets inner: self\.last; inner: self\.seen"),
     (draws_for_nothing, "random numbers at .*same graph"),
+    (drops_no_layer, "random numbers at .*same graph"),
 ]
 
 
