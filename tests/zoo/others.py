@@ -70,6 +70,8 @@ def make(name: str, head: str) -> Subject:
     from transformers.models.auto import modeling_auto as auto
 
     config = shrunk(CONFIG_MAPPING[name])
+    if head == "MASKED_LM" and getattr(config, "is_decoder", False):
+        config.is_decoder = False
     mapping = getattr(auto, f"MODEL_FOR_{head}_MAPPING" if head else "MODEL_MAPPING")
     model_class = mapping[type(config)]
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class

@@ -62,6 +62,12 @@ def _inputs(model: Any, config: Any, head: str, taken: set[str]) -> Iterator[Mak
             yield lambda rows, longer, wave=wave: wave(rows, longer) | _decoder(rows)
     if "hidden_states" in taken or "grid_thw" in taken:
         yield from _patches(config, taken)
+    if "spatial_shapes" in taken:
+        yield from _rows_of_patches(config)
+    if "visual_feats" in taken:
+        yield lambda rows, longer: text(rows, longer) | _regions(config, rows)
+    if "returns_to_go" in taken:
+        yield lambda rows, longer: _episodes(config, rows, LENGTHS[longer])
     if "past_values" in taken:
         yield from _series(config, taken)
     if "inputs" in taken:
@@ -118,7 +124,7 @@ def _images(config: Any, head: str) -> Iterator[Maker]:
     def clip(rows: int, longer: int) -> Tensors:
         return {"pixel_values_videos": torch.randn(rows, frames, channels, size, size)}
 
-    yield from (video, image) if head == "VIDEO_CLASSIFICATION" else (image, video, clip)
+    yield from (video, image, clip) if head == "VIDEO_CLASSIFICATION" else (image, video, clip)
 
 
 def _sound(config: Any, taken: set[str]) -> Iterator[Maker]:
@@ -163,6 +169,41 @@ def _patches(config: Any, taken: set[str]) -> Iterator[Maker]:
             yield lambda rows, longer, name=name: {name: torch.randn(32, width), "grid_thw": grid}
     size = getattr(config, "hidden_size", 32)
     yield lambda rows, longer: {"hidden_states": torch.randn(rows, LENGTHS[longer], size)}
+
+
+def _rows_of_patches(config: Any) -> Iterator[Maker]:
+    """Images as rows of patches, with their sides in patches."""
+    own = getattr(config, "vision_config", config)
+    width = own.num_channels * own.patch_size**2
+
+    def make(rows: int, longer: int) -> Tensors:
+        return {
+            "pixel_values": torch.randn(rows, 16, width),
+            "pixel_attention_mask": torch.ones(rows, 16, dtype=torch.int64),
+            "spatial_shapes": torch.full((rows, 2), 4),
+        }
+
+    yield make
+
+
+def _regions(config: Any, rows: int) -> Tensors:
+    """What a detector says of regions of an image, and where they are."""
+    return {
+        "visual_feats": torch.randn(rows, 6, config.visual_feat_dim),
+        "visual_pos": torch.rand(rows, 6, config.visual_pos_dim),
+    }
+
+
+def _episodes(config: Any, rows: int, length: int) -> Tensors:
+    """States, actions and rewards of an agent."""
+    return {
+        "states": torch.randn(rows, length, config.state_dim),
+        "actions": torch.randn(rows, length, config.act_dim),
+        "rewards": torch.randn(rows, length, 1),
+        "returns_to_go": torch.randn(rows, length, 1),
+        "timesteps": torch.arange(length).repeat(rows, 1),
+        "attention_mask": torch.ones(rows, length, dtype=torch.int64),
+    }
 
 
 def _series(config: Any, taken: set[str]) -> Iterator[Maker]:

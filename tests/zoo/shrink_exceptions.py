@@ -40,6 +40,25 @@ _SMALL_RESNET = {
         "out_features": ["stage2"],
     },
 }
+_SMALL_DINO = {
+    "model_type": "dinov2",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 16,
+    "out_features": ["stage1", "stage2"],
+    "reshape_hidden_states": False,
+}
+_DEPTH = {
+    "backbone_config": _SMALL_DINO,
+    "neck_hidden_sizes": [16, 16],
+    "reassemble_factors": [2, 1],
+    "reassemble_hidden_size": 32,
+    "fusion_hidden_size": 16,
+}
+_RT_DETR = {"encode_proj_layers": [2], "decoder_in_channels": [32, 32, 32]}
+_WINDOWS_OF_PATCHES = {"window_size": 64}
 _PREDICTS = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3]}
 
 # Pyramids whose widths have to fit each other in ways that no name tells: one layer a stage is enough.
@@ -75,12 +94,43 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "neck_hidden_sizes": [16, 16, 16, 16],
     },
     "table-transformer": _SMALL_RESNET,
-    "depth_anything": {"neck_hidden_sizes": [16, 16], "reassemble_factors": [2, 1]},
+    "dab-detr": _SMALL_RESNET,
+    "deformable_detr": {**_SMALL_RESNET, "num_feature_levels": 1},
+    "depth_anything": _DEPTH,
+    "prompt_depth_anything": _DEPTH,
+    "upernet": {
+        "backbone_config": {
+            "model_type": "resnet",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 8, 16, 16],
+            "depths": [1, 1, 1, 1],
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+        "auxiliary_in_channels": 16,
+        "auxiliary_channels": 8,
+        "hidden_size": 16,
+    },
+    "rt_detr": _RT_DETR,
+    "rt_detr_v2": _RT_DETR,
+    "pp_doclayout_v3": _RT_DETR,
+    "pp_doclayout_v4": _RT_DETR,
+    "qwen2_5_vl_vision": _WINDOWS_OF_PATCHES,
+    "exaone4_5_vision": _WINDOWS_OF_PATCHES,
+    "sam_vision_model": {"output_channels": 32, "num_pos_feats": 16},
+    "sam_hq_vision_model": {"output_channels": 32, "num_pos_feats": 16},
+    "mimi": {"upsample_groups": 32},
+    "moonshine": {
+        "pad_token_id": 0,
+        "encoder_num_key_value_heads": 4,
+        "decoder_num_key_value_heads": 4,
+    },
+    "wav2vec2-bert": {"feature_projection_input_dim": 16, "vocab_size": 96},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "esm": {"vocab_size": 96, "pad_token_id": 0, "mask_token_id": 5},
     "esmc": {"num_key_value_heads": 4},
     "lilt": {"max_2d_position_embeddings": 128, "hidden_size": 48},
     "bros": {
-        "dim_bbox_sinusoid_emb_2d": 16,
+        "dim_bbox_sinusoid_emb_2d": 32,
         "dim_bbox_sinusoid_emb_1d": 4,
         "dim_bbox_projection": 8,
     },
