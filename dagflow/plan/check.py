@@ -16,6 +16,7 @@ import torch
 
 from dagflow.errors import BatchInvalid, ResultsDiffer
 from dagflow.graph.batch import flatten_batch, take_rows, without_columns
+from dagflow.graph.capture import TRACING
 from dagflow.graph.dag import OperatorDag, Symbol
 from dagflow.graph.loss import LossFunction
 from dagflow.graph.signature import match_batch
@@ -103,7 +104,8 @@ def check_capture(
     reason = _reason_to_skip(dag, model, memory_bytes)
     if reason:
         return dag, CheckReport(skipped=reason)
-    return _Check(dag, model, batch, following, loss).run(begin)
+    with TRACING:  # the model itself runs, and others may trace it
+        return _Check(dag, model, batch, following, loss).run(begin)
 
 
 Tensors = Mapping[str, torch.Tensor]
@@ -154,7 +156,6 @@ class _Check:
     def run(self, begin: float) -> tuple[OperatorDag, CheckReport]:
         script: Script = [(self.tensors, self.keep), (self.following, None)]
         try:
-            self.eager.begin()  # which fails for models that can't be copied
             wanted = self._by_model(script)
         except Exception as error:
             self._refuse_if_nothing_runs(error)
@@ -198,8 +199,8 @@ class _Check:
                 "the batch's dtypes and values; see that one step of a plain loop over this data works."
             ) from error
 
-    def _by_model(self, script: Script) -> list[tuple[Outcome, list[Draw]]]:
-        return [self.eager.run(list(tensors.values()), keep) for tensors, keep in script]
+    def _by_model(self, script: Script, **how: Any) -> list[tuple[Outcome, list[Draw]]]:
+        return self.eager.outcomes([(list(t.values()), keep) for t, keep in script], **how)
 
     def _by_graph(
         self, script: Script, wanted: Sequence[tuple[Outcome, list[Draw]]]
@@ -229,10 +230,8 @@ class _Check:
             return []
         noise: list[dict[tuple[str, str], float]] = [{} for _ in script]
         for nudge in range(NUM_NUDGES):
-            self.eager.begin(nudge=nudge)
-            for known, outcome, (other, _) in zip(
-                noise, outcomes, self._by_model(script), strict=True
-            ):
+            others = self._by_model(script, nudge=nudge)
+            for known, outcome, (other, _) in zip(noise, outcomes, others, strict=True):
                 for key, tensor in outcome.items():
                     known[key] = max(known.get(key, 0.0), error_of(other.get(key), tensor))
         return self._compare(found, outcomes, noise)
@@ -297,8 +296,8 @@ class _Check:
         """See whether what the model draws from Python's generators matters."""
         losses = [_only_loss(outcome) for outcome in found]
         for seed in range(1, 3):
-            self.eager.begin(python_seed=seed)
-            others = [_only_loss(outcome) for outcome, _ in self._by_model(script)]
+            ran = self._by_model(script, python_seed=seed)
+            others = [_only_loss(outcome) for outcome, _ in ran]
             if self._compare(losses, others, None):
                 raise ResultsDiffer(
                     "The model's forward draws from Python's random or NumPy, and its loss depends on "
@@ -342,31 +341,22 @@ class _Check:
     def _agrees(self, tensors: Tensors, keep: Collection[str] | None) -> bool | None:
         """Compare on another batch; None if nothing can be said: the model doesn't take it."""
         script: Script = [(tensors, keep)]
-        for again in (False, True):
-            if again:  # the first try went on from wherever model and graph were
-                self.eager.begin()
-                self.uncut.begin()
-            try:
-                match_batch(self.dag, tensors, self.constants, "the check")
-                wanted = self._by_model(script)
-            except Exception:
-                return None
-            if not bool(torch.isfinite(wanted[0][0]["loss", ""])):
-                return None
-            try:
-                found = self._by_graph(script, wanted)
-            except ResultsDiffer:
-                continue
-            if keep is None:
-                found = [_only_loss(outcome) for outcome in found]
-                wanted = [(_only_loss(outcome), draws) for outcome, draws in wanted]
-            if not (
-                self._differences(script, found, wanted)
-                if again
-                else self._compare(found, [outcome for outcome, _ in wanted], None)
-            ):
-                return True
-        return False
+        self.uncut.begin()
+        try:
+            match_batch(self.dag, tensors, self.constants, "the check")
+            wanted = self._by_model(script)
+        except Exception:
+            return None
+        if not bool(torch.isfinite(wanted[0][0]["loss", ""])):
+            return None
+        try:
+            found = self._by_graph(script, wanted)
+        except ResultsDiffer:
+            return False
+        if keep is None:
+            found = [_only_loss(outcome) for outcome in found]
+            wanted = [(_only_loss(outcome), draws) for outcome, draws in wanted]
+        return not self._differences(script, found, wanted)
 
     def _limited(self, fixed: Sequence[Symbol], one_row: bool) -> OperatorDag:
         """Return the DAG with the sizes that it is right for."""

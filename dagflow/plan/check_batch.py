@@ -11,6 +11,7 @@ import torch
 
 from dagflow.errors import BatchInvalid, ResultsDiffer
 from dagflow.graph.batch import flatten_batch, without_columns
+from dagflow.graph.capture import TRACING
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.loss import LossFunction
 from dagflow.graph.signature import match_batch
@@ -108,9 +109,11 @@ def _batch_loss(
         sizes = dict(match_batch(dag, tensors, constants, "the check"))
     except BatchInvalid:
         eager = Eager(model, loss, batch, changed, draws=False)
-        eager.begin(nudge=nudge)
-        with _calm(dag):
-            return float(eager.run(list(tensors.values()), grad=False)[0]["loss", ""])
+        with TRACING, _calm(dag):
+            ((outcome, _),) = eager.outcomes(
+                [(list(tensors.values()), None)], nudge=nudge, grad=False
+            )
+            return float(outcome["loss", ""])
     parameters = parameters_of(model) | changed
     if nudge is not None:
         parameters = _nudged(parameters, nudge)

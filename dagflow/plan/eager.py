@@ -1,10 +1,8 @@
-"""Runs copies of the user's model eagerly: what a captured graph is compared with."""
+"""Runs the user's model eagerly, and leaves it as it was: what a captured graph is compared with."""
 
 from __future__ import annotations
 
-import copy
 import random
-import types
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,7 +12,9 @@ import numpy as np
 import torch
 
 from dagflow.graph.batch import rebuilder
+from dagflow.graph.effects import Snapshot
 from dagflow.graph.loss import LossFunction, LossModule
+from dagflow.graph.outside import Outside
 from dagflow.plan.draws import Draw, RecordDraws
 from dagflow.plan.locate import watch_modules
 from dagflow.plan.uncut import Outcome
@@ -22,9 +22,15 @@ from dagflow_tasks.interpreter import RANDOM_LOCK
 
 _SEED = 20
 
+Script = Sequence[tuple[Sequence[torch.Tensor], Collection[str] | None]]
+"""Batches (the flattened batch's tensors, in order) to run one after the other, each with the
+parameters whose gradients are wanted; None runs no backward."""
+
 
 class Eager:
-    """The user's model and loss, which are left alone: a copy of them, that `begin` takes, runs.
+    """The user's model and loss, which run as they are and are put back as they were.
+
+    Not copies: what closures, hooks and lists hold of a model would still be the model's own.
 
     Parameters
     ----------
@@ -32,7 +38,7 @@ class Eager:
     example
         A batch as the model is called with, for its structure.
     changed : mapping
-        Values of parameters, by name, that copies get instead of the model's.
+        Values of parameters, by name, to run with instead of the model's.
     draws : bool
         Whether the model draws random numbers, so that they are to be recorded.
     """
@@ -45,12 +51,24 @@ class Eager:
         changed: Mapping[str, torch.Tensor],
         draws: bool,
     ) -> None:
-        self._given, self._example = (model, loss), example
-        self._changed = changed
-        self._draws = draws
+        self._model, self._changed, self._draws = model, changed, draws
+        self._module = LossModule(model, loss, rebuilder(example))
+        self._state = _State(self._module)
+        self.draws_in_python = False
+        self.changed_attributes: list[str] = []
 
-    def begin(self, *, nudge: int | None = None, python_seed: int = 0) -> None:
-        """Take a new copy.
+    def outcomes(
+        self,
+        script: Script,
+        *,
+        nudge: int | None = None,
+        python_seed: int = 0,
+        grad: bool = True,
+    ) -> list[tuple[Outcome, list[Draw]]]:
+        """Run the model, from the state that it was given in, on batches.
+
+        Sets `draws_in_python` (whether it has drawn from Python's or NumPy's generators) and
+        `changed_attributes` (which of its plain attributes the last forward has changed).
 
         Parameters
         ----------
@@ -58,132 +76,150 @@ class Eager:
             Change every parameter at random by a unit in its last place, differently for each.
         python_seed : int
             For Python's and NumPy's generators.
-        """
-        model, loss = copy_model(*self._given)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in self._changed:
-                    parameter.copy_(self._changed[name])
-                if nudge is not None and parameter.is_floating_point():
-                    parameter.copy_(nudged(parameter, nudge))
-        self._model = model
-        self._versions = {name: p._version for name, p in model.named_parameters()}
-        self._module = LossModule(model, loss, rebuilder(self._example))
-        self._seed = python_seed
-        self.draws_in_python = False
-        self.changed_attributes: list[str] = []
-
-    def run(
-        self,
-        tensors: Sequence[torch.Tensor],
-        keep: Collection[str] | None = None,
-        *,
-        grad: bool = True,
-    ) -> tuple[Outcome, list[Draw]]:
-        """Run the copy on a batch.
-
-        Sets `draws_in_python` (whether it has drawn from Python's or NumPy's generators) and
-        `changed_attributes` (which of its plain attributes the forward has changed).
-
-        Parameters
-        ----------
-        tensors
-            The flattened batch's tensors, in order.
-        keep
-            Parameters whose gradients are wanted; None runs no backward.
         grad : bool
             False saves the memory that a backward would need.
-
-        Returns
-        -------
-        outcome, draws
         """
-        before = _plain_attributes(self._model)
-        with _left_alone(self._seed) as has_drawn, torch.set_grad_enabled(grad):
-            found = self._run(tensors, keep)
-            self.draws_in_python |= has_drawn()
-        self.changed_attributes = _changed(before, _plain_attributes(self._model))
-        return found
+        self.draws_in_python = False
+        with self._state.put_back():
+            self._state.set(self._changed, nudge)
+            return [
+                self._run(tensors, keep, python_seed=python_seed, grad=grad)
+                for tensors, keep in script
+            ]
 
     def watched(
         self, tensors: Sequence[torch.Tensor]
     ) -> tuple[Mapping[str, torch.Tensor], list[Draw]]:
-        """Run a new copy on a batch, and return what its modules have returned, by path."""
-        self.begin()
+        """Run the model on a batch, and return what its modules have returned, by path."""
         results, end = watch_modules(self._model)
-        _, draws = self.run(tensors)
-        end()
+        try:
+            ((_, draws),) = self.outcomes([(tensors, None)])
+        finally:
+            end()
         return results, draws
 
     def _run(
-        self, tensors: Sequence[torch.Tensor], keep: Collection[str] | None
+        self,
+        tensors: Sequence[torch.Tensor],
+        keep: Collection[str] | None,
+        *,
+        python_seed: int,
+        grad: bool,
     ) -> tuple[Outcome, list[Draw]]:
-        parameters = dict(self._model.named_parameters())
-        # Other gradients may be as large as the model; nobody looks at them.
-        others = [p for n, p in parameters.items() if n not in (keep or ()) and p.requires_grad]
-        recorder = RecordDraws()
-        with recorder if self._draws else nullcontext():
-            loss = self._module(*(tensor.detach().clone() for tensor in tensors))
-        found: Outcome = {("loss", ""): loss.detach().clone()}
-        if keep is not None and loss.requires_grad:
-            hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in others]  # type: ignore[no-untyped-call]
-            loss.backward()
-            for hook in hooks:
-                hook.remove()
-            for name, parameter in parameters.items():
-                if parameter.grad is not None:
-                    # Of a sparse embedding it is sparse, and few operators take that.
-                    found["gradient", name] = parameter.grad.to_dense()
-                    parameter.grad = None
+        before = _plain_attributes(self._model)
+        with _left_alone(python_seed) as has_drawn, torch.set_grad_enabled(grad):
+            recorder = RecordDraws()
+            with recorder if self._draws else nullcontext():
+                loss = self._module(*(tensor.detach().clone() for tensor in tensors))
+            found: Outcome = {("loss", ""): loss.detach().clone()}
+            if keep is not None and loss.requires_grad:
+                found |= self._gradients(loss, keep)
+            self.draws_in_python |= has_drawn()
         found |= {("buffer", n): b.detach().clone() for n, b in self._model.named_buffers()}
-        for name, parameter in parameters.items():
-            written = parameter._version != self._versions[name]
-            now = parameter.detach()
-            found["parameter", name] = now.clone() if written else now
+        found |= {("parameter", n): p for n, p in self._state.parameters()}
+        self.changed_attributes = _changed(before, _plain_attributes(self._model))
         return found, recorder.draws
 
+    def _gradients(self, loss: torch.Tensor, keep: Collection[str]) -> Outcome:
+        parameters = dict(self._model.named_parameters())
+        # Other gradients may be as large as the model; nobody looks at them.
+        others = [p for n, p in parameters.items() if n not in keep and p.requires_grad]
+        with _gradients_left_alone([*parameters.values(), *_leaves(loss)]):
+            hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in others]  # type: ignore[no-untyped-call]
+            try:
+                loss.backward()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            # Of a sparse embedding it is sparse, and few operators take that.
+            return {
+                ("gradient", name): parameter.grad.to_dense()
+                for name, parameter in parameters.items()
+                if parameter.grad is not None
+            }
 
-def copy_model(
-    model: torch.nn.Module, loss: LossFunction | None
-) -> tuple[torch.nn.Module, LossFunction | None]:
-    """Copy a model and its loss, which may hold the model, or results of earlier forwards."""
-    memo: dict[int, Any] = {}
-    parts = [part for part in (model, loss) if isinstance(part, torch.nn.Module)]
-    for module in [module for part in parts for module in part.modules()]:
-        for tensor in _tensors(list(vars(module).values())):
-            if tensor.grad_fn is not None:  # deepcopy refuses those
-                memo[id(tensor)] = tensor.detach().clone()
-    copied = copy.deepcopy(model, memo)
-    for parameter, ours in zip(model.parameters(), copied.parameters(), strict=True):
-        for hook in (parameter._backward_hooks or {}).values():
-            ours.register_hook(hook)  # type: ignore[no-untyped-call]
-    if isinstance(loss, types.FunctionType):
-        return copied, _copied_function(loss, memo)
-    return copied, copy.deepcopy(loss, memo)
 
+class _State:
+    """All that running a model may change: its parameters, buffers, attributes, what it closes over.
 
-def _copied_function(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
-    """Return a function that uses copies of the modules and tensors that it uses by name."""
+    Whether forward has written a tensor is told by its numbers: what is written through ``.data``
+    leaves no other trace.
+    """
 
-    def is_ours(value: Any) -> bool:
-        return isinstance(value, (torch.nn.Module, torch.Tensor))
+    def __init__(self, module: LossModule) -> None:
+        model = module.model
+        self._parameters = dict(model.named_parameters())
+        self._snapshot, self._outside = Snapshot(module), Outside(module)
+        tensors = [*self._parameters.values(), *model.buffers()]
+        self._kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        self._values: Mapping[str, torch.Tensor] = {}
+        self._written: set[str] = set()
+        self._is_nudged = False
 
-    named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
-    changed = {n: copy.deepcopy(v, memo) for n, v in named.items() if is_ours(v)}
-    cells = []
-    for cell in function.__closure__ or ():
+    def set(self, values: Mapping[str, torch.Tensor], nudge: int | None) -> None:
+        """Give parameters other values."""
+        for name, parameter in self._parameters.items():
+            data = parameter.data  # whose version no backward asks for
+            if name in values:
+                data.copy_(values[name])
+            if nudge is not None and data.is_floating_point():
+                data.copy_(nudged(data, nudge))
+        self._values, self._is_nudged = values, nudge is not None
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return the parameters' values: copies of those that forward has written."""
+        for (name, parameter), (_, kept) in zip(self._parameters.items(), self._kept, strict=False):
+            given = self._values.get(name, kept)
+            if not self._is_nudged and not torch.equal(parameter, given):
+                self._written.add(name)
+            yield name, parameter.detach().clone() if name in self._written else given
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Put everything back at the end."""
         try:
-            ours = is_ours(cell.cell_contents)
-        except ValueError:  # nothing in it yet
-            ours = False
-        cells.append(types.CellType(copy.deepcopy(cell.cell_contents, memo)) if ours else cell)
-    return types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **changed} if changed else function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        tuple(cells),
-    )
+            yield
+        finally:
+            self._snapshot.restore()
+            self._outside.restore()
+            for tensor, kept in self._kept:
+                if not torch.equal(tensor, kept):
+                    tensor.data.copy_(kept)
+
+
+@contextmanager
+def _gradients_left_alone(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Take tensors' gradients and the user's hooks on accumulated ones away for a backward."""
+    kept = [(tensor, tensor.grad, dict(_accumulating(tensor))) for tensor in tensors]
+    for tensor in tensors:
+        tensor.grad = None
+        _accumulating(tensor).clear()
+    try:
+        yield
+    finally:
+        for tensor, gradient, hooks in reversed(kept):
+            tensor.grad = gradient
+            _accumulating(tensor).update(hooks)
+
+
+def _accumulating(tensor: torch.Tensor) -> dict[int, Any]:
+    found: dict[int, Any] | None = getattr(tensor, "_post_accumulate_grad_hooks", None)
+    return {} if found is None else found
+
+
+def _leaves(loss: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors to which a backward would give a gradient."""
+    found: dict[int, torch.Tensor] = {}
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        waiting += [following for following, _ in node.next_functions]
+    return list(found.values())
 
 
 def nudged(tensor: torch.Tensor, seed: int) -> torch.Tensor:
@@ -242,13 +278,3 @@ def _plain_attributes(model: torch.nn.Module) -> dict[str, Any]:
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     return sorted(name for name, value in after.items() if before.get(name) != value)
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, (list, tuple)):
-        return [tensor for item in tree for tensor in _tensors(item)]
-    return []
