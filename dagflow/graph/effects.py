@@ -222,7 +222,7 @@ def _differing(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def watch_attributes(wrapper: nn.Module, names: Collection[str]) -> Iterator[set[str]]:
-    """Find the attributes that forward reads after it has set them, in one and the same call.
+    """Find the attributes that every call of forward first sets and then reads.
 
     They are its scratch paper: nobody else is likely to look at them.
 
@@ -248,20 +248,20 @@ def watch_attributes(wrapper: nn.Module, names: Collection[str]) -> Iterator[set
 
 def _watching(plain: type, names: Mapping[str, str], read: set[str]) -> type:
     """Return a class like another that notes uses of attributes."""
-    written: set[str] = set()
+    first: dict[str, str] = {}
 
     def is_models() -> bool:
         return not sys._getframe(2).f_code.co_filename.startswith(_TORCH_FOLDER)
 
     class Watching(plain):  # type: ignore[misc]
         def __getattribute__(self, name: str) -> Any:
-            if name in written and is_models():
+            if name in names and is_models() and first.setdefault(name, "read") == "write":
                 read.add(names[name])
             return super().__getattribute__(name)
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name in names and is_models():
-                written.add(name)
+                first.setdefault(name, "write")
             super().__setattr__(name, value)
 
     Watching.__name__, Watching.__qualname__ = plain.__name__, plain.__qualname__

@@ -285,7 +285,6 @@ class Leftover:
 
     __slots__ = ("_name", "_of", "_value")
     stands_in = True
-    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, value: Any, name: str, of: StandIns) -> None:
         self._value, self._name, self._of = value, name, of
@@ -401,15 +400,22 @@ def _equip() -> None:
     setattr(Leftover, "__round__", _computes(round))  # noqa: B010
     for name in "eq ne lt le gt ge".split():  # noqa: SIM905
         setattr(Leftover, f"__{name}__", _compares(getattr(operator, name)))
-    for name in "int float index complex iter len getitem setitem contains call".split():  # noqa: SIM905
+    for name in "hash int float index complex iter len getitem setitem contains call".split():  # noqa: SIM905
         setattr(Leftover, f"__{name}__", _uses(f"__{name}__"))
 
 
 _equip()
 
 
-def _watched(kind: Any, reading: str, joining: str = "") -> Any:
-    """Return a class of containers in which everything that depends on how much they hold is a use."""
+def _watched(kind: Any, reading: str, joining: str, finding: str = "") -> Any:
+    """Return a class of containers in which whatever depends on how much they hold is a use.
+
+    Parameters
+    ----------
+    reading, joining, finding
+        Names of methods: such uses, those that make another such container, and those that look for
+        a key.
+    """
 
     def noting(name: str) -> Callable[..., Any]:
         plain = getattr(kind, name)
@@ -445,20 +451,38 @@ def _watched(kind: Any, reading: str, joining: str = "") -> Any:
         num_items = kind.__len__(self)
         return bool(num_items if self._is_of_this_call else of.compare(name, lambda: num_items > 0))
 
-    methods: dict[str, Any] = {"clear": clear, "_is_of_this_call": False, "__bool__": is_filled}
+    def looking_up(name: str) -> Callable[..., Any]:
+        plain = getattr(kind, name)
+
+        def method(self: Any, key: Any, *args: Any) -> Any:
+            label, of = self._dagflow
+            if not self._is_of_this_call and not kind.__contains__(self, key):
+                of.use(label)  # a key that only later calls find there
+            return plain(self, key, *args)
+
+        return method
+
+    def put(self: Any, key: Any, item: Any) -> None:
+        # Kept under a number, say that of the step: which one is nobody's business.
+        kind.__setitem__(self, object() if type(key) is Leftover else key, item)
+
+    methods: dict[str, Any] = {"__setitem__": put} if issubclass(kind, dict) else {}
+    methods |= {"clear": clear, "_is_of_this_call": False, "__bool__": is_filled}
     methods |= {name: noting(name) for name in reading.split()}
+    methods |= {name: looking_up(name) for name in finding.split()}
     methods |= {name: keeping(name) for name in joining.split()}
     return type(f"Watched{kind.__name__}", (kind,), methods)
 
 
 _SEQUENCE = "__len__ __iter__ __reversed__ __contains__ __eq__ index count remove"
-_MAPPING = "__len__ __iter__ __contains__ __eq__ keys values items get setdefault popitem"
+_MAPPING = "__len__ __iter__ __eq__ keys values items popitem"
+_FINDING = "__contains__ get setdefault"
 _WATCHED: Mapping[type, Any] = {
     list: _watched(list, _SEQUENCE + " sort", "__add__ __getitem__ copy"),
     deque: _watched(deque, _SEQUENCE, "__add__ copy"),
-    set: _watched(set, "__len__ __iter__ __contains__ __eq__ pop", "__or__ __sub__ copy"),
-    dict: _watched(dict, _MAPPING, "copy"),
-    OrderedDict: _watched(OrderedDict, _MAPPING, "copy"),
-    defaultdict: _watched(defaultdict, _MAPPING, "copy"),
-    Counter: _watched(Counter, _MAPPING + " most_common elements", "copy"),
+    set: _watched(set, "__len__ __iter__ __eq__ pop", "__or__ __sub__ copy", "__contains__"),
+    dict: _watched(dict, _MAPPING, "copy", _FINDING),
+    OrderedDict: _watched(OrderedDict, _MAPPING, "copy", _FINDING),
+    defaultdict: _watched(defaultdict, _MAPPING, "copy", _FINDING),
+    Counter: _watched(Counter, _MAPPING + " most_common elements", "copy", "__contains__ get"),
 }
