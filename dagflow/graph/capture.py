@@ -6,6 +6,7 @@ that the DAG runs the same kernels as the model did, to the same bits.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import warnings
@@ -90,7 +91,8 @@ def capture(
     UserWarning
         If the model calls a `torch.autograd.Function` (its forward is captured, its backward isn't)
         or has hooks on gradients; if it sets attributes that stay as they are in training; if the
-        batch has columns that forward doesn't take, which are dropped; if its code fixes a size
+        batch has columns that forward doesn't take, which are dropped; if it asks for autocast on
+        another device; if its code fixes a size
         that was to be open, with `len(x)` or `float(x.shape[0])` say.
     """
     check_loss(loss, model)
@@ -167,6 +169,12 @@ def _warnings(trace: Trace, model: torch.nn.Module) -> Iterator[str]:
             f"Forward reads the clock at {', '.join(dict.fromkeys(trace.clock))}: what it computes "
             "from that is the same in every step."
         )
+    for line, device in trace.autocasts.items():
+        yield (
+            f"{line} asks for autocast on {device!r}, where the model's parameters aren't: it does "
+            "nothing, as in the model itself, and workers compute without it. Take the device from a "
+            "tensor: torch.autocast(x.device.type, ...)."
+        )
     if trace.drawn:
         yield (
             f"Forward draws from Python's or NumPy's random numbers at {trace.drawn}. Other numbers "
@@ -194,7 +202,8 @@ def export_module(
     BatchInvalid, CaptureFailed
     """
     with TRACING:
-        return examined(wrapper, lambda: _export(wrapper, model, tensors, dims))
+        export = functools.partial(_export, wrapper, model, tensors, dims)
+        return examined(wrapper, export, list(tensors.values()))
 
 
 def _export(

@@ -89,7 +89,8 @@ class FixedSize:
             f"{self.source} makes a plain number of it. What to write instead: x.shape[0] for "
             "len(x), the size T itself for int(T) or float(T) (T ** -0.5 for float(T) ** -0.5), "
             "torch.arange(T) for range(T) or numpy.arange(T), operators on whole tensors for a loop "
-            "over them; where the size never changes, leave it out of dynamic={'tensor': [dims "
+            "over them (nn.LSTM, nn.GRU for a loop over cells), or pad all batches to one length; "
+            "where the size never changes, leave it out of dynamic={'tensor': [dims "
             "that vary]}."
         )
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -18,15 +19,28 @@ from torch.export.graph_signature import InputKind
 
 from dagflow.errors import BatchInvalid, CaptureFailed
 from dagflow.graph.effects import Draws, RandomStates, Snapshot, watch_attributes, watch_generators
-from dagflow.graph.leftovers import Left, StandIns, carried_over
+from dagflow.graph.leftovers import Left, LeftBehind, StandIns, carried_over
 from dagflow.graph.outside import Outside
 from dagflow.graph.trace import OWN_FILES, Trace
+from dagflow_tasks.interpreter import RANDOM_LOCK
 
 Traced = tuple[ExportedProgram, Trace]
 
 
-def examined(wrapper: torch.nn.Module, export: Callable[[], Traced]) -> Traced:
+def examined(
+    wrapper: torch.nn.Module, export: Callable[[], Traced], batch: Sequence[torch.Tensor]
+) -> Traced:
     """Trace a wrapper around a model, which is left as it was.
+
+    If the first call leaves a table or a flag behind that later ones only read, what is traced is a
+    call after it.
+
+    Parameters
+    ----------
+    export
+        Traces the wrapper.
+    batch
+        What to call the wrapper with.
 
     Raises
     ------
@@ -35,6 +49,61 @@ def examined(wrapper: torch.nn.Module, export: Callable[[], Traced]) -> Traced:
         of what it draws.
     """
     outside = Outside(wrapper)
+    try:
+        return _examined(wrapper, outside, export)
+    except LeftBehind as error:
+        refusal = CaptureFailed(str(error))
+    with _left_as_it_was(wrapper, outside):
+        if _settles(wrapper, batch):
+            with suppress(CaptureFailed):
+                return _examined(wrapper, Outside(wrapper), export)
+    raise refusal
+
+
+def _settles(wrapper: torch.nn.Module, batch: Sequence[torch.Tensor]) -> bool:
+    """Call a model once, so that its tables and flags are there; its tensors are put back.
+
+    Returns
+    -------
+    bool
+        Whether a second call then computes the same to the bit as the first did, and neither makes
+        parameters or writes into them.
+    """
+    parameters = [*wrapper.parameters()]
+    if any(parameter.is_meta for parameter in parameters):
+        return False
+    try:
+        with RANDOM_LOCK, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            first, second = _call(wrapper, batch), _call(wrapper, batch)
+    except Exception:  # that it doesn't run is no news for who refuses it
+        return False
+    now = [*wrapper.parameters()]
+    is_same = first is not None and second is not None and torch.equal(first, second)
+    return is_same and list(map(id, now)) == list(map(id, parameters))
+
+
+def _call(wrapper: torch.nn.Module, batch: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return a model's loss; None if it has written into its parameters."""
+    parameters = [*wrapper.parameters()]
+    kept = [(tensor, tensor.detach().clone()) for tensor in (*parameters, *wrapper.buffers())]
+    tables = [(module, dict(module._buffers)) for module in wrapper.modules()]
+    device = parameters[0].device if parameters else torch.device("cpu")
+    torch.manual_seed(0)
+    try:
+        with torch.no_grad():
+            loss: torch.Tensor = wrapper(*(tensor.detach().clone().to(device) for tensor in batch))
+        is_written = not all(torch.equal(t, before) for t, before in kept[: len(parameters)])
+        return None if is_written else loss
+    finally:
+        for module, table in tables:
+            module._buffers.update(table)
+        for tensor, before in kept:
+            if not torch.equal(tensor, before):
+                tensor.data.copy_(before)
+
+
+def _examined(wrapper: torch.nn.Module, outside: Outside, export: Callable[[], Traced]) -> Traced:
     with _left_as_it_was(wrapper, outside) as states:
         exported, trace = export()
         left, has_drawn = [*trace.left, *outside.left()], states.changed()
@@ -93,10 +162,10 @@ class _Examination:
         changing = list(dict.fromkeys(left.name for left in left_again))
         for left in left_again:
             if left.refusal:
-                raise CaptureFailed(left.refusal)
+                raise LeftBehind(left.refusal)
         if graph != self._graph:
             names = [left.name for left in self._left] or changing
-            raise CaptureFailed(carried_over(", ".join(dict.fromkeys(names))))
+            raise LeftBehind(carried_over(", ".join(dict.fromkeys(names))))
         if changing:
             scratch |= self._try_stand_ins(left_again)
         trace.unused = [name for name in changing if name not in scratch]
@@ -142,7 +211,7 @@ class _Examination:
                 stand_ins.put(left for left in left_again if left.name not in known)
                 exported, _ = self._traced(stand_ins, left_again)
             if fingerprint(exported) != self._graph:
-                raise CaptureFailed(_says(stand_ins, left_again))
+                raise LeftBehind(_says(stand_ins, left_again))
             if not stand_ins.num_compared:
                 break
         return stand_ins.scratch
@@ -153,7 +222,7 @@ class _Examination:
         except (BatchInvalid, CaptureFailed) as error:
             if isinstance(error, CaptureFailed) and error.__cause__ is None:
                 raise  # said by whoever noticed
-            raise CaptureFailed(_says(stand_ins, left)) from error
+            raise LeftBehind(_says(stand_ins, left)) from error
 
     def _try_other_draws(self, lines: str, graph: str, untried: set[str]) -> None:
         """See whether other random numbers of Python's or NumPy's give another graph.
@@ -217,7 +286,7 @@ def _of_graph(module: torch.fx.GraphModule, given: dict[str, str]) -> str:
     digest = hashlib.blake2b()
     places = (f"argument {number}" for number in itertools.count())
     names = (f"%{number}" for number in itertools.count())
-    for node in _living(module.graph):
+    for node in _living(module):
         if node.op == "placeholder":
             known[node] = given[node.name] if node.name in given else next(places)
             continue
@@ -241,14 +310,28 @@ class _Named:
         return self._name
 
 
-def _living(graph: torch.fx.Graph) -> list[torch.fx.Node]:
-    """Return the nodes, in order, of which something comes: a result, a write, a random draw."""
+def _living(module: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    """Return the nodes, in order, of which something comes: a result, a write."""
     needed: set[torch.fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if node.op in ("output", "placeholder") or node in needed or node.is_impure():
+    for node in reversed(module.graph.nodes):
+        if node.op in ("output", "placeholder") or node in needed or _writes(node, module):
             needed.add(node)
             needed.update(node.all_input_nodes)
-    return [node for node in graph.nodes if node in needed]
+    return [node for node in module.graph.nodes if node in needed]
+
+
+def _writes(node: torch.fx.Node, module: torch.fx.GraphModule) -> bool:
+    """Tell whether a node, or one in a region that it runs, does something beside its result."""
+    regions = [
+        getattr(module, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"
+    ]
+    return node.is_impure() or any(
+        _writes(inner, region)
+        for region in regions
+        if isinstance(region, torch.fx.GraphModule)
+        for inner in region.graph.nodes
+        if inner.op == "call_function"
+    )
 
 
 def _of_tensor(value: Any) -> str:

@@ -39,6 +39,10 @@ _NUMBERS = (*_SCALARS, torch.SymInt, torch.SymFloat, np.number)
 _MOST_COMPARISONS = 1000
 
 
+class LeftBehind(CaptureFailed):
+    """Forward makes use of what an earlier call left; how `examine` tells it from other failures."""
+
+
 @dataclass(frozen=True)
 class Left:
     """What a call has left at one place.
@@ -231,11 +235,11 @@ class StandIns:
 
         Raises
         ------
-        CaptureFailed
+        LeftBehind
         """
         line = line or _calling_line()
         if line:
-            raise CaptureFailed(carried_over(name, line))
+            raise LeftBehind(carried_over(name, line))
 
     def compare(self, name: str, honest: Callable[[], Any]) -> Any:
         """Answer a comparison."""
@@ -259,8 +263,12 @@ REMEDY = (
 
 def carried_over(name: str, line: str = "") -> str:
     """Say that forward reads what an earlier call left, where, and what to do about it."""
-    reads = f"and reads at {line} what an earlier call left there" if line else "in every call"
-    return f"Forward or the loss changes {name} {reads}. {REMEDY}"
+    reads = (
+        f" and reads at {line} what an earlier call left there"
+        if line
+        else (", and what a later call computes may depend on it")
+    )
+    return f"Forward or the loss changes {name}{reads}. {REMEDY}"
 
 
 def _calling_line() -> str:

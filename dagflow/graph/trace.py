@@ -24,6 +24,7 @@ import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 
 from dagflow.errors import CaptureFailed
+from dagflow.graph.autocasts import watch_autocasts
 from dagflow.graph.batched import unmapped
 from dagflow.graph.checks import is_asked_for, passed
 from dagflow.graph.effects import Snapshot
@@ -39,6 +40,7 @@ OWN_FILES = frozenset(
     str(Path(__file__).with_name(f"{name}.py"))
     for name in (
         "attention_capture",
+        "autocasts",
         "batch",
         "batched",
         "capture",
@@ -78,6 +80,8 @@ class Trace:
         Hooks on tensors' gradients that forward sets, by module and line of code.
     clock
         Lines that read the time.
+    autocasts
+        Lines that ask for autocast where the model isn't, with that kind of device.
     drawn
         Lines that draw from Python's or NumPy's random numbers, though the graph doesn't show it.
     left
@@ -98,6 +102,7 @@ class Trace:
     mathematics: dict[str, str] = field(default_factory=dict)
     hooks: list[tuple[str, str]] = field(default_factory=list)
     clock: list[str] = field(default_factory=list)
+    autocasts: Mapping[str, str] = field(default_factory=dict)
     drawn: str = ""
     left: list[Left] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
@@ -387,6 +392,7 @@ def follow(wrapper: Any, read_buffers: Mapping[str, torch.Tensor] | None = None)
             _refuse_seeds(trace),
             _refuse_entropy(trace),
             _watch_clock(trace.clock),
+            watch_autocasts(wrapper.model, line_of_model) as trace.autocasts,
             symbolic_mathematics() as trace.mathematics,
             unmapped(lambda: trace.module),
             watch_decisions(OWN_FILES) as trace.decisions,

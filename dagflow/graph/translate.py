@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from dagflow.errors import CaptureFailed, DagflowError
+from dagflow.graph.autocasts import devices_of
 from dagflow.graph.dag import (
     Buffer,
     Condition,
@@ -137,9 +138,7 @@ class _Translator:
         self.info: dict[str, OperatorInfo] = {}
         self.constants: list[Constant] = []
         self.canonical, self.aliases = _tied_names(model)
-        # Regions of autocast are for one kind of device; on the meta device, whose isn't known.
-        self.devices = {p.device.type for p in model.parameters()} or {"cpu"}
-        self.devices |= {"cpu", "cuda"} if "meta" in self.devices else set()
+        self.devices = devices_of(model)  # regions of autocast are for one kind of device
         self.buffer_names: list[str] = []
         self.origin = _Origin("", "", "none yet")
 
@@ -254,7 +253,7 @@ class _Translator:
             return
         if "wrap_with_autocast" in target:
             device, dtype, enabled, _, region, *operands = node.args
-            if enabled and device not in self.devices:
+            if device not in self.devices:
                 autocast = setting  # which has no effect here, as in the model itself
             else:
                 own = str(dtype).removeprefix("torch.") if enabled else ""

@@ -77,12 +77,6 @@ def looks_back(self: Any, h: torch.Tensor) -> torch.Tensor:
     return h if before is None else h + before
 
 
-def makes_a_table(self: Any, h: torch.Tensor) -> torch.Tensor:
-    if self.last is None:
-        self.last = torch.arange(4.0)
-    return h * self.last
-
-
 def replaces_a_parameter(self: Any, h: torch.Tensor) -> torch.Tensor:
     self.layer.weight = nn.Parameter(torch.ones(4, 4))
     return h
@@ -153,7 +147,6 @@ REFUSED = [
     (scales_by_calls, r"inner: self\.calls.*register_buffer"),
     (anneals, r"inner: self\.options"),
     (looks_back, r"inner: self\.last"),
-    (makes_a_table, r"inner: self\.last.*call the model once"),
     (replaces_a_parameter, r"replaces a parameter.*inner\.layer: self\.weight"),
     (draws, "random numbers.*draw with torch"),
     (skips, "random numbers.*draw with torch"),

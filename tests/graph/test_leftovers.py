@@ -19,6 +19,7 @@ from torch import nn
 from dagflow.errors import CaptureFailed
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
+from dagflow.plan.check import check_capture
 
 BATCH = torch.randn(3, 4)
 SEEN: dict[str, Any] = {}
@@ -225,7 +226,7 @@ REFUSED = [
     (decides_at_milestones, r"self\.calls and reads at .*test_leftovers"),
     (decides_by_a_slot, r"self\.slotted and reads at .*test_leftovers"),
     (decides_by_a_module_in_a_list, r"Metric, which isn't registered,: self\.total and reads"),
-    (decides_by_an_array, r"self\.numbers in every call"),
+    (decides_by_an_array, r"self\.numbers, and what a later call computes"),
     (decides_by_a_length, r"self\.seen and reads at .*test_leftovers"),
     (decides_by_an_average, r"self\.average and reads at .*test_leftovers"),
     (turns, r"self\.flag"),
@@ -245,6 +246,87 @@ def test_what_decides_in_some_later_call_is_refused_by_name_and_line(
         capture(model, BATCH)
     assert (model.calls, model.seen, model.slotted.calls) == (0, [], 0)
     assert next(model.deep.iterators["count"]) == 0
+
+
+TABLES: dict[int, torch.Tensor] = {}
+
+
+def makes_a_table(self: Any, h: torch.Tensor) -> torch.Tensor:
+    if self.average is None:
+        self.average = torch.linspace(1, 2, 4)
+    return h * self.average
+
+
+def keeps_tables_by_dtype(self: Any, h: torch.Tensor) -> torch.Tensor:
+    if h.dtype not in self.by_name:
+        self.by_name[h.dtype] = torch.linspace(1, 2, 4, dtype=h.dtype)
+    return h * self.by_name[h.dtype]
+
+
+def keeps_tables_globally(self: Any, h: torch.Tensor) -> torch.Tensor:
+    if 4 not in TABLES:
+        TABLES[4] = torch.linspace(1, 2, 4)
+    return h * TABLES[4]
+
+
+class Cached(nn.Module):
+    @functools.cached_property
+    def table(self) -> torch.Tensor:
+        return torch.linspace(1, 2, 4)
+
+
+def reads_a_cached_property(self: Any, h: torch.Tensor) -> torch.Tensor:
+    return h * self.metric.table
+
+
+@pytest.mark.parametrize(
+    "body",
+    [makes_a_table, keeps_tables_by_dtype, keeps_tables_globally, reads_a_cached_property],
+)
+def test_tables_that_the_first_call_makes_are_the_graphs_and_not_the_models(body: Any) -> None:
+    model = Model(body)
+    model.metric = Cached()
+    dag = capture(model, BATCH)
+    assert check_capture(dag, model, BATCH)[1].exact
+    assert [constant.tensor().tolist() for constant in dag.constants] == [
+        torch.linspace(1, 2, 4).tolist()
+    ]
+    assert (model.average, model.by_name, TABLES, vars(model.metric).get("table")) == (
+        None,
+        {},
+        {},
+        None,
+    )
+
+
+def begins_otherwise(self: Any, h: torch.Tensor) -> torch.Tensor:
+    was, self.flag = self.flag, True
+    return h if was else h.relu()
+
+
+def fits_itself_to_the_first_batch(self: Any, h: torch.Tensor) -> torch.Tensor:
+    if not self.flag:
+        with torch.no_grad():
+            self.layer.bias.sub_(h.mean(0))
+        self.flag = True
+    return h
+
+
+def makes_a_layer(self: Any, h: torch.Tensor) -> torch.Tensor:
+    if not hasattr(self, "late"):
+        self.late = nn.Linear(4, 4)
+    return self.late(h)
+
+
+@pytest.mark.parametrize("body", [begins_otherwise, fits_itself_to_the_first_batch, makes_a_layer])
+def test_a_first_call_that_computes_something_else_is_refused(body: Any) -> None:
+    model = Model(body)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CaptureFailed, match=r"self\.(flag|late).*What to do"):
+        capture(model, BATCH)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
 class Recorder:
