@@ -239,6 +239,7 @@ class StandIns:
         """
         line = line or _calling_line()
         if line:
+            line = self.read.get(name, line)  # what was computed with it there came here
             raise LeftBehind(carried_over(name, line))
 
     def compare(self, name: str, honest: Callable[[], Any]) -> Any:
@@ -371,6 +372,8 @@ def _computes(function: Callable[..., Any], *, reflected: bool = False) -> Calla
     def compute(self: Leftover, *others: Any) -> Any:
         given = [self._value, *map(_plain, others)]
         if not all(isinstance(value, _NUMBERS) for value in given):
+            if any(isinstance(other, torch.Tensor) for other in others):
+                self._of.read.setdefault(self._name, _outer_line())
             return self._with(_A_TENSOR)
         try:
             return self._with(function(*(given[::-1] if reflected else given)))

@@ -56,15 +56,25 @@ def check_sharing(
         for other in open_:
             if (item.changes or other.changes) and _overlap(item, other):
                 first, second = (other, item) if other.changes else (item, other)
+                itself = _is_itself(first, second)
                 raise CaptureFailed(
                     f"Training changes {first}, and {second} is another tensor that lies in the same "
-                    "memory, so that in torch it changes too. Stages hold each apart, and one of "
+                    f"memory{itself}, so that in torch it changes too. Stages hold each apart, and one of "
                     "them would keep its first values. What to do: use the same Parameter object "
                     "(self.b.weight = self.a.weight ties them; one that forward uses is read as an "
                     "attribute of its module, not from a closure, list or other object), or "
                     "clone() it."
                 )
         open_.append(item)
+
+
+def _is_itself(first: _Held, second: _Held) -> str:
+    """Say that a tensor without a name may be a parameter that forward has from elsewhere."""
+    one, other = first.tensor, second.tensor
+    same = (one.shape, one.stride(), first.begin) == (other.shape, other.stride(), second.begin)
+    return (
+        " (or the same, from a closure, list, dict or partial)" if same and not second.name else ""
+    )
 
 
 def _all(
@@ -76,7 +86,8 @@ def _all(
     for name, buffer in model.named_buffers():
         yield from _held("buffer", name, buffer, name in written)
     for name, constant in constants.items():
-        yield from _held("tensor that is neither parameter nor buffer", name, constant, False)
+        known = "" if name.startswith("lifted_tensor") else name  # which is torch.export's own
+        yield from _held("tensor that is neither parameter nor buffer", known, constant, False)
 
 
 def _held(kind: str, name: str, tensor: torch.Tensor, changes: bool) -> Iterator[_Held]:

@@ -193,6 +193,17 @@ def decides_by_an_average(self: Any, h: torch.Tensor) -> torch.Tensor:
     return averages(self, h) * self.average
 
 
+def test_the_line_is_the_first_that_computes_with_it() -> None:
+    def body(self: Any, h: torch.Tensor) -> torch.Tensor:
+        found = h if self.average is None else h + self.average
+        self.average = h.detach().mean(0)
+        return torch.relu(found).reshape(found.shape)
+
+    line = body.__code__.co_firstlineno + 1
+    with pytest.raises(CaptureFailed, match=rf"self\.average and reads at .*leftovers.py:{line} "):
+        capture(Model(body), BATCH)
+
+
 def turns(self: Any, h: torch.Tensor) -> torch.Tensor:
     self.flag = not self.flag
     return h.relu() if self.flag else h

@@ -18,6 +18,7 @@ from .case import IDIOMS, RIGHT, Case, Subject
 
 WIDTH, TOKENS = 8, 32
 _MODULES = (
+    "idioms_left",
     "idioms_state",
     "idioms_gradients",
     "idioms_numbers",

@@ -177,7 +177,7 @@ class AttributeHoldsActivationsForLogging(nn.Module):
         return h.square()
 
 
-@idiom(expected=EITHER)
+@idiom()
 class ListCollectsLosses(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class ListCollectsLosses(nn.Module):
         return h + self.auxiliary[-1]
 
 
-@idiom(expected=EITHER)
+@idiom()
 class CacheMadeOnFirstCall(nn.Module):
     def __init__(self) -> None:
         super().__init__()
