@@ -188,13 +188,8 @@ def _why_it_fails(model: torch.nn.Module, loss: LossFunction | None, batch: Any)
         available is not None and sum(tensor.nbytes for tensor in held) > available // 4
     ):
         return ""
-    eager = Eager(model, loss, batch, {}, False)
     try:
-        eager.begin()
-    except Exception:  # a model that can't be copied
-        return ""
-    try:
-        eager.run(list(tensors.values()), grad=False)
+        Eager(model, loss, batch, {}, False).outcomes([(list(tensors.values()), None)], grad=False)
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}."
     return ""
