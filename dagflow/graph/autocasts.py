@@ -44,7 +44,7 @@ def watch_autocasts(model: torch.nn.Module, line: Callable[[], str]) -> Iterator
     def entered(self: Any) -> Any:
         if getattr(self, "_enabled", False):
             note(self.device)
-        return enter(self)
+        return enter(self)  # type: ignore[no-untyped-call]
 
     with (
         patch.object(torch.autocast, "__init__", made),

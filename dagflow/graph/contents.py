@@ -10,7 +10,6 @@ import pickle
 import random
 import types
 from collections import deque
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,6 @@ def contents_of(value: Any) -> Any:
 _LARGEST_ARRAY_BYTES = 1 << 20
 
 
-@cache
 def _slots(kind: type) -> tuple[str, ...]:
     """Return the names of a class's __slots__, but for those of its objects' dictionary."""
     names = [

@@ -154,7 +154,7 @@ class _Examination:
             watch_attributes(self._wrapper, names) as scratch,
             watch_generators("largest") if may_draw else nullcontext(Draws()) as draws,
         ):
-            graph, left_again = self._second_call()
+            graph, left_again, proven = self._second_call(scratch)
         drawn = [line for line in draws.lines if line.rpartition(":")[0] not in OWN_FILES]
         if drawn:
             trace.drawn = ", ".join(dict.fromkeys(drawn))
@@ -164,16 +164,23 @@ class _Examination:
             if left.refusal:
                 raise LeftBehind(left.refusal)
         if graph != self._graph:
-            names = [left.name for left in self._left] or changing
-            raise LeftBehind(carried_over(", ".join(dict.fromkeys(names))))
-        if changing:
-            scratch |= self._try_stand_ins(left_again)
+            named = [left.name for left in self._left] or changing
+            raise LeftBehind(carried_over(", ".join(dict.fromkeys(named))))
+        if not proven.issuperset(changing):
+            scratch.update(self._try_stand_ins(left_again))
         trace.unused = [name for name in changing if name not in scratch]
 
-    def _second_call(self) -> tuple[str, list[Left]]:
-        """Trace a call after the first; return its graph, and what it changes in its turn.
+    def _second_call(self, scratch: set[str]) -> tuple[str, list[Left], set[str]]:
+        """Trace a call after the first, whose tensors alone are replaced: they belong to its trace.
 
-        What the first left is there again, but for tensors, which belong to its trace.
+        Adds to `scratch` the names of containers that are each call's own.
+
+        Returns
+        -------
+        graph, left_again
+            What this call computes, and what it changes in its turn.
+        proven
+            Names of what stand-ins stood for, if none of them was compared.
         """
         stand_ins = StandIns(answer=True)
         with _left_as_it_was(self._wrapper, Outside(self._wrapper)):
@@ -184,7 +191,12 @@ class _Examination:
                     left.put_again()
             outside = Outside(self._wrapper)
             exported, trace = self._traced(stand_ins, self._left)
-            return fingerprint(exported), [*trace.left, *outside.left()]
+            proven = {left.name for left in self._left if left.holds_tensors}
+            proven -= {left.name for left in self._left if not left.holds_tensors}
+            if stand_ins.num_compared:
+                proven = set()
+            scratch.update(stand_ins.scratch)
+            return fingerprint(exported), [*trace.left, *outside.left()], proven
 
     def _try_stand_ins(self, left_again: Sequence[Left]) -> set[str]:
         """Trace calls to which it must not matter what earlier ones have left.
@@ -281,7 +293,10 @@ def _of_graph(module: torch.fx.GraphModule, given: dict[str, str]) -> str:
     known: dict[torch.fx.Node, str] = {}
 
     def of(argument: Any) -> str:
-        return str(torch.fx.map_arg(argument, lambda node: _Named(known[node])))
+        def named(node: torch.fx.Node) -> Any:
+            return _Named(known[node])
+
+        return str(torch.fx.map_arg(argument, named))
 
     digest = hashlib.blake2b()
     places = (f"argument {number}" for number in itertools.count())
@@ -292,8 +307,10 @@ def _of_graph(module: torch.fx.GraphModule, given: dict[str, str]) -> str:
             continue
         if node.op == "get_attr":
             held = getattr(module, str(node.target), None)
-            is_graph = isinstance(held, torch.fx.GraphModule)
-            known[node] = _of_graph(held, {}) if is_graph else _of_tensor(held)
+            if isinstance(held, torch.fx.GraphModule):
+                known[node] = _of_graph(held, {})
+            else:
+                known[node] = _of_tensor(held)
             continue
         known[node] = next(names)
         digest.update(

@@ -127,7 +127,7 @@ class Eager:
         with _gradients_left_alone([*parameters.values(), *_leaves(loss)]):
             hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in others]  # type: ignore[no-untyped-call]
             try:
-                loss.backward()
+                torch.autograd.backward(loss)
             finally:
                 for hook in hooks:
                     hook.remove()

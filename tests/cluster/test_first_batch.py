@@ -149,6 +149,18 @@ def test_nothing_to_train_is_refused(refused: Refused, client: Client, tmp_path:
     with refused(dagflow.SettingsInvalid, "depends on none of the 20 parameters"):
         train(of, batches(of, 1), tmp_path / "run", client=client)
 
+    class InAList(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [TwoBranches()]
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return self.layers[0](features)
+
+    of = Example(InAList(), of.batch, of.loss)
+    with refused(dagflow.SettingsInvalid, "no parameters", "plain list", "nn.ModuleList"):
+        train(of, batches(of, 1), tmp_path / "run", client=client)
+
 
 def test_a_skipped_update_does_not_move_the_schedule(client: Client, tmp_path: Path) -> None:
     of = example()

@@ -22,6 +22,7 @@ from dagflow.graph.dag import OperatorDag
 from dagflow.plan.check import check_capture
 
 BATCH = torch.randn(3, 4)
+SLOW = pytest.mark.slow
 SEEN: dict[str, Any] = {}
 
 
@@ -128,12 +129,12 @@ HARMLESS = [
     (counts_in_one_line, r"self\.calls"),
     (prints_now_and_then, r"self\.calls"),
     (sums_up, r"self\.meter; .*self\.total"),
-    (averages, r"self\.average"),
+    pytest.param(averages, r"self\.average", marks=SLOW),
     (
         logs,
         r"self\.by_name; .*self\.by_step; .*self\.logged; .*self\.paths; .*self\.recent; .*self\.seen",
     ),
-    (keeps_the_last_ten, r"self\.seen"),
+    pytest.param(keeps_the_last_ten, r"self\.seen", marks=SLOW),
     (measures, r"self\.slotted; .*metric: self\.correct; .*isn't registered,: self\.total"),
     (logs_globally, "the global 'SEEN'"),
 ]
@@ -234,16 +235,16 @@ def iterates_deep_inside(self: Any, h: torch.Tensor) -> torch.Tensor:
 
 REFUSED = [
     (decides_late, r"self\.calls and reads at .*test_leftovers"),
-    (decides_at_milestones, r"self\.calls and reads at .*test_leftovers"),
+    pytest.param(decides_at_milestones, r"self\.calls and reads at .*test_leftovers", marks=SLOW),
     (decides_by_a_slot, r"self\.slotted and reads at .*test_leftovers"),
     (decides_by_a_module_in_a_list, r"Metric, which isn't registered,: self\.total and reads"),
     (decides_by_an_array, r"self\.numbers, and what a later call computes"),
-    (decides_by_a_length, r"self\.seen and reads at .*test_leftovers"),
+    pytest.param(decides_by_a_length, r"self\.seen and reads at .*test_leftovers", marks=SLOW),
     (decides_by_an_average, r"self\.average and reads at .*test_leftovers"),
-    (turns, r"self\.flag"),
-    (chooses, r"self\.calls"),
-    (writes_a_buffer, "parameter|self.average"),
-    (loops, r"self\.calls and reads at .*test_leftovers"),
+    pytest.param(turns, r"self\.flag", marks=SLOW),
+    pytest.param(chooses, r"self\.calls", marks=SLOW),
+    pytest.param(writes_a_buffer, "parameter|self.average", marks=SLOW),
+    pytest.param(loops, r"self\.calls and reads at .*test_leftovers", marks=SLOW),
     (iterates_deep_inside, r"iterator \(the model itself: self\.deep\)"),
 ]
 
@@ -292,7 +293,12 @@ def reads_a_cached_property(self: Any, h: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "body",
-    [makes_a_table, keeps_tables_by_dtype, keeps_tables_globally, reads_a_cached_property],
+    [
+        makes_a_table,
+        reads_a_cached_property,
+        pytest.param(keeps_tables_by_dtype, marks=SLOW),
+        pytest.param(keeps_tables_globally, marks=SLOW),
+    ],
 )
 def test_tables_that_the_first_call_makes_are_the_graphs_and_not_the_models(body: Any) -> None:
     model = Model(body)
@@ -329,7 +335,10 @@ def makes_a_layer(self: Any, h: torch.Tensor) -> torch.Tensor:
     return self.late(h)
 
 
-@pytest.mark.parametrize("body", [begins_otherwise, fits_itself_to_the_first_batch, makes_a_layer])
+@pytest.mark.parametrize(
+    "body",
+    [begins_otherwise, fits_itself_to_the_first_batch, pytest.param(makes_a_layer, marks=SLOW)],
+)
 def test_a_first_call_that_computes_something_else_is_refused(body: Any) -> None:
     model = Model(body)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -359,7 +368,14 @@ def recorded(kept: dict[str, Any], module: nn.Module, given: Any, found: torch.T
     kept["last"] = found.detach()
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: x.hook, lambda x: lambda *a: x(*a)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: x.hook,
+        pytest.param(lambda x: x, marks=SLOW),
+        pytest.param(lambda x: lambda *given: x(*given), marks=SLOW),
+    ],
+)
 def test_hooks_may_record_and_not_interfere_later(wrap: Any) -> None:
     for interferes in (False, True):
         model, recorder = nn.Sequential(nn.Linear(4, 4)), Recorder(interferes)
@@ -384,8 +400,8 @@ def test_a_hook_may_fill_what_it_is_a_partial_of() -> None:
 
 BETWEEN = [
     lambda: 0.49 < random.random() < 0.5,
-    lambda: 0.49 < np.random.rand() < 0.5,
-    lambda: 49 < random.uniform(0, 100) < 50,
+    pytest.param(lambda: 0.49 < np.random.rand() < 0.5, marks=SLOW),
+    pytest.param(lambda: 49 < random.uniform(0, 100) < 50, marks=SLOW),
 ]
 
 
