@@ -269,7 +269,8 @@ def _without_extras() -> Iterator[None]:
     That are torch's cache of operators' results, which hardly ever finds one where sizes are open,
     and a second description of each result beside the result itself.
     """
-    thread, described = threading.get_ident(), proxy_tensor._extract_tensor_metadata
+    thread = threading.get_ident()
+    described = proxy_tensor._extract_tensor_metadata  # type: ignore[attr-defined]
 
     def describe(*given: Any) -> Any:
         return None if threading.get_ident() == thread else described(*given)

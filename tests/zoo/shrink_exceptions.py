@@ -205,6 +205,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 8},
     "zaya": {"layer_types": ["hybrid_sliding", "hybrid"], "sliding_window": 8},
     "deepseek_v2": {"first_k_dense_replace": 1, "num_experts_per_tok": 2},
+    "deepseek_v4": {"hc_sinkhorn_iters": 4},
     "deepseek_v3": {"first_k_dense_replace": 1},
     "longcat_flash": {"head_dim": 4},  # of the rotated part alone
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
@@ -236,7 +237,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_heads": 2,
         "chunk_size": 64,
     },
-    "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
