@@ -1,4 +1,4 @@
-"""What `train` is called with, looked at before anything happens: each mistake is one sentence."""
+"""What `train` and its like are called with, looked at first: each mistake is one sentence."""
 
 from __future__ import annotations
 
@@ -40,8 +40,23 @@ def check_arguments(
     _check_optimizer(optimizer)
     _check_schedule(schedule)
     _check_config(config)
-    _check_places(client, state_dict)
+    check_client(client)
+    _check_state_dict(state_dict)
     _check_numbers(**numbers)
+
+
+def check_client(client: Any) -> None:
+    """Refuse what names no cluster.
+
+    Raises
+    ------
+    SettingsInvalid
+    """
+    if client is not None and not isinstance(client, (Client, str)):
+        raise SettingsInvalid(
+            "client= is a distributed.Client, or a scheduler's address like 'tcp://10.0.0.1:8786'; "
+            f"found {shown(client)}."
+        )
 
 
 def journal_steps(journal: Any) -> int:
@@ -67,7 +82,7 @@ def open_store(store: Any) -> Store:
     """
     if not isinstance(store, (str, Path)) or not str(store).strip():
         raise SettingsInvalid(
-            f"store= is a folder, or a URL like 's3://bucket/run'; found {_shown(store)}."
+            f"store= is a folder, or a URL like 's3://bucket/run'; found {shown(store)}."
         )
     try:
         return Store(str(store))
@@ -93,7 +108,7 @@ def observers(callbacks: Any) -> tuple[Any, ...]:
         if not callable(getattr(callback, "on_step", callback)):
             raise SettingsInvalid(
                 "callbacks= holds functions of a step's event, or objects with on_step(event); found "
-                f"{_shown(callback)}."
+                f"{shown(callback)}."
             )
     return found
 
@@ -105,7 +120,7 @@ def _check_model(model: Any) -> None:
             f"{model.__name__}(...)."
         )
     if not isinstance(model, torch.nn.Module):
-        raise SettingsInvalid(f"The model is a torch.nn.Module; found {_shown(model)}.")
+        raise SettingsInvalid(f"The model is a torch.nn.Module; found {shown(model)}.")
 
 
 def _check_loss(loss: Any) -> None:
@@ -117,7 +132,7 @@ def _check_loss(loss: Any) -> None:
     if loss is not None and not callable(loss):
         raise SettingsInvalid(
             "loss= is a function of (output, target), torch.nn.functional.cross_entropy for one; "
-            f"found {_shown(loss)}."
+            f"found {shown(loss)}."
         )
 
 
@@ -132,7 +147,7 @@ def _check_optimizer(optimizer: Any) -> None:
             name = optimizer
         raise OptimizerInvalid(
             "optimizer= is a name and options, of which each worker makes torch's own for its stages: "
-            f"dagflow.Optimizer({name!r}, {options}); found {_shown(optimizer)}."
+            f"dagflow.Optimizer({name!r}, {options}); found {shown(optimizer)}."
         )
 
 
@@ -141,14 +156,14 @@ def _check_schedule(schedule: Any) -> None:
         kind = schedule if isinstance(schedule, str) else "cosine"
         raise OptimizerInvalid(
             f"schedule= is a dagflow.Schedule, as dagflow.Schedule({kind!r}, warmup_steps=100); "
-            f"found {_shown(schedule)}."
+            f"found {shown(schedule)}."
         )
 
 
 def _check_config(config: Any) -> None:
     if config is not None and not isinstance(config, Config):
         raise SettingsInvalid(
-            f"config= is a dagflow.Config, as dagflow.Config(check=False); found {_shown(config)}."
+            f"config= is a dagflow.Config, as dagflow.Config(check=False); found {shown(config)}."
         )
 
 
@@ -165,14 +180,14 @@ def _check_numbers(
     optional = {"steps": steps, "snapshot_every": snapshot_every}
     counts = {"epochs": epochs, "num_microbatches": num_microbatches, "seed": seed}
     for name, value in {**counts, **optional}.items():
-        if not (_is_whole(value) or (value is None and name in optional)):
-            raise SettingsInvalid(f"{name}= is a whole number; found {_shown(value)}.")
-    if not (_is_whole(num_stages) or isinstance(num_stages, str)):
+        if not (is_whole(value) or (value is None and name in optional)):
+            raise SettingsInvalid(f"{name}= is a whole number; found {shown(value)}.")
+    if not (is_whole(num_stages) or isinstance(num_stages, str)):
         raise SettingsInvalid(
-            f"num_stages= is a whole number or 'auto'; found {_shown(num_stages)}."
+            f"num_stages= is a whole number or 'auto'; found {shown(num_stages)}."
         )
     if clip_grad_norm is not None and not isinstance(clip_grad_norm, Real):
-        raise SettingsInvalid(f"clip_grad_norm= is a number; found {_shown(clip_grad_norm)}.")
+        raise SettingsInvalid(f"clip_grad_norm= is a number; found {shown(clip_grad_norm)}.")
     if epochs < 1 or (steps is not None and steps < 0):
         raise SettingsInvalid(f"epochs and steps count up from 1; found {epochs} and {steps}.")
     if snapshot_every is not None and snapshot_every < 1:
@@ -181,20 +196,16 @@ def _check_numbers(
         )
 
 
-def _check_places(client: Any, state_dict: Any) -> None:
-    if client is not None and not isinstance(client, (Client, str)):
-        raise SettingsInvalid(
-            "client= is a distributed.Client, or a scheduler's address like 'tcp://10.0.0.1:8786'; "
-            f"found {_shown(client)}."
-        )
+def _check_state_dict(state_dict: Any) -> None:
     if state_dict is not None and not isinstance(state_dict, (str, Path)):
         raise SettingsInvalid(
             "state_dict= is a safetensors file or a folder of some, for models that are built without "
-            f"memory; found {_shown(state_dict)}. With weights at hand call model.load_state_dict(...)."
+            f"memory; found {shown(state_dict)}. With weights at hand call model.load_state_dict(...)."
         )
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Tell whether a value is a whole number, Python's or NumPy's."""
     try:
         index(value)
     except TypeError:
@@ -202,7 +213,7 @@ def _is_whole(value: Any) -> bool:
     return not isinstance(value, bool)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a value for a message: itself if it is short, and what it is."""
     if isinstance(value, type):
         return f"the class {value.__name__}"

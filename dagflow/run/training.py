@@ -270,11 +270,12 @@ def train(
     )
     with _MODELS:
         with _training_mode(model):
-            prepared = of_first.prepare(check=config.check and not _is_done(where, total))
+            check = config.check and not _is_done(where, total)
+            prepared = of_first.prepare(check=check)
         dag = prepared.dag
         names = tuple(model.state_dict())
         weights = initial_weights(dag, model, state_dict)
-    if config.check:
+    if check:
         line.note(described(prepared.report))
     with hold_lease(where, on_wait=_waiting_for_the_other(line)) as lease:
         run = _open_run(where, dag, mathematics, weights, fingerprint(first), names, config, line)
@@ -678,6 +679,7 @@ def _open_run(
     if not run.exists():
         facts = model_facts(names, _aliases(dag))
         run.create(wanted, {**facts, "origin": dict(config.origin) if config.origin else None})
+        line.note(f"Writing to {store.url}.")
         return run
     difference = _differences(run.settings(), wanted, dag, store)
     if difference and not config.force:

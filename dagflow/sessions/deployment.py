@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from distributed import Client
 
 from dagflow.errors import BatchInvalid, SettingsInvalid, TaskFailed
+from dagflow.run.arguments import check_client, is_whole, shown
 from dagflow.run.clusters import ClusterSettings, open_cluster, roster
 from dagflow.sessions.answers import Answer, Request, Token
 from dagflow.sessions.draft import Draft
@@ -91,6 +92,12 @@ class Deployment:
         store: str | Path | Store | None = None,
         keep_seconds: float | None = 86_400.0,
     ) -> None:
+        if not isinstance(model, Model):
+            raise SettingsInvalid(
+                f"The model is one that dagflow.load has returned; found {shown(model)}. "
+                "dagflow.load('path/to/folder') brings a model in."
+            )
+        check_client(client)
         if cache_bytes is not None and cache_bytes < 1:
             raise SettingsInvalid(f"cache_bytes counts from 1; found {cache_bytes}.")
         settings = cluster or ClusterSettings()
@@ -197,12 +204,21 @@ class Deployment:
             wanted = max(1, min(default, self.max_tokens - len(tokens)))
         else:
             wanted = max_new_tokens
-        if wanted < 1:
-            raise SettingsInvalid(f"max_new_tokens counts from 1; found {wanted}.")
+        if not is_whole(wanted) or wanted < 1:
+            raise SettingsInvalid(f"max_new_tokens counts from 1; found {shown(wanted)}.")
         if limit is not None:
             wanted = min(wanted, limit - len(tokens))
         self.engine.pool.check(len(tokens) + wanted)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = (
+            (stop,)
+            if isinstance(stop, str)
+            else tuple(stop)
+            if isinstance(stop, Iterable)
+            else (stop,)
+        )
+        for text in stops:
+            if not isinstance(text, str):
+                raise SettingsInvalid(f"stop= is a text or a list of texts; found {shown(text)}.")
         if stops:
             _ = self.model.tokenizer  # stop strings need one: said now rather than later
         ends = () if ignore_end else self.model.end_tokens

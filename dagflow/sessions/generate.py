@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from distributed import Client
 
 from dagflow.errors import BatchInvalid, SettingsInvalid
+from dagflow.run.arguments import shown
 from dagflow.run.clusters import ClusterSettings
 from dagflow.sessions.answers import Request, Token
 from dagflow.sessions.beams import Beams, Hypothesis, search
@@ -241,10 +242,14 @@ def separate(prompts: Any) -> list[Any]:
     Raises
     ------
     BatchInvalid
-        If there is none, or one row of ids stands for a batch.
+        If there is none, or one row of ids stands for a batch, or it is no prompt.
     """
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise BatchInvalid(
+            f"A prompt is a text or token ids, alone or in a list; found {shown(prompts)}."
+        )
     found = list(prompts)
     if found and isinstance(found[0], int):
         raise BatchInvalid("Token ids are (B, T): one row a prompt. Pass [ids] for one prompt.")

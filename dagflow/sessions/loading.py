@@ -15,6 +15,7 @@ from dagflow.errors import SettingsInvalid
 from dagflow.graph.dag import Buffer, OperatorDag, Parameter
 from dagflow.graph.decoder import capture_decoder
 from dagflow.graph.quantisation import QUANTISERS, Quantiser, quantised, scale_name
+from dagflow.run.arguments import open_store, shown
 from dagflow.sessions.checking import check_capture
 from dagflow.sessions.defaults import end_tokens, not_applied, read_generation
 from dagflow.sessions.groups import groups_of, write_groups
@@ -68,7 +69,11 @@ def load(
     """
     if weights not in DTYPES:
         raise SettingsInvalid(f"weights is one of {', '.join(DTYPES)}; found {weights!r}.")
-    place = Store(str(store))
+    if not isinstance(source, (torch.nn.Module, str, Path)):
+        raise SettingsInvalid(
+            f"A model is a Hugging Face folder or a model of transformers; found {shown(source)}."
+        )
+    place = open_store(store)
     place.probe()
     if isinstance(source, torch.nn.Module):
         found = of_module(source)

@@ -19,6 +19,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,14 +63,15 @@ class Model:
     has_head: bool = True
 
     @classmethod
-    def open(cls, store: Store, name: str) -> Model:
-        """Return a model that was loaded before.
+    def open(cls, store: Store | str | Path, name: str) -> Model:
+        """Return a model that was loaded before into a store, or a folder or URL of one.
 
         Raises
         ------
         NotFound
             If the store has none of this name.
         """
+        store = store if isinstance(store, Store) else Store(str(store))
         text = store.read_bytes(f"models/{name}/model.json")
         return cls(ModelRef(store, name), json.loads(text))
 

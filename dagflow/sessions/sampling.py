@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
+from numbers import Real
 
 import torch
 
@@ -51,6 +52,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name != "logit_bias" and not isinstance(value, Real):
+                raise SettingsInvalid(f"{option.name} is a number; found {value!r}.")
         checks = {
             "repetition_penalty": (self.repetition_penalty > 0, "positive"),
             "frequency_penalty": (math.isfinite(self.frequency_penalty), "finite"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,9 @@ def test_a_closed_session_says_so(deployed: tuple[Any, dagflow.Deployment]) -> N
         ([5], {"max_new_tokens": 0}, SettingsInvalid, "max_new_tokens"),
         ([5], {"stop": "end"}, SettingsInvalid, "no tokenizer"),
         ([5], {"logit_bias": {96: 1.0}}, SettingsInvalid, "token 96"),
+        ([5], {"max_new_tokens": "5"}, SettingsInvalid, "counts from 1; found '5'"),
+        ([5], {"temperature": "hot"}, SettingsInvalid, "temperature is a number"),
+        ([5], {"stop": 3}, SettingsInvalid, "a list of texts; found 3"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -246,6 +250,25 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(error, match=words):
         dagflow.generate(deployed[1], [prompt], **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: dagflow.generate("a/folder", "text"), "dagflow.load('path/to/folder') brings"),  # type: ignore[arg-type]
+        (lambda: dagflow.load(torch.nn.Linear), "found the class Linear"),  # type: ignore[arg-type]
+        (lambda: dagflow.load("a/folder", store=""), "store= is a folder"),
+    ],
+)
+def test_what_is_no_model_or_store_is_refused(call: Callable[[], Any], words: str) -> None:
+    with pytest.raises(SettingsInvalid) as caught:
+        call()
+    assert words in str(caught.value)
+
+
+def test_a_number_is_no_prompt(deployed: tuple[Any, dagflow.Deployment]) -> None:
+    with pytest.raises(BatchInvalid, match="text or token ids"):
+        dagflow.generate(deployed[1], 3)
 
 
 def test_an_answer_ends_where_the_model_does(deployed: tuple[Any, dagflow.Deployment]) -> None:
