@@ -109,6 +109,7 @@ def test_a_request_that_is_sent_again_gets_the_answer_that_was_begun(
 
 def refuse_another_server(arguments: list[str | Path], answers: Path) -> None:
     command = ["serve", *map(str, arguments), "--answers", str(answers)]
+    command += ["--store", str(answers.parent / "models")]
     refused = CliRunner().invoke(main, command)
     assert refused.exit_code == 1
     assert "in use by process" in refused.output
