@@ -33,7 +33,7 @@ from dagflow.graph.batch import (
 from dagflow.graph.dag import FixedSize, OperatorDag, input_value
 from dagflow.graph.effects import gradient_hooks, without_gradient_hooks
 from dagflow.graph.examine import examined
-from dagflow.graph.known_numbers import whole_numbers
+from dagflow.graph.known_numbers import known_constants, whole_numbers
 from dagflow.graph.loss import LossFunction, LossModule, check_loss
 from dagflow.graph.masks import without_needless_masks
 from dagflow.graph.outside import refuse_iterators
@@ -222,7 +222,7 @@ def _export(
         follow(wrapper, read_buffers) as trace,
     ):
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), known_constants():
                 warnings.simplefilter("ignore")
                 return torch.export.export(
                     wrapper,

@@ -1,4 +1,4 @@
-"""Lets a trace know whole numbers that a model keeps in buffers: strides, kernel sizes, lengths.
+"""Lets a trace know whole numbers that a model keeps in tensors: strides, kernel sizes, images' sides.
 
 Code that reads them (``int(self.stride)``) decides by a tensor's value, which a trace otherwise refuses.
 A buffer that forward writes is none of them.
@@ -6,10 +6,27 @@ A buffer that forward writes is none of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
+from torch._subclasses import fake_tensor
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+# torch itself remembers what is in tensors of one number that forward makes of Python's numbers.
+_MOST_NUMBERS = 64
+
+
+@contextmanager
+def known_constants() -> Iterator[None]:
+    """Let traces know what is in small tensors that forward makes: ``torch.tensor([height, width])``."""
+    with (
+        patch.object(proxy_tensor, "CONSTANT_NUMEL_LIMIT", _MOST_NUMBERS),
+        patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", _MOST_NUMBERS),
+    ):
+        yield
 
 
 def whole_numbers(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -198,3 +198,16 @@ def test_numbers_in_buffers_that_never_change_are_read() -> None:
     assert not report.skipped
     with pytest.raises(CaptureFailed, match=r"test_checks.*number > 0.*torch.where or a mask"):
         capture(Padded(True), batch)
+
+
+def sides(x: torch.Tensor) -> torch.Tensor:
+    shapes = torch.tensor([[4, 2], [2, 2]])
+    height, width = shapes[0]
+    return x[:, : int(height * width) - 4].repeat(1, shapes[1].tolist()[0] // 2)
+
+
+def test_numbers_in_small_tensors_that_forward_makes_are_read() -> None:
+    model, batch = Checked(sides), torch.rand(3, 4)
+    _, report = check_capture(capture(model, batch), model, batch)
+    assert report.exact
+    assert not report.skipped

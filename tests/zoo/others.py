@@ -1,8 +1,8 @@
 """Every other family of transformers: encoders, seq2seq, vision, audio, and models of several of these.
 
 The head is the first of `_HEADS` that a family has, so that it brings its own loss; without one a
-scalar is made of the base model's output. Models of images and text are asked about text, as their
-images are put in between tokens by a data-dependent step that isn't the model's.
+scalar is made of the base model's output. Models of images and text are asked about text, and some
+about images as well.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import others_images
 from .case import Case, Subject, lively
 from .others_inputs import Batch, batches
 from .shrink import shrunk
@@ -41,9 +42,16 @@ _OF_CAUSAL_FAMILIES = ("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
 
 
 def cases() -> list[Case]:
+    shapes = (3, 0), (5, 1)
     return [
-        Case(GROUP, name, partial(make, name, head), ((3, 0), (5, 1)))
-        for name, head in families().items()
+        *(
+            Case(GROUP, name, partial(make, name, head), shapes)
+            for name, head in families().items()
+        ),
+        *(
+            Case(GROUP, f"{name} with images", partial(make_with_images, name), shapes)
+            for name in others_images.FAMILIES
+        ),
     ]
 
 
@@ -66,6 +74,17 @@ def families() -> dict[str, str]:
 
 def make(name: str, head: str) -> Subject:
     """Return a family's model with batches on which it runs."""
+    model, config = _built(name, head)
+    return _with_batches(model, config, head)
+
+
+def make_with_images(name: str) -> Subject:
+    """Return a model of images and text with batches of both."""
+    model, config = _built(name, "IMAGE_TEXT_TO_TEXT")
+    return Subject(model, others_images.with_images(model, config))
+
+
+def _built(name: str, head: str) -> tuple[nn.Module, Any]:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto as auto
 
@@ -75,8 +94,7 @@ def make(name: str, head: str) -> Subject:
     mapping = getattr(auto, f"MODEL_FOR_{head}_MAPPING" if head else "MODEL_MAPPING")
     model_class = mapping[type(config)]
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
-    model: nn.Module = lively(model_class(config)).train()
-    return _with_batches(model, config, head)
+    return lively(model_class(config)).train(), config
 
 
 def _with_batches(model: nn.Module, config: Any, head: str) -> Subject:

@@ -101,7 +101,7 @@ def _decoder(rows: int) -> Tensors:
     return {"decoder_input_ids": _ids(rows, 7)}
 
 
-def _sizes(config: Any) -> tuple[int, int]:
+def image_sizes(config: Any) -> tuple[int, int]:
     """Return an image's channels and size."""
     own = getattr(config, "vision_config", None) or getattr(config, "backbone_config", None)
     own = own if own is not None and not hasattr(config, "image_size") else config
@@ -112,7 +112,7 @@ def _sizes(config: Any) -> tuple[int, int]:
 
 
 def _images(config: Any, head: str) -> Iterator[Maker]:
-    channels, size = _sizes(config)
+    channels, size = image_sizes(config)
     frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None) or 4
 
     def image(rows: int, longer: int) -> Tensors:
@@ -234,7 +234,7 @@ def _series(config: Any, taken: set[str]) -> Iterator[Maker]:
 def _labels(config: Any, head: str, taken: set[str]) -> Maker | None:
     if "labels" not in taken:
         return None
-    _, size = _sizes(config)
+    _, size = image_sizes(config)
 
     def classes(rows: int, longer: int) -> Tensors:
         return {"labels": torch.randint(0, 2, (rows,))}

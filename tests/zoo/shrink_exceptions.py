@@ -125,7 +125,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "decoder_num_key_value_heads": 4,
     },
     "wav2vec2-bert": {"feature_projection_input_dim": 16, "vocab_size": 96},
-    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "esm": {"vocab_size": 96, "pad_token_id": 0, "mask_token_id": 5},
     "esmc": {"num_key_value_heads": 4},
     "lilt": {"max_2d_position_embeddings": 128, "hidden_size": 48},
