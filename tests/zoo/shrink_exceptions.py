@@ -57,6 +57,7 @@ _DEPTH = {
     "reassemble_hidden_size": 32,
     "fusion_hidden_size": 16,
 }
+_ONE_LAYER_EACH = {"encoder_layers": 1, "decoder_layers": 1, "num_feature_levels": 2}
 _RT_DETR = {"encode_proj_layers": [2], "decoder_in_channels": [32, 32, 32]}
 _WINDOWS_OF_PATCHES = {"window_size": 64}
 _PREDICTS = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3]}
@@ -143,6 +144,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_5_omni_text": _BY_AXES,
     "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "xdrope_section": [1, 1, 1, 1]}},
     "cosmos3_edge_text": _BY_AXES,
+    "grounding-dino": _ONE_LAYER_EACH,
+    "mm-grounding-dino": _ONE_LAYER_EACH,
     "funnel": {"block_sizes": [1, 1, 1], "num_decoder_layers": 1},
     "vits": {
         "prior_encoder_num_flows": 1,
