@@ -42,7 +42,7 @@ def passed(tensor: torch.Tensor, frame: types.FrameType | None) -> bool | None:
     if check is None or tensor.numel() != 1:
         return None
     holds = tensor.reshape(()) if check.wanted else tensor.reshape(()).logical_not()
-    torch._assert_async(holds, f"{check.line}: {check.statement}")  # type: ignore[attr-defined]
+    torch._assert_async(holds, f"{check.line}: {check.statement}")
     return check.wanted
 
 

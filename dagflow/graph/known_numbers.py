@@ -55,8 +55,8 @@ def make_known(
     mode = get_proxy_mode()
     buffers = {name: model.get_buffer(name) for name in numbers}
     versions = {name: buffer._version for name, buffer in buffers.items()}
-    for name, buffer in buffers.items() if mode is not None else ():
-        slot = get_proxy_slot(buffer, mode.tracer, None)
+    for name, buffer in buffers.items():
+        slot = None if mode is None else get_proxy_slot(buffer, mode.tracer, None)
         if slot is not None:
             slot.constant = numbers[name]
     return lambda: [name for name, buffer in buffers.items() if buffer._version != versions[name]]

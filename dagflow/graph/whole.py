@@ -112,9 +112,10 @@ def _in_rows(targets: torch.Tensor) -> torch.Tensor:
     How many there are depends on the data, which no graph holds; the CTC loss takes rows as well, and
     their lengths tell it which targets count.
     """
-    if not hasattr(targets, _SELECTED):
+    selected: tuple[torch.Tensor, torch.Tensor] | None = getattr(targets, _SELECTED, None)
+    if selected is None:
         return targets
-    rows, mask = getattr(targets, _SELECTED)
+    rows, mask = selected
     order = torch.argsort(mask.logical_not().to(torch.int8), dim=1, stable=True)
     return rows.gather(1, order)
 
