@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from dagflow.errors import CaptureFailed
 from dagflow.graph.autocasts import watch_autocasts
 from dagflow.graph.batched import unmapped
+from dagflow.graph.casts import needless_casts
 from dagflow.graph.checks import is_asked_for, passed
 from dagflow.graph.effects import Snapshot
 from dagflow.graph.known_numbers import make_known
@@ -44,6 +45,7 @@ OWN_FILES = frozenset(
         "batch",
         "batched",
         "capture",
+        "casts",
         "checks",
         "contents",
         "decoder",
@@ -393,6 +395,7 @@ def follow(wrapper: Any, read_buffers: Mapping[str, torch.Tensor] | None = None)
             _refuse_entropy(trace),
             _watch_clock(trace.clock),
             watch_autocasts(wrapper.model, line_of_model) as trace.autocasts,
+            needless_casts(),
             symbolic_mathematics() as trace.mathematics,
             unmapped(lambda: trace.module),
             watch_decisions(OWN_FILES) as trace.decisions,
@@ -466,6 +469,9 @@ _ADVICE: Mapping[tuple[str, ...], str] = {
     ("parse", "Sparse", "nested", "aten::crow_indices"): (
         "programs hold dense tensors only; keep the matrix dense (to_dense()), or gather and "
         "scatter by its indices."
+    ),
+    ("_apply(): Couldn't swap",): (
+        "cast and move modules before training (model.to(...)), not in forward; there cast the tensors."
     ),
     ("uninitialized parameter",): (
         "a lazy module gets its shapes from the first batch: call the model once on one before."

@@ -81,6 +81,18 @@ def leaves_torch(x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(x.detach().numpy())
 
 
+class Casting(nn.Module):
+    """As routers of experts do it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.dtype = nn.Linear(4, 4), dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.layer = self.layer.to(self.dtype)
+        return self.layer.float()(x)
+
+
 def fits_badly(x: torch.Tensor) -> torch.Tensor:
     return x @ torch.ones(5, 5)
 
@@ -118,6 +130,10 @@ def test_a_failure_names_module_line_operator_and_what_to_do(
     assert f"Source: {__file__}:" in message
     assert f"Operator: {operator}." in message
     assert advice in message.partition("What to do: ")[2]
+
+
+def test_a_module_is_cast_in_forward_to_what_it_is_already() -> None:
+    capture(Outer(Casting(torch.float32)), torch.randn(3, 4))
 
 
 def test_a_failure_in_the_loss_says_that_it_is_outside_the_model() -> None:
@@ -253,6 +269,7 @@ def test_torchs_own_autograd_functions_are_no_reason_to_warn(
 
 REFUSALS = [
     (lambda x: x * math.log2(x.shape[0]), rf"math.log2 of an open size \({__file__}:.*log2\(\)"),
+    (Casting(torch.float64), r"'blocks.1.body'.*What to do: cast and move modules before training"),
     (nn.BatchNorm1d(4, momentum=None), r"'blocks.1.body' \(BatchNorm1d\).*give it a momentum"),
     (torch.jit.trace(nn.Tanh(), torch.ones(2)), r"'blocks.1.body' is a \w+.*the plain torch"),
 ]
