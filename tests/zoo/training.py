@@ -35,6 +35,8 @@ from .microbatches import judge_microbatches
 from .record import Record, short
 
 _LEARNING_RATE = 1e-3
+# For those that leave finite numbers at the other, eagerly as well: there is nothing to compare.
+_CAREFUL_RATE = 1e-7
 # Relative. Kernels differ between tracing and running, and round differently; nothing else does.
 ROUNDING, LATER_ROUNDING = 1e-4, 2e-3
 
@@ -53,7 +55,10 @@ def judge_training(case: Case, subject: Subject, record: Record) -> None:
     torch.manual_seed(1)
     batches = [subject.batch(*case.shapes[0]), subject.batch(*case.shapes[1])]
     try:
-        wanted = eager(case, subject, [batches[0]])
+        wanted = eager(case, subject, [batches[0]] * 3)
+        if not all(tensor.isfinite().all() for tensor in wanted.state.values()):
+            record.note(learning_rate=_CAREFUL_RATE)
+            wanted = eager(case, subject, [batches[0]], _CAREFUL_RATE)
     except Exception as error:
         record.note(eager=False, training="not run", cause=f"eager: {short(error)}")
         return
@@ -73,11 +78,17 @@ def judge_training(case: Case, subject: Subject, record: Record) -> None:
     record.conclude_training()
 
 
-def eager(case: Case, subject: Subject, batches: Sequence[Any]) -> Trace:
+def _rate(record: Record) -> float:
+    return float(record.get("learning_rate", _LEARNING_RATE))
+
+
+def eager(
+    case: Case, subject: Subject, batches: Sequence[Any], rate: float = _LEARNING_RATE
+) -> Trace:
     """Train a copy of the model with torch alone."""
     subject = _same_again(case, subject)
     trainable = [p for p in subject.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, lr=_LEARNING_RATE)
+    optimizer = torch.optim.SGD(trainable, lr=rate)
     trace = Trace()
     for step, batch in enumerate(batches):
         optimizer.zero_grad()
@@ -196,7 +207,7 @@ def _compare_with_eager(
     case: Case, subject: Subject, dag: OperatorDag, batches: Sequence[Any], record: Record
 ) -> None:
     try:
-        wanted = eager(case, subject, batches)
+        wanted = eager(case, subject, batches, _rate(record))
     except Exception as error:
         if record.get("left_as_it_was") is False:
             record.note(training="wrong", cause=f"{record['cause']}, and it fails: {short(error)}")
@@ -205,7 +216,7 @@ def _compare_with_eager(
         return
     try:
         with _drawing_like_torch(dag):
-            found = _trained(case, subject, dag, 1, batches)
+            found = _trained(case, subject, dag, 1, batches, _rate(record))
     except Exception as error:
         record.note(uncut="crash")
         record.failed("training", error)
@@ -244,7 +255,7 @@ def _compare_cuts(
     case: Case, subject: Subject, dag: OperatorDag, batches: Sequence[Any], record: Record
 ) -> None:
     try:
-        whole = _trained(case, subject, dag, 1, batches, by_use=True)
+        whole = _trained(case, subject, dag, 1, batches, _rate(record), by_use=True)
     except Exception as error:
         record.note(cut="crash")
         record.failed("training", error)
@@ -252,7 +263,7 @@ def _compare_cuts(
     done = []
     for cut in case.cuts:
         try:
-            found = _trained(case, subject, dag, cut, batches, by_use=True)
+            found = _trained(case, subject, dag, cut, batches, _rate(record), by_use=True)
         except PlanInvalid as error:
             if not done:
                 record.note(cut="not cut", cut_cause=short(error))
@@ -302,6 +313,7 @@ def _trained(
     dag: OperatorDag,
     cut: int | None,
     batches: Sequence[Any],
+    rate: float,
     by_use: bool = False,
 ) -> Trace:
     """Train through dagflow's tasks, as a cluster would."""
@@ -310,7 +322,7 @@ def _trained(
     stages = partition_by_operator(dag) if cut is None else partition(dag, cut)
     if cut != 1 and len(stages) == 1:
         raise PlanInvalid("The model is one stage whatever is asked.")
-    optimizer = Optimizer("SGD", lr=_LEARNING_RATE)
+    optimizer = Optimizer("SGD", lr=rate)
     run = InlineRun(subject, dag, stages, num_microbatches=1, optimizer=optimizer)
     trace = Trace()
     for step, batch in enumerate(batches):
