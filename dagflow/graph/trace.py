@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from dagflow.graph.casts import needless_casts
 from dagflow.graph.checks import is_asked_for, passed
 from dagflow.graph.effects import Snapshot
 from dagflow.graph.known_numbers import make_known
+from dagflow.graph.known_values import KnownValues
 from dagflow.graph.leftovers import Left
 from dagflow.graph.sizes import Decision, symbolic_mathematics, watch_decisions
 from dagflow.graph.whole import stand_in
@@ -52,6 +53,7 @@ OWN_FILES = frozenset(
         "effects",
         "examine",
         "known_numbers",
+        "known_values",
         "leftovers",
         "loss",
         "masks",
@@ -94,6 +96,8 @@ class Trace:
         Buffers of one whole number each, and what they hold, that code may read as numbers.
     written_numbers
         Those of them that forward writes.
+    known
+        Inputs whose numbers the code may read, and what follows from them.
     modules, operator
         The modules that the trace is in, outermost first, and the latest torch function.
     """
@@ -110,6 +114,7 @@ class Trace:
     unused: list[str] = field(default_factory=list)
     read_buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     written_numbers: list[str] = field(default_factory=list)
+    known: KnownValues | None = None
     modules: list[str] = field(default_factory=list)
     operator: str = ""
 
@@ -148,13 +153,22 @@ class _Follower(TorchFunctionMode):
             # Switched by what nobody records: a function's `apply`, inference mode.
             self._recorded_grad = torch.is_grad_enabled()
             torch._C._set_grad_enabled(self._recorded_grad)
+        known, kwargs = self.trace.known, kwargs or {}
+        call = None if known is None else known.call(func, self.trace.operator, args, kwargs)
+        if call is not None:
+            if call.answer:
+                return call.answer[0]
+            args, kwargs = call.args, call.kwargs
         if self.trace.operator == "item" and is_asked_for(args[0], sys._getframe(1)):
             return args[0]
         if self.trace.operator == "__bool__":
             answer = passed(args[0], sys._getframe(1))
             if answer is not None:
                 return answer
-        return self._called(func, args, kwargs or {})
+        result = self._called(func, args, kwargs)
+        if known is not None and call is not None:
+            known.note(func, call, result)
+        return result
 
     def _refused(self, what: str, why: str, advice: str) -> CaptureFailed:
         return CaptureFailed(
@@ -348,16 +362,26 @@ def _refuse_cumulative_average(module: torch.nn.Module, path: str) -> None:
 
 
 @contextmanager
-def follow(wrapper: Any, read_buffers: Mapping[str, torch.Tensor] | None = None) -> Iterator[Trace]:
+def follow(
+    wrapper: Any,
+    read_buffers: Mapping[str, torch.Tensor] | None = None,
+    names: Sequence[str] = (),
+    read_inputs: Mapping[str, torch.Tensor] | None = None,
+) -> Iterator[Trace]:
     """Follow the trace of a wrapper around a model through the modules and torch's functions.
 
     Parameters
     ----------
     read_buffers
         What buffers hold that the code may read as numbers.
+    names
+        The inputs' names, in order.
+    read_inputs
+        What some of them hold that the code may read as numbers.
     """
     _refuse_scripts(wrapper.model)
     trace = Trace(read_buffers=read_buffers or {})
+    trace.known = KnownValues(read_inputs) if read_inputs else None
     handles = []
 
     def leave(*_: Any) -> None:
@@ -380,6 +404,8 @@ def follow(wrapper: Any, read_buffers: Mapping[str, torch.Tensor] | None = None)
             for tensor in tensors
         ]
         written = make_known(wrapper.model, trace.read_buffers)
+        if trace.known is not None:
+            trace.known.begin(dict(zip(names, tensors, strict=True)))
         with _Follower(trace), written_in_place(wrapper.model):
             result = forward(*tensors)
         trace.left = before.left()  # now: torch.export puts numbers back as they were
@@ -435,7 +461,7 @@ def explain(error: Exception, trace: Trace) -> str:
 _BY_VALUES = ("data-dependent", "DataDependent", "Unbacked")
 
 
-def decides_by_values(error: Exception) -> bool:
+def decides_by_values(error: BaseException | None) -> bool:
     """Tell whether a trace failed because the code asks for a tensor's value."""
     text = f"{type(error).__name__} {error}"
     return any(sign in text for sign in _BY_VALUES)
