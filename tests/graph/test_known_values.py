@@ -199,3 +199,46 @@ def test_micro_batches_whose_grids_differ_are_refused_and_equal_ones_are_right()
         pytest.raises(BatchInvalid, match="num_microbatches=1 keeps them together"),
     ):
         first(model, otherwise, 2).prepare(check=True)
+
+
+def writes_into_an_element(numbers: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    numbers[0] = n
+    return numbers[0]
+
+
+def copies_into_a_slice(numbers: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    numbers[:1].copy_(n[None])
+    return numbers.max()
+
+
+def adds_to_a_view(numbers: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    view = numbers.view(2, 1)
+    view[0].add_(n)
+    return view.sum()
+
+
+@pytest.mark.parametrize("body", [writes_into_an_element, copies_into_a_slice, adds_to_a_view])
+def test_a_small_tensor_that_something_is_written_into_through_a_view_is_not_known(
+    body: Body,
+) -> None:
+    class Counts(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            count = body(torch.tensor([0, 0]), (x > 0).sum())
+            h = super().forward(x)
+            return (2 * h if count > 0 else h).square().mean()
+
+    with pytest.raises(CaptureFailed, match="decides by a tensor's value"):
+        capture(Counts(4, 4), torch.randn(3, 4))
+
+
+def test_a_small_tensor_that_numbers_are_written_into_is_known() -> None:
+    class Sides(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sides = torch.tensor([0, 0])
+            sides[0] = 3
+            sides.view(2, 1)[1].add_(sides[0])
+            return super().forward(x)[:, : sides[1] - 1].square().mean()
+
+    model, x = Sides(4, 4), torch.randn(3, 4)
+    _, report = check_capture(capture(model, x), model, x)
+    assert report.exact
