@@ -148,9 +148,14 @@ def _captured(
     except CaptureFailed as error:
         failed, known = error, grids(tensors)
     if known:
-        with suppress(CaptureFailed):
+        # If some number was read, what stops it now is what stands in the way beside grids.
+        with suppress(_NothingRead):
             return knowing(known)
     raise failed
+
+
+class _NothingRead(CaptureFailed):
+    """The model's code has read no number that is known."""
 
 
 def _fixed_sizes(
@@ -285,7 +290,7 @@ def _export_knowing(
             return exported, trace
         numbers = {n: value for n, value in numbers.items() if n not in trace.written_numbers}
         inputs = {n: value for n, value in inputs.items() if n in read}
-    raise CaptureFailed("The model's code reads no number that could be known.")
+    raise _NothingRead("The model's code reads no number that could be known.")
 
 
 def _export_once(
@@ -315,7 +320,9 @@ def _export_once(
         except (BatchInvalid, CaptureFailed):
             raise
         except Exception as error:
-            raise CaptureFailed(explain(error, trace)) from error
+            has_read = trace.known is None or trace.known.read
+            refusal = CaptureFailed if has_read else _NothingRead
+            raise refusal(explain(error, trace)) from error
 
 
 @contextmanager

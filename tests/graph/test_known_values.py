@@ -155,6 +155,16 @@ def test_numbers_that_follow_from_more_than_a_grid_are_refused(body: Body) -> No
         capture(Tower(body), BATCH)
 
 
+def reads_the_grid_and_then_patches(h: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    h = torch.cat(h.split(grid.prod(1).tolist()))
+    return h * 2 if h[0, 0] > 0 else h
+
+
+def test_what_stands_in_the_way_beside_a_grid_is_named() -> None:
+    with pytest.raises(CaptureFailed, match=r"Source: \S+: return h \* 2 if"):
+        capture(Tower(reads_the_grid_and_then_patches), BATCH)
+
+
 def first(model: nn.Module, batch: Any, num_microbatches: int) -> FirstBatch:
     return FirstBatch(model, None, batch, num_microbatches, lambda name: None, Config())
 
