@@ -6,10 +6,12 @@ generators; whoever traces them compares these before and after (`effects.py`, `
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import random
 import types
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -39,10 +41,10 @@ def contents_of(value: Any) -> Any:
         kind, "stands_in"
     ):
         return None
-    own, names = getattr(value, "__dict__", None), _slots(type(value))
-    if not isinstance(own, dict) and not names:
+    own, names = own_attributes(value), _slots(kind)
+    if own is None and not names:
         return None
-    return {**(own or {}), **{name: getattr(value, name) for name in names if hasattr(value, name)}}
+    return {**(own or {}), **_slotted(value, names)}
 
 
 # Numbers that code keeps are few; an array this large is a data set, or a table.
@@ -59,6 +61,23 @@ def _slots(kind: type) -> tuple[str, ...]:
         if isinstance(member, types.MemberDescriptorType)
     ]
     return tuple(name for name in names if not name.startswith("__"))
+
+
+def own_attributes(value: Any) -> dict[str, Any] | None:
+    """Return an object's ``__dict__``, or None, whatever its class says to whoever reads attributes."""
+    try:
+        own = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return own if isinstance(own, dict) else None
+
+
+def _slotted(value: Any, names: Iterable[str]) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        with contextlib.suppress(AttributeError):
+            found[name] = object.__getattribute__(value, name)
+    return found
 
 
 def same_contents(found: Any, before: Any) -> bool:
@@ -106,8 +125,9 @@ def _refill_object(value: Any, before: dict[str, Any]) -> None:
     for name in slots:
         if name in before:
             object.__setattr__(value, name, before[name])
-        elif hasattr(value, name):
+        elif _slotted(value, [name]):
             object.__delattr__(value, name)
-    if hasattr(value, "__dict__"):
-        vars(value).clear()
-        vars(value).update({n: item for n, item in before.items() if n not in slots})
+    own = own_attributes(value)
+    if own is not None:
+        own.clear()
+        own.update({n: item for n, item in before.items() if n not in slots})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import random
 import sys
 import sysconfig
 import threading
@@ -17,11 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from dagflow.errors import CaptureFailed
-from dagflow.graph.contents import contents_of, refill, same_contents
+from dagflow.graph.contents import contents_of, own_attributes, refill, same_contents
 from dagflow.graph.effects import MODULES_OWN, TABLES, holders
 from dagflow.graph.leftovers import MISSING, REMEDY, Left, Leftover, left_at
 
@@ -140,18 +142,23 @@ def _refuse_at(place: _Place, undo: list[Callable[[], None]], depth: int, seen: 
         if any(new is not old for new, old in zip(items, value, strict=True)):
             place.put(tuple(items))
             undo.append(lambda: place.put(value))
-    elif contents is not None and id(value) not in seen and not isinstance(value, (set, tuple)):
+    elif contents is not None and id(value) not in seen and not isinstance(value, _NO_ITEMS):
         seen.add(id(value))
         for key in list(contents) if isinstance(contents, dict) else range(len(contents)):
             _refuse_at(_inside(place, value, key), undo, depth + 1, seen)
 
 
+# What changes inside of these is no iterator.
+_NO_ITEMS = (set, tuple, random.Random, np.random.RandomState, np.random.Generator, np.ndarray)
+
+
 def _inside(place: _Place, holder: Any, key: Any) -> _Place:
-    if isinstance(holder, (dict, list, deque)):
-        return _Place(place.name, lambda: holder[key], lambda v: operator.setitem(holder, key, v))
-    return _Place(
+    table = holder if isinstance(holder, (dict, list, deque)) else own_attributes(holder) or {}
+    if not isinstance(table, dict) or key in table:
+        return _Place(place.name, lambda: table[key], lambda v: operator.setitem(table, key, v))
+    return _Place(  # in a slot
         place.name,
-        lambda: getattr(holder, key, None),
+        lambda: object.__getattribute__(holder, key),
         lambda v: object.__setattr__(holder, key, v),
     )
 

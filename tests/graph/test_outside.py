@@ -111,3 +111,41 @@ def settles(self: Any, h: torch.Tensor) -> torch.Tensor:
 def test_what_settles_in_the_first_call_is_no_reason_to_refuse() -> None:
     capture(Model(settles), BATCH)
     assert SETTLED == {}
+
+
+class Guarded:
+    """Says no to whoever asks for its width, as configurations of uneven layers do."""
+
+    def __init__(self) -> None:
+        self.width, self.names = 4, iter(["a"])
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "width":
+            raise RuntimeError("ask a layer")
+        return super().__getattribute__(name)
+
+
+class Slotted:
+    __slots__ = ("names", "never")
+
+    def __init__(self) -> None:
+        self.names = iter(["a"])
+
+
+@pytest.mark.parametrize("kind", [Guarded, Slotted])
+def test_objects_are_looked_into_without_asking_their_classes(kind: type) -> None:
+    class Model(nn.Module):
+        def __init__(self, takes: bool) -> None:
+            super().__init__()
+            self.layer, self.config, self.takes = nn.Linear(4, 1), kind(), takes
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.takes:
+                next(self.config.names)
+            return self.layer(x).square().mean()
+
+    names = (model := Model(takes=False)).config.names
+    capture(model, BATCH)
+    assert model.config.names is names
+    with pytest.raises(CaptureFailed, match="next item of an iterator"):
+        capture(Model(takes=True), BATCH)
