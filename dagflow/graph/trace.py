@@ -154,7 +154,11 @@ class _Follower(TorchFunctionMode):
             answer = passed(args[0], sys._getframe(1))
             if answer is not None:
                 return answer
-        return self._called(func, args, kwargs or {})
+        result = self._called(func, args, kwargs or {})
+        if applied is not None and self.trace.operator in _NEEDED_AS_THEY_ARE:
+            # A function's forward may write into it in place, for its backward is its own.
+            return result.clone()
+        return result
 
     def _refused(self, what: str, why: str, advice: str) -> CaptureFailed:
         return CaptureFailed(
@@ -184,6 +188,8 @@ class _Follower(TorchFunctionMode):
         return (stand_in(func, name) or func)(*args, **kwargs)
 
 
+# Operators whose derivative is made of their result, and that such functions are written about.
+_NEEDED_AS_THEY_ARE = ("softmax", "log_softmax")
 _INSIDE = "a graph is the forward alone, and its gradient is what workers make of it"
 # By name: modules of the functions, what they do, why a graph can't hold it, what to do.
 _REFUSED: Mapping[str, tuple[tuple[str, ...], str, str, str]] = {

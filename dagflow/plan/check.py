@@ -212,7 +212,7 @@ class _Check:
             with RepeatDraws(draws) if self.draws else nullcontext():
                 try:
                     found.append(self.uncut.run(tensors_of(tensors), sizes, keep))
-                except TaskFailed as error:
+                except (TaskFailed, RuntimeError) as error:  # autograd's have no name
                     raise ResultsDiffer(
                         f"The captured graph fails where the model doesn't: {error} {TURN_OFF}"
                     ) from error
