@@ -33,6 +33,7 @@ from dagflow.graph.batch import (
 from dagflow.graph.dag import FixedSize, OperatorDag, input_value
 from dagflow.graph.effects import gradient_hooks, without_gradient_hooks
 from dagflow.graph.examine import examined
+from dagflow.graph.experts import experts_by_groups
 from dagflow.graph.known_numbers import known_constants, whole_numbers
 from dagflow.graph.loss import LossFunction, LossModule, check_loss
 from dagflow.graph.masks import without_needless_masks
@@ -108,7 +109,7 @@ def capture(
     tensors, constants = flatten_batch(batch)
     wrapper = LossModule(model, loss, rebuilder(batch))
     dims = {name: _dynamic_dims(name, tensor, dynamic) for name, tensor in tensors.items()}
-    with TRACING, whole_sequences(model), without_needless_masks():
+    with TRACING, whole_sequences(model), without_needless_masks(), experts_by_groups():
         exported, trace = export_module(wrapper, model, tensors, dims)
     for text in _warnings(trace, model):
         warnings.warn(text, stacklevel=2)

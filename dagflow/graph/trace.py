@@ -28,6 +28,7 @@ from dagflow.graph.autocasts import watch_autocasts
 from dagflow.graph.batched import unmapped
 from dagflow.graph.casts import needless_casts
 from dagflow.graph.checks import is_asked_for, passed
+from dagflow.graph.demands import Demands
 from dagflow.graph.effects import Snapshot
 from dagflow.graph.known_numbers import make_known
 from dagflow.graph.leftovers import Left
@@ -49,8 +50,10 @@ OWN_FILES = frozenset(
         "checks",
         "contents",
         "decoder",
+        "demands",
         "effects",
         "examine",
+        "experts",
         "known_numbers",
         "leftovers",
         "loss",
@@ -124,9 +127,9 @@ class Trace:
 class _Follower(TorchFunctionMode):
     """Sees every torch function that the model calls, before torch.export does."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, demands: Demands) -> None:
         super().__init__()
-        self.trace = trace
+        self.trace, self._demands = trace, demands
         self._recorded_grad = torch.is_grad_enabled()
 
     def __torch_function__(
@@ -154,7 +157,10 @@ class _Follower(TorchFunctionMode):
             answer = passed(args[0], sys._getframe(1))
             if answer is not None:
                 return answer
+        if func is torch._assert and self._demands.keep(args[0]):
+            return None
         result = self._called(func, args, kwargs or {})
+        self._demands.note(self.trace.operator, args, result)
         if applied is not None and self.trace.operator in _NEEDED_AS_THEY_ARE:
             # A function's forward may write into it in place, for its backward is its own.
             return result.clone()
@@ -189,7 +195,10 @@ class _Follower(TorchFunctionMode):
 
 
 # Operators whose derivative is made of their result, and that such functions are written about.
-_NEEDED_AS_THEY_ARE = ("softmax", "log_softmax")
+_NEEDED_AS_THEY_ARE = (
+    *("softmax", "log_softmax", "exp", "sigmoid", "tanh", "relu"),
+    *("sqrt", "rsqrt", "reciprocal"),
+)
 _INSIDE = "a graph is the forward alone, and its gradient is what workers make of it"
 # By name: modules of the functions, what they do, why a graph can't hold it, what to do.
 _REFUSED: Mapping[str, tuple[tuple[str, ...], str, str, str]] = {
@@ -364,6 +373,7 @@ def follow(wrapper: Any, read_buffers: Mapping[str, torch.Tensor] | None = None)
     """
     _refuse_scripts(wrapper.model)
     trace = Trace(read_buffers=read_buffers or {})
+    demands = Demands(lambda: trace.module)
     handles = []
 
     def leave(*_: Any) -> None:
@@ -386,7 +396,7 @@ def follow(wrapper: Any, read_buffers: Mapping[str, torch.Tensor] | None = None)
             for tensor in tensors
         ]
         written = make_known(wrapper.model, trace.read_buffers)
-        with _Follower(trace), written_in_place(wrapper.model):
+        with _Follower(trace, demands), written_in_place(wrapper.model):
             result = forward(*tensors)
         trace.left = before.left()  # now: torch.export puts numbers back as they were
         trace.written_numbers = written()
@@ -402,6 +412,7 @@ def follow(wrapper: Any, read_buffers: Mapping[str, torch.Tensor] | None = None)
             _watch_clock(trace.clock),
             watch_autocasts(wrapper.model, line_of_model) as trace.autocasts,
             needless_casts(),
+            demands.kept(),
             symbolic_mathematics() as trace.mathematics,
             unmapped(lambda: trace.module),
             watch_decisions(OWN_FILES) as trace.decisions,
@@ -452,7 +463,12 @@ def _advice(error: Exception) -> str:
     for signs, advice in _ADVICE.items():
         if any(sign in text for sign in signs):
             return advice
-    return "make that line work under torch.export.export(model, ..., strict=False)."
+    return (
+        "write that line with torch's operators, on tensors whose shapes follow from the batch's; "
+        "what is the same in every step belongs into a buffer, and what depends on the data alone "
+        "into the data loader, as a column of the batch. (torch.export.export(model, ..., "
+        "strict=False) fails alike.)"
+    )
 
 
 _ADVICE: Mapping[tuple[str, ...], str] = {
