@@ -285,13 +285,28 @@ def _without_extras() -> Iterator[None]:
 
 @contextmanager
 def _without_torchs_log() -> Iterator[None]:
-    """Keep torch from logging a traceback of what is raised anyway."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
+    """Keep torch from logging a traceback of what is raised anyway, and from printing the graph so far."""
+    from torch.export import _trace  # takes a second, which only captures need
+
+    logs = [logging.getLogger(name) for name in _LOGS_OF_FAILURES]
+    before = [log.disabled for log in logs]
+    thread = threading.get_ident()
+
+    def show(*text: Any, **where: Any) -> None:
+        if threading.get_ident() != thread:
+            print(*text, **where)
+
     try:
-        yield
+        for log in logs:
+            log.disabled = True
+        with patch.object(_trace, "print", show, create=True):
+            yield
     finally:
-        log.disabled = before
+        for log, was_disabled in zip(logs, before, strict=True):
+            log.disabled = was_disabled
+
+
+_LOGS_OF_FAILURES = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
 def _dynamic_dims(

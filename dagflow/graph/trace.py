@@ -425,6 +425,8 @@ def follow(wrapper: Any, read_buffers: Mapping[str, torch.Tensor] | None = None)
 
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+# What follows is about torch.export's own remedies, and lines of the capture.
+_TORCHS_ADVICE = re.compile(r" \(Size-like symbols:| Caused by: | If you're using torch\.compile")
 
 
 def explain(error: Exception, trace: Trace) -> str:
@@ -435,7 +437,8 @@ def explain(error: Exception, trace: Trace) -> str:
         if not frame.filename.startswith(_TORCH_FOLDER) and frame.filename not in OWN_FILES
     ]
     where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "unknown"
-    reason = _ADDRESS.sub("", " ".join(str(error).split()))[:400]
+    reason = _ADDRESS.sub("", " ".join(str(error).split()))
+    reason = _TORCHS_ADVICE.split(reason)[0][:400]
     if "_sym_log2" in reason:
         return (
             f"The model computes with math.log2 of an open size ({trace.mathematics.get('log2')}), "
