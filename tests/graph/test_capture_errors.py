@@ -122,7 +122,7 @@ FAILURES = [
 
 @pytest.mark.parametrize(("body", "operator", "advice"), FAILURES)
 def test_a_failure_names_module_line_operator_and_what_to_do(
-    body: Body, operator: str, advice: str
+    body: Body, operator: str, advice: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(CaptureFailed) as caught:
         capture(Outer(body), torch.randn(3, 4))
@@ -131,6 +131,7 @@ def test_a_failure_names_module_line_operator_and_what_to_do(
     assert f"Source: {__file__}:" in message
     assert f"Operator: {operator}." in message
     assert advice in message.partition("What to do: ")[2]
+    assert capfd.readouterr() == ("", "")  # torch.export would print the whole graph
 
 
 def test_a_module_is_cast_in_forward_to_what_it_is_already() -> None:
