@@ -33,6 +33,7 @@ from dagflow.graph.effects import Snapshot
 from dagflow.graph.known_numbers import make_known
 from dagflow.graph.leftovers import Left
 from dagflow.graph.sizes import Decision, symbolic_mathematics, watch_decisions
+from dagflow.graph.tensor_sizes import note_size
 from dagflow.graph.whole import stand_in
 from dagflow.graph.writes import written_in_place
 
@@ -60,6 +61,7 @@ OWN_FILES = frozenset(
         "masks",
         "outside",
         "sizes",
+        "tensor_sizes",
         "trace",
         "whole",
         "writes",
@@ -161,6 +163,7 @@ class _Follower(TorchFunctionMode):
             return None
         result = self._called(func, args, kwargs or {})
         self._demands.note(self.trace.operator, args, result)
+        note_size(self.trace.operator, args, kwargs or {}, result)
         if applied is not None and self.trace.operator in _NEEDED_AS_THEY_ARE:
             # A function's forward may write into it in place, for its backward is its own.
             return result.clone()
