@@ -10,7 +10,7 @@ import functools
 import logging
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -109,15 +109,19 @@ def capture(
     tensors, constants = flatten_batch(batch)
     wrapper = LossModule(model, loss, rebuilder(batch))
     dims = {name: _dynamic_dims(name, tensor, dynamic) for name, tensor in tensors.items()}
-    with TRACING, whole_sequences(model), without_needless_masks(), experts_by_groups():
-        exported, trace = export_module(wrapper, model, tensors, dims)
-    for text in _warnings(trace, model):
-        warnings.warn(text, stacklevel=2)
     inputs = [
         ValueSpec(input_value(name), str(t.dtype).removeprefix("torch."), tuple(t.shape))
         for name, t in tensors.items()
     ]
-    dag = translate(exported, model, inputs, constants, decisions=trace.decisions)
+
+    def translated(exported: ExportedProgram, trace: Trace) -> OperatorDag:
+        return translate(exported, model, inputs, constants, decisions=trace.decisions)
+
+    with TRACING, whole_sequences(model), without_needless_masks(), experts_by_groups():
+        exported, trace = export_module(wrapper, model, tensors, dims, translated)
+    for text in _warnings(trace, model):
+        warnings.warn(text, stacklevel=2)
+    dag = translated(exported, trace)
     fixed = _fixed_sizes(dag, trace, dims)
     for size in fixed:
         # Operators fix lengths for good reasons (tables of positions), the number of rows for none.
@@ -193,10 +197,16 @@ def export_module(
     model: torch.nn.Module,
     tensors: Mapping[str, torch.Tensor],
     dims: Mapping[str, Sequence[int]],
+    refuse: Callable[[ExportedProgram, Trace], object] = lambda exported, trace: None,
 ) -> tuple[ExportedProgram, Trace]:
     """Export a module around a model (its child ``model``) over tensors with open sizes.
 
     The model is left as it was, whether this succeeds or not.
+
+    Parameters
+    ----------
+    refuse
+        May raise for a graph that is of no use, where further traces can be spared by that.
 
     Raises
     ------
@@ -204,7 +214,7 @@ def export_module(
     """
     with TRACING:
         export = functools.partial(_export, wrapper, model, tensors, dims)
-        return examined(wrapper, export, list(tensors.values()))
+        return examined(wrapper, export, list(tensors.values()), refuse)
 
 
 def _export(
