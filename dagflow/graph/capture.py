@@ -11,7 +11,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +35,7 @@ from dagflow.graph.effects import gradient_hooks, without_gradient_hooks
 from dagflow.graph.examine import examined
 from dagflow.graph.experts import experts_by_groups
 from dagflow.graph.known_numbers import known_constants, whole_numbers
+from dagflow.graph.known_values import grids
 from dagflow.graph.loss import LossFunction, LossModule, check_loss
 from dagflow.graph.masks import without_needless_masks
 from dagflow.graph.outside import refuse_iterators
@@ -94,7 +95,8 @@ def capture(
         or has hooks on gradients; if it sets attributes that stay as they are in training; if the
         batch has columns that forward doesn't take, which are dropped; if it asks for autocast on
         another device; if its code fixes a size
-        that was to be open, with `len(x)` or `float(x.shape[0])` say.
+        that was to be open, with `len(x)` or `float(x.shape[0])` say; if it decides by the numbers in
+        a grid of whole numbers, (N, 2) or (N, 3), which is then fixed.
     """
     check_loss(loss, model)
     dropped = unknown_columns(model, example_batch, loss is not None)
@@ -109,6 +111,30 @@ def capture(
     tensors, constants = flatten_batch(batch)
     wrapper = LossModule(model, loss, rebuilder(batch))
     dims = {name: _dynamic_dims(name, tensor, dynamic) for name, tensor in tensors.items()}
+    with TRACING, whole_sequences(model), without_needless_masks(), experts_by_groups():
+        dag, trace = _captured(wrapper, model, tensors, constants, dims)
+    read = {} if trace.known is None else trace.known.inputs
+    dims |= dict.fromkeys(read, ())
+    for text in _warnings(trace, model):
+        warnings.warn(text, stacklevel=2)
+    fixed = _fixed_sizes(dag, trace, dims)
+    for size in fixed:
+        # Operators fix lengths for good reasons (tables of positions), the number of rows for none
+        # but a grid that is fixed: it says how many rows of patches there are.
+        if not (read if size.dim == 0 else size.by_operator):
+            warnings.warn(_fixed_warning(size), stacklevel=2)
+    values = {name: tensor.tolist() for name, tensor in read.items()}
+    return replace(dag, dropped_columns=dropped, fixed_sizes=fixed, fixed_values=values)
+
+
+def _captured(
+    wrapper: LossModule,
+    model: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    constants: Mapping[str, Any],
+    dims: Mapping[str, Sequence[int]],
+) -> tuple[OperatorDag, Trace]:
+    """Export and translate a model; where that fails, once more with the numbers in grids known."""
     inputs = [
         ValueSpec(input_value(name), str(t.dtype).removeprefix("torch."), tuple(t.shape))
         for name, t in tensors.items()
@@ -117,17 +143,23 @@ def capture(
     def translated(exported: ExportedProgram, trace: Trace) -> OperatorDag:
         return translate(exported, model, inputs, constants, decisions=trace.decisions)
 
-    with TRACING, whole_sequences(model), without_needless_masks(), experts_by_groups():
-        exported, trace = export_module(wrapper, model, tensors, dims, translated)
-    for text in _warnings(trace, model):
-        warnings.warn(text, stacklevel=2)
-    dag = translated(exported, trace)
-    fixed = _fixed_sizes(dag, trace, dims)
-    for size in fixed:
-        # Operators fix lengths for good reasons (tables of positions), the number of rows for none.
-        if not size.by_operator or size.dim == 0:
-            warnings.warn(_fixed_warning(size), stacklevel=2)
-    return replace(dag, dropped_columns=dropped, fixed_sizes=fixed)
+    def knowing(known: Mapping[str, torch.Tensor]) -> tuple[OperatorDag, Trace]:
+        exported, trace = export_module(wrapper, model, tensors, dims, known, translated)
+        return translated(exported, trace), trace
+
+    try:
+        return knowing({})
+    except CaptureFailed as error:
+        failed, known = error, grids(tensors)
+    if known:
+        # If some number was read, what stops it now is what stands in the way beside grids.
+        with suppress(_NothingRead):
+            return knowing(known)
+    raise failed
+
+
+class _NothingRead(CaptureFailed):
+    """The model's code has read no number that is known."""
 
 
 def _fixed_sizes(
@@ -169,6 +201,12 @@ def _warnings(trace: Trace, model: torch.nn.Module) -> Iterator[str]:
             "gradients, and programs hold no Python code. If a hook changes gradients, the model "
             "will train differently: write the change into forward, with detach()."
         )
+    for name in () if trace.known is None else trace.known.inputs:
+        yield (
+            f"Forward decides by the numbers in {name!r}, and a graph holds what it decided for the "
+            "example batch: batches with other numbers there will be refused. If they are images' "
+            "sizes, bring all images to one size (resize, or crop and pad) in the data loader."
+        )
     if trace.clock:
         yield (
             f"Forward reads the clock at {', '.join(dict.fromkeys(trace.clock))}: what it computes "
@@ -197,6 +235,7 @@ def export_module(
     model: torch.nn.Module,
     tensors: Mapping[str, torch.Tensor],
     dims: Mapping[str, Sequence[int]],
+    known: Mapping[str, torch.Tensor] | None = None,
     refuse: Callable[[ExportedProgram, Trace], object] = lambda exported, trace: None,
 ) -> tuple[ExportedProgram, Trace]:
     """Export a module around a model (its child ``model``) over tensors with open sizes.
@@ -205,6 +244,9 @@ def export_module(
 
     Parameters
     ----------
+    known
+        What some tensors hold: the graph is that for these numbers. The trace says by which of them
+        the model's code decides; there must be one.
     refuse
         May raise for a graph that is of no use, where further traces can be spared by that.
 
@@ -213,7 +255,7 @@ def export_module(
     BatchInvalid, CaptureFailed
     """
     with TRACING:
-        export = functools.partial(_export, wrapper, model, tensors, dims)
+        export = functools.partial(_export, wrapper, model, tensors, dims, known or {})
         return examined(wrapper, export, list(tensors.values()), refuse)
 
 
@@ -222,55 +264,72 @@ def _export(
     model: torch.nn.Module,
     tensors: Mapping[str, torch.Tensor],
     dims: Mapping[str, Sequence[int]],
-    read_buffers: Mapping[str, torch.Tensor] | None = None,
+    known: Mapping[str, torch.Tensor],
 ) -> tuple[ExportedProgram, Trace]:
+    once = functools.partial(_export_once, wrapper, model, tensors, dims)
+    if known:
+        return _export_knowing(once, whole_numbers(model), known)
+    try:
+        return once()
+    except CaptureFailed as error:
+        if not decides_by_values(error.__cause__):
+            raise
+        failed = error
+    # Perhaps by buffers that never change: strides and kernel sizes, say.
+    with suppress(CaptureFailed):
+        return _export_knowing(once, whole_numbers(model), {})
+    raise failed
+
+
+def _export_knowing(
+    once: Callable[..., tuple[ExportedProgram, Trace]],
+    numbers: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, torch.Tensor],
+) -> tuple[ExportedProgram, Trace]:
+    """Export a model whose code reads numbers out of buffers and inputs.
+
+    Only buffers that forward doesn't write are taken as known, and only inputs whose numbers it reads.
+    """
+    while numbers or inputs:
+        exported, trace = once(numbers, inputs)
+        read = set() if trace.known is None else trace.known.read
+        if not trace.written_numbers and read == set(inputs):
+            return exported, trace
+        numbers = {n: value for n, value in numbers.items() if n not in trace.written_numbers}
+        inputs = {n: value for n, value in inputs.items() if n in read}
+    raise _NothingRead("The model's code reads no number that could be known.")
+
+
+def _export_once(
+    wrapper: torch.nn.Module,
+    model: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    dims: Mapping[str, Sequence[int]],
+    read_buffers: Mapping[str, torch.Tensor] | None = None,
+    read_inputs: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[ExportedProgram, Trace]:
+    open_dims = {**dims, **dict.fromkeys(read_inputs or {}, ())}
     with (
         _on_one_device(model, tensors) as leaves,
         _without_extras(),
         without_gradient_hooks(model),
         refuse_iterators(wrapper),
         _without_torchs_log(),
-        follow(wrapper, read_buffers) as trace,
+        follow(wrapper, read_buffers, tuple(tensors), read_inputs) as trace,
     ):
         try:
             with warnings.catch_warnings(), known_constants():
                 warnings.simplefilter("ignore")
+                shapes = tuple(dict.fromkeys(open_dims[name], Dim.AUTO) for name in leaves)
                 return torch.export.export(
-                    wrapper,
-                    tuple(leaves.values()),
-                    dynamic_shapes=(tuple(dict.fromkeys(dims[name], Dim.AUTO) for name in leaves),),
-                    strict=False,
+                    wrapper, tuple(leaves.values()), dynamic_shapes=(shapes,), strict=False
                 ), trace
         except (BatchInvalid, CaptureFailed):
             raise
         except Exception as error:
-            failed = CaptureFailed(explain(error, trace))
-            failed.__cause__ = error
-            by_values = decides_by_values(error)
-    if read_buffers is not None or not by_values:
-        raise failed
-    # Perhaps by buffers that never change: strides and kernel sizes, say.
-    return _export_with_known_numbers(wrapper, model, tensors, dims, failed)
-
-
-def _export_with_known_numbers(
-    wrapper: torch.nn.Module,
-    model: torch.nn.Module,
-    tensors: Mapping[str, torch.Tensor],
-    dims: Mapping[str, Sequence[int]],
-    failed: CaptureFailed,
-) -> tuple[ExportedProgram, Trace]:
-    """Export a model whose code reads numbers out of buffers that forward doesn't write."""
-    numbers = whole_numbers(model)
-    while numbers:
-        try:
-            exported, trace = _export(wrapper, model, tensors, dims, numbers)
-        except CaptureFailed:
-            break
-        if not trace.written_numbers:
-            return exported, trace
-        numbers = {n: known for n, known in numbers.items() if n not in trace.written_numbers}
-    raise failed
+            has_read = trace.known is None or trace.known.read
+            refusal = CaptureFailed if has_read else _NothingRead
+            raise refusal(explain(error, trace)) from error
 
 
 @contextmanager

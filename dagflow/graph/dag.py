@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,9 @@ class OperatorDag:
         Entries of a batch that the model's forward doesn't take, and `match_batch` passes over.
     fixed_sizes : tuple of FixedSize
         Where the model's code has fixed a size, to name the line when a batch has another.
+    fixed_values : mapping
+        Whole numbers that an input must hold, as nested lists by its name: what the model's code has
+        decided by them is in the graph.
     numbers : tuple of str
         Values that come with every micro-batch as numbers, see `dagflow.plan.loss_weight`.
     """
@@ -183,6 +186,7 @@ class OperatorDag:
     conditions: tuple[Condition, ...] = ()
     dropped_columns: tuple[str, ...] = ()
     fixed_sizes: tuple[FixedSize, ...] = ()
+    fixed_values: Mapping[str, Any] = field(default_factory=dict)
     numbers: tuple[str, ...] = ()
 
     @cached_property
@@ -247,6 +251,7 @@ class OperatorDag:
             "conditions": [vars(condition) for condition in self.conditions],
             "dropped_columns": list(self.dropped_columns),
             "fixed_sizes": [vars(fixed) for fixed in self.fixed_sizes],
+            "fixed_values": dict(self.fixed_values),
             "numbers": list(self.numbers),
         }
         return json.dumps(body)
@@ -284,6 +289,7 @@ class OperatorDag:
             conditions=tuple(Condition(**condition) for condition in body.get("conditions", ())),
             dropped_columns=tuple(body.get("dropped_columns", ())),
             fixed_sizes=tuple(FixedSize(**fixed) for fixed in body.get("fixed_sizes", ())),
+            fixed_values=body.get("fixed_values", {}),
             numbers=tuple(body.get("numbers", ())),
         )
 

@@ -56,6 +56,8 @@ def match_batch(
             f"The batch of {where} has the constants {found}; the model was captured "
             f"with {dict(dag.batch_constants)}. Pass what changes as tensors."
         )
+    for name, values in dag.fixed_values.items():
+        _match_values(tensors[name], values, f"{name!r} of {where}")
     sizes: dict[str, int] = {}
     for name, spec in wanted.items():
         _match_tensor(sizes, tensors[name], spec, f"{name!r} of {where}", dag.fixed_sizes)
@@ -67,6 +69,24 @@ def match_batch(
 
 def _is_dropped(dag: OperatorDag, name: str) -> bool:
     return name.split(".")[0] in dag.dropped_columns
+
+
+def _match_values(tensor: torch.Tensor, wanted: Any, what: str) -> None:
+    """Check the numbers by which the model's code has decided what the graph is."""
+    found = tensor.tolist()
+    if found != wanted:
+        raise BatchInvalid(
+            f"{what} holds {_shortened(found)}; the model was captured with {_shortened(wanted)}. Its code "
+            "decides by these numbers, so the graph is right for them alone. What to do: bring all "
+            "images to one size in the data loader (resize, or crop and pad), as many in every batch "
+            "(drop_last=True). Where images of one batch differ, in the same way in every batch, "
+            "num_microbatches=1 keeps them together."
+        )
+
+
+def _shortened(values: Any) -> str:
+    text = str(values)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _match_tensor(

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from dagflow.graph.checks import is_asked_for, passed
 from dagflow.graph.demands import Demands
 from dagflow.graph.effects import Snapshot
 from dagflow.graph.known_numbers import make_known
+from dagflow.graph.known_values import KnownValues
 from dagflow.graph.leftovers import Left
 from dagflow.graph.sizes import Decision, symbolic_mathematics, watch_decisions
 from dagflow.graph.tensor_sizes import note_size
@@ -56,6 +57,7 @@ OWN_FILES = frozenset(
         "examine",
         "experts",
         "known_numbers",
+        "known_values",
         "leftovers",
         "loss",
         "masks",
@@ -99,6 +101,8 @@ class Trace:
         Buffers of one whole number each, and what they hold, that code may read as numbers.
     written_numbers
         Those of them that forward writes.
+    known
+        Inputs whose numbers the code may read, and what follows from them.
     modules, operator
         The modules that the trace is in, outermost first, and the latest torch function.
     """
@@ -115,6 +119,7 @@ class Trace:
     unused: list[str] = field(default_factory=list)
     read_buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     written_numbers: list[str] = field(default_factory=list)
+    known: KnownValues | None = None
     modules: list[str] = field(default_factory=list)
     operator: str = ""
 
@@ -153,6 +158,12 @@ class _Follower(TorchFunctionMode):
             # Switched by what nobody records: a function's `apply`, inference mode.
             self._recorded_grad = torch.is_grad_enabled()
             torch._C._set_grad_enabled(self._recorded_grad)
+        known, kwargs = self.trace.known, kwargs or {}
+        call = None if known is None else known.call(func, self.trace.operator, args, kwargs)
+        if call is not None:
+            if call.answer:
+                return call.answer[0]
+            args, kwargs = call.args, call.kwargs
         if self.trace.operator == "item" and is_asked_for(args[0], sys._getframe(1)):
             return args[0]
         if self.trace.operator == "__bool__":
@@ -161,9 +172,11 @@ class _Follower(TorchFunctionMode):
                 return answer
         if func is torch._assert and self._demands.keep(args[0]):
             return None
-        result = self._called(func, args, kwargs or {})
+        result = self._called(func, args, kwargs)
+        if known is not None and call is not None:
+            known.note(func, call, result)
         self._demands.note(self.trace.operator, args, result)
-        note_size(self.trace.operator, args, kwargs or {}, result)
+        note_size(self.trace.operator, args, kwargs, result)
         if applied is not None and self.trace.operator in _NEEDED_AS_THEY_ARE:
             # A function's forward may write into it in place, for its backward is its own.
             return result.clone()
@@ -366,17 +379,27 @@ def _refuse_cumulative_average(module: torch.nn.Module, path: str) -> None:
 
 
 @contextmanager
-def follow(wrapper: Any, read_buffers: Mapping[str, torch.Tensor] | None = None) -> Iterator[Trace]:
+def follow(
+    wrapper: Any,
+    read_buffers: Mapping[str, torch.Tensor] | None = None,
+    names: Sequence[str] = (),
+    read_inputs: Mapping[str, torch.Tensor] | None = None,
+) -> Iterator[Trace]:
     """Follow the trace of a wrapper around a model through the modules and torch's functions.
 
     Parameters
     ----------
     read_buffers
         What buffers hold that the code may read as numbers.
+    names
+        The inputs' names, in order.
+    read_inputs
+        What some of them hold that the code may read as numbers.
     """
     _refuse_scripts(wrapper.model)
     trace = Trace(read_buffers=read_buffers or {})
     demands = Demands(lambda: trace.module)
+    trace.known = KnownValues(read_inputs) if read_inputs else None
     handles = []
 
     def leave(*_: Any) -> None:
@@ -399,6 +422,8 @@ def follow(wrapper: Any, read_buffers: Mapping[str, torch.Tensor] | None = None)
             for tensor in tensors
         ]
         written = make_known(wrapper.model, trace.read_buffers)
+        if trace.known is not None:
+            trace.known.begin(dict(zip(names, tensors, strict=True)))
         with _Follower(trace, demands), written_in_place(wrapper.model):
             result = forward(*tensors)
         trace.left = before.left()  # now: torch.export puts numbers back as they were
@@ -458,7 +483,7 @@ def explain(error: Exception, trace: Trace) -> str:
 _BY_VALUES = ("data-dependent", "DataDependent", "Unbacked")
 
 
-def decides_by_values(error: Exception) -> bool:
+def decides_by_values(error: BaseException | None) -> bool:
     """Tell whether a trace failed because the code asks for a tensor's value."""
     text = f"{type(error).__name__} {error}"
     return any(sign in text for sign in _BY_VALUES)

@@ -118,20 +118,28 @@ def split_rows(num_rows: int, num_microbatches: int, minimum: int) -> list[tuple
     return list(itertools.pairwise(bounds))
 
 
-def num_rows(tensors: Mapping[str, torch.Tensor], where: str) -> int:
+def num_rows(tensors: Mapping[str, torch.Tensor], where: str, *, is_split: bool = True) -> int:
     """Return the batch's number of rows: the first dimension, which all tensors share.
+
+    Parameters
+    ----------
+    is_split : bool
+        Whether there are several micro-batches. Tensors of a batch that stays whole may have rows of
+        their own (patches of images beside one row for each image); the most are returned.
 
     Raises
     ------
     BatchInvalid
     """
     sizes = {name: tensor.shape[0] for name, tensor in tensors.items() if tensor.dim()}
-    if not sizes or len(set(sizes.values())) != 1:
+    if not sizes or (is_split and len(set(sizes.values())) != 1):
         raise BatchInvalid(
-            f"All tensors of a batch share their first dimension, the rows; found {sizes} in {where}."
+            "All tensors of a batch that is split into micro-batches share their first dimension, the "
+            f"rows; found {sizes} in {where}. What to do: num_microbatches=1 takes batches whole (rows "
+            "of patches beside a row for each image); or give all tensors the same rows."
         )
-    rows = next(iter(sizes.values()))
-    if rows == 0:
+    rows = max(sizes.values())
+    if min(sizes.values()) == 0:
         raise BatchInvalid(f"The batch of {where} has no rows.")
     return rows
 

@@ -299,7 +299,8 @@ def split_batch(
     """
     where = f"step {step}"
     tensors, constants = flatten_batch(without_columns(batch, dag.dropped_columns))
-    bounds = split_rows(num_rows(tensors, where), num_microbatches, least_rows(dag))
+    rows = num_rows(tensors, where, is_split=num_microbatches > 1)
+    bounds = split_rows(rows, num_microbatches, least_rows(dag))
     parts = [take_rows(tensors, begin, end) for begin, end in bounds]
     sizes = [match_batch(dag, part, constants, where) for part in parts]
     named = [tensors_of(part) for part in parts]

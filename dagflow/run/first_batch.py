@@ -83,7 +83,7 @@ class FirstBatch:
             If training would compute something else than the model does by itself.
         """
         tensors, _ = flatten_batch(self.batch)
-        if check and num_rows(tensors, "step 0") == 1:
+        if check and self._num_rows(tensors) == 1:
             # torch takes one row for a case of its own. Captured from two, the graph takes any
             # number of rows, and one as well if it turns out to be right for it.
             twice = {n: torch.cat([t, t]) if t.dim() else t for n, t in tensors.items()}
@@ -93,9 +93,12 @@ class FirstBatch:
                 return prepared
         return self._prepare(check=check)
 
+    def _num_rows(self, tensors: Tensors) -> int:
+        return num_rows(tensors, "step 0", is_split=self.num_microbatches > 1)
+
     def _prepare(self, *, check: bool) -> Prepared:
         tensors, _ = flatten_batch(self.batch)
-        begin, end = split_rows(num_rows(tensors, "step 0"), self.num_microbatches, 2)[0]
+        begin, end = split_rows(self._num_rows(tensors), self.num_microbatches, 2)[0]
         example = _like(self.batch, take_rows(tensors, begin, end))
         dag = self._captured(example)
         _refuse_nothing_to_train(dag)
@@ -150,11 +153,13 @@ class FirstBatch:
     ) -> tuple[Any, Any]:
         """Return the micro-batch that counts most, or some rows of it, and another one."""
         tensors, _ = flatten_batch(self.batch)
-        rows = num_rows(tensors, "step 0")
+        rows = self._num_rows(tensors)
         bounds = split_rows(rows, self.num_microbatches, least_rows(dag))
         chosen = max(microbatches, key=lambda m: m.least_weight).index
         begin, end = bounds[chosen]
         few = min(end, begin + max(least_rows(dag), rows // _LARGEST_SHARE))
+        if any(tensor.shape[0] != rows for tensor in tensors.values() if tensor.dim()):
+            few = end  # rows of one tensor belong to other rows of another
         part = take_rows(tensors, begin, few)
         found = whole_batch(dag, part, dag.batch_constants)
         if found is None or not _all_counts(loss_weights, *found):

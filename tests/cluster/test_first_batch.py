@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,3 +230,37 @@ def test_a_script_that_does_not_ask_for_its_name_ends_in_a_sentence(tmp_path: Pa
     assert done.stderr.count("Traceback") == 1
     assert not (tmp_path / "run").exists()
     assert time.monotonic() - begin < 60
+
+
+class Tower(torch.nn.Module):
+    """Attention in each image, over one row of all images' patches (P, 8) and a grid (N, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor) -> SimpleNamespace:
+        parts = self.first(patches).split(grid_thw.prod(1).tolist())
+        h = torch.cat([(part @ part.T).softmax(-1) @ part for part in parts])
+        return SimpleNamespace(loss=self.second(h).square().mean())
+
+
+@pytest.mark.filterwarnings("ignore:Forward decides by the numbers in 'grid_thw':UserWarning")
+def test_rows_of_patches_beside_a_grid_of_images_train_like_torch(
+    refused: Refused, client: Client, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    grid = torch.tensor([[1, 2, 4], [1, 3, 2]])
+    data = [{"patches": torch.randn(14, 8), "grid_thw": grid} for _ in range(3)]
+    of = Example(Tower(), lambda rows: data[0], None)
+    wanted, _ = train_with_torch(of, data)
+    whole = {"client": client, "num_microbatches": 1}
+    result = train(of, data, tmp_path / "two", **whole, num_stages=2)
+    assert result.losses == pytest.approx(wanted, rel=1e-6)
+    assert_same_run(train(of, data, tmp_path / "one", **whole, num_stages=1), result)
+    with refused(dagflow.errors.BatchInvalid, "patches", "num_microbatches=1"):
+        train(of, data, tmp_path / "split", client=client)
+    data[2] = {**data[2], "grid_thw": grid.flip(0)}
+    with pytest.raises(dagflow.errors.BatchInvalid, match=r"'grid_thw' of step 2 holds.*one size"):
+        train(of, data, tmp_path / "other", **whole)
