@@ -33,6 +33,7 @@ from dagflow.graph.batch import (
 from dagflow.graph.dag import FixedSize, OperatorDag, input_value
 from dagflow.graph.effects import gradient_hooks, without_gradient_hooks
 from dagflow.graph.examine import examined
+from dagflow.graph.experts import experts_by_groups
 from dagflow.graph.known_numbers import known_constants, whole_numbers
 from dagflow.graph.known_values import grids
 from dagflow.graph.loss import LossFunction, LossModule, check_loss
@@ -110,7 +111,7 @@ def capture(
     tensors, constants = flatten_batch(batch)
     wrapper = LossModule(model, loss, rebuilder(batch))
     dims = {name: _dynamic_dims(name, tensor, dynamic) for name, tensor in tensors.items()}
-    with TRACING, whole_sequences(model), without_needless_masks():
+    with TRACING, whole_sequences(model), without_needless_masks(), experts_by_groups():
         dag, trace = _captured(wrapper, model, tensors, constants, dims)
     read = {} if trace.known is None else trace.known.inputs
     dims |= dict.fromkeys(read, ())
@@ -139,9 +140,12 @@ def _captured(
         for name, t in tensors.items()
     ]
 
+    def translated(exported: ExportedProgram, trace: Trace) -> OperatorDag:
+        return translate(exported, model, inputs, constants, decisions=trace.decisions)
+
     def knowing(known: Mapping[str, torch.Tensor]) -> tuple[OperatorDag, Trace]:
-        exported, trace = export_module(wrapper, model, tensors, dims, known)
-        return translate(exported, model, inputs, constants, decisions=trace.decisions), trace
+        exported, trace = export_module(wrapper, model, tensors, dims, known, translated)
+        return translated(exported, trace), trace
 
     try:
         return knowing({})
@@ -232,6 +236,7 @@ def export_module(
     tensors: Mapping[str, torch.Tensor],
     dims: Mapping[str, Sequence[int]],
     known: Mapping[str, torch.Tensor] | None = None,
+    refuse: Callable[[ExportedProgram, Trace], object] = lambda exported, trace: None,
 ) -> tuple[ExportedProgram, Trace]:
     """Export a module around a model (its child ``model``) over tensors with open sizes.
 
@@ -242,6 +247,8 @@ def export_module(
     known
         What some tensors hold: the graph is that for these numbers. The trace says by which of them
         the model's code decides; there must be one.
+    refuse
+        May raise for a graph that is of no use, where further traces can be spared by that.
 
     Raises
     ------
@@ -249,7 +256,7 @@ def export_module(
     """
     with TRACING:
         export = functools.partial(_export, wrapper, model, tensors, dims, known or {})
-        return examined(wrapper, export, list(tensors.values()))
+        return examined(wrapper, export, list(tensors.values()), refuse)
 
 
 def _export(
@@ -347,13 +354,28 @@ def _without_extras() -> Iterator[None]:
 
 @contextmanager
 def _without_torchs_log() -> Iterator[None]:
-    """Keep torch from logging a traceback of what is raised anyway."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
+    """Keep torch from logging a traceback of what is raised anyway, and from printing the graph so far."""
+    from torch.export import _trace  # takes a second, which only captures need
+
+    logs = [logging.getLogger(name) for name in _LOGS_OF_FAILURES]
+    before = [log.disabled for log in logs]
+    thread = threading.get_ident()
+
+    def show(*text: Any, **where: Any) -> None:
+        if threading.get_ident() != thread:
+            print(*text, **where)
+
     try:
-        yield
+        for log in logs:
+            log.disabled = True
+        with patch.object(_trace, "print", show, create=True):
+            yield
     finally:
-        log.disabled = before
+        for log, was_disabled in zip(logs, before, strict=True):
+            log.disabled = was_disabled
+
+
+_LOGS_OF_FAILURES = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
 def _dynamic_dims(

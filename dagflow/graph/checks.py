@@ -77,7 +77,7 @@ def _statement_at(frame: types.FrameType) -> ast.If | ast.Assert | None:
     line = frame.f_lineno
     found = [
         s
-        for s in _statements(frame.f_code.co_filename)
+        for s in statements(frame.f_code.co_filename)
         if isinstance(s, (ast.If, ast.Assert))
         and s.test.lineno <= line <= (s.test.end_lineno or s.test.lineno)
     ]
@@ -160,7 +160,8 @@ def _places(frame: types.FrameType) -> list[tuple[Any, ...]]:
 
 
 @cache
-def _statements(file: str) -> list[ast.stmt]:
+def statements(file: str) -> list[ast.stmt]:
+    """Return all statements of a file's code; none where it can't be read."""
     try:
         tree = ast.parse("".join(linecache.getlines(file)))
     except SyntaxError:

@@ -28,7 +28,10 @@ Traced = tuple[ExportedProgram, Trace]
 
 
 def examined(
-    wrapper: torch.nn.Module, export: Callable[[], Traced], batch: Sequence[torch.Tensor]
+    wrapper: torch.nn.Module,
+    export: Callable[[], Traced],
+    batch: Sequence[torch.Tensor],
+    refuse: Callable[[ExportedProgram, Trace], object],
 ) -> Traced:
     """Trace a wrapper around a model, which is left as it was.
 
@@ -41,6 +44,9 @@ def examined(
         Traces the wrapper.
     batch
         What to call the wrapper with.
+    refuse
+        Raises for a graph that no program can be made of, before it takes more traces to see what
+        random numbers do to it.
 
     Raises
     ------
@@ -50,13 +56,13 @@ def examined(
     """
     outside = Outside(wrapper)
     try:
-        return _examined(wrapper, outside, export)
+        return _examined(wrapper, outside, export, refuse)
     except LeftBehind as error:
         refusal = CaptureFailed(str(error))
     with _left_as_it_was(wrapper, outside):
         if _settles(wrapper, batch):
             with suppress(CaptureFailed):
-                return _examined(wrapper, Outside(wrapper), export)
+                return _examined(wrapper, Outside(wrapper), export, refuse)
     raise refusal
 
 
@@ -103,10 +109,17 @@ def _call(wrapper: torch.nn.Module, batch: Sequence[torch.Tensor]) -> torch.Tens
                 tensor.data.copy_(before)
 
 
-def _examined(wrapper: torch.nn.Module, outside: Outside, export: Callable[[], Traced]) -> Traced:
+def _examined(
+    wrapper: torch.nn.Module,
+    outside: Outside,
+    export: Callable[[], Traced],
+    refuse: Callable[[ExportedProgram, Trace], object],
+) -> Traced:
     with _left_as_it_was(wrapper, outside) as states:
         exported, trace = export()
         left, has_drawn = [*trace.left, *outside.left()], states.changed()
+    if has_drawn and not left:
+        refuse(exported, trace)
     if left or has_drawn:
         with _left_as_it_was(wrapper, outside):
             # Watching generators makes a trace several times slower: only where one may be used.

@@ -146,7 +146,11 @@ def _decider() -> tuple[Any, bool]:
 
 @cache
 def _is_torchs(file: str) -> bool:
-    return file.startswith((_TORCH_FOLDER, "<"))
+    # Through demands.py torch's own checks are called.
+    return file.startswith((_TORCH_FOLDER, "<")) or file == _DEMANDS
+
+
+_DEMANDS = str(Path(__file__).with_name("demands.py"))
 
 
 def _line(frame: Any, by_operator: bool, own_files: frozenset[str]) -> str:

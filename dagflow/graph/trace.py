@@ -28,11 +28,13 @@ from dagflow.graph.autocasts import watch_autocasts
 from dagflow.graph.batched import unmapped
 from dagflow.graph.casts import needless_casts
 from dagflow.graph.checks import is_asked_for, passed
+from dagflow.graph.demands import Demands
 from dagflow.graph.effects import Snapshot
 from dagflow.graph.known_numbers import make_known
 from dagflow.graph.known_values import KnownValues
 from dagflow.graph.leftovers import Left
 from dagflow.graph.sizes import Decision, symbolic_mathematics, watch_decisions
+from dagflow.graph.tensor_sizes import note_size
 from dagflow.graph.whole import stand_in
 from dagflow.graph.writes import written_in_place
 
@@ -50,8 +52,10 @@ OWN_FILES = frozenset(
         "checks",
         "contents",
         "decoder",
+        "demands",
         "effects",
         "examine",
+        "experts",
         "known_numbers",
         "known_values",
         "leftovers",
@@ -59,6 +63,7 @@ OWN_FILES = frozenset(
         "masks",
         "outside",
         "sizes",
+        "tensor_sizes",
         "trace",
         "whole",
         "writes",
@@ -129,9 +134,9 @@ class Trace:
 class _Follower(TorchFunctionMode):
     """Sees every torch function that the model calls, before torch.export does."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, demands: Demands) -> None:
         super().__init__()
-        self.trace = trace
+        self.trace, self._demands = trace, demands
         self._recorded_grad = torch.is_grad_enabled()
 
     def __torch_function__(
@@ -165,9 +170,16 @@ class _Follower(TorchFunctionMode):
             answer = passed(args[0], sys._getframe(1))
             if answer is not None:
                 return answer
+        if func is torch._assert and self._demands.keep(args[0]):
+            return None
         result = self._called(func, args, kwargs)
         if known is not None and call is not None:
             known.note(func, call, result)
+        self._demands.note(self.trace.operator, args, result)
+        note_size(self.trace.operator, args, kwargs, result)
+        if applied is not None and self.trace.operator in _NEEDED_AS_THEY_ARE:
+            # A function's forward may write into it in place, for its backward is its own.
+            return result.clone()
         return result
 
     def _refused(self, what: str, why: str, advice: str) -> CaptureFailed:
@@ -198,6 +210,11 @@ class _Follower(TorchFunctionMode):
         return (stand_in(func, name) or func)(*args, **kwargs)
 
 
+# Operators whose derivative is made of their result, and that such functions are written about.
+_NEEDED_AS_THEY_ARE = (
+    *("softmax", "log_softmax", "exp", "sigmoid", "tanh", "relu"),
+    *("sqrt", "rsqrt", "reciprocal"),
+)
 _INSIDE = "a graph is the forward alone, and its gradient is what workers make of it"
 # By name: modules of the functions, what they do, why a graph can't hold it, what to do.
 _REFUSED: Mapping[str, tuple[tuple[str, ...], str, str, str]] = {
@@ -381,6 +398,7 @@ def follow(
     """
     _refuse_scripts(wrapper.model)
     trace = Trace(read_buffers=read_buffers or {})
+    demands = Demands(lambda: trace.module)
     trace.known = KnownValues(read_inputs) if read_inputs else None
     handles = []
 
@@ -406,7 +424,7 @@ def follow(
         written = make_known(wrapper.model, trace.read_buffers)
         if trace.known is not None:
             trace.known.begin(dict(zip(names, tensors, strict=True)))
-        with _Follower(trace), written_in_place(wrapper.model):
+        with _Follower(trace, demands), written_in_place(wrapper.model):
             result = forward(*tensors)
         trace.left = before.left()  # now: torch.export puts numbers back as they were
         trace.written_numbers = written()
@@ -422,6 +440,7 @@ def follow(
             _watch_clock(trace.clock),
             watch_autocasts(wrapper.model, line_of_model) as trace.autocasts,
             needless_casts(),
+            demands.kept(),
             symbolic_mathematics() as trace.mathematics,
             unmapped(lambda: trace.module),
             watch_decisions(OWN_FILES) as trace.decisions,
@@ -434,6 +453,8 @@ def follow(
 
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+# What follows is about torch.export's own remedies, and lines of the capture.
+_TORCHS_ADVICE = re.compile(r" \(Size-like symbols:| Caused by: | If you're using torch\.compile")
 
 
 def explain(error: Exception, trace: Trace) -> str:
@@ -444,7 +465,8 @@ def explain(error: Exception, trace: Trace) -> str:
         if not frame.filename.startswith(_TORCH_FOLDER) and frame.filename not in OWN_FILES
     ]
     where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "unknown"
-    reason = _ADDRESS.sub("", " ".join(str(error).split()))[:400]
+    reason = _ADDRESS.sub("", " ".join(str(error).split()))
+    reason = _TORCHS_ADVICE.split(reason)[0][:400]
     if "_sym_log2" in reason:
         return (
             f"The model computes with math.log2 of an open size ({trace.mathematics.get('log2')}), "
@@ -472,7 +494,12 @@ def _advice(error: Exception) -> str:
     for signs, advice in _ADVICE.items():
         if any(sign in text for sign in signs):
             return advice
-    return "make that line work under torch.export.export(model, ..., strict=False)."
+    return (
+        "write that line with torch's operators, on tensors whose shapes follow from the batch's; "
+        "what is the same in every step belongs into a buffer, and what depends on the data alone "
+        "into the data loader, as a column of the batch. (torch.export.export(model, ..., "
+        "strict=False) fails alike.)"
+    )
 
 
 _ADVICE: Mapping[tuple[str, ...], str] = {

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from dagflow.errors import DagflowError, ResultsDiffer
 
 # Other kernels or another order of sums differ by some units in the last place of each operator.
 ROUNDING = 1e-5
@@ -16,6 +20,28 @@ NUM_NUDGES = 2
 # nothing could be seen.
 _WAKE = 0.02
 TURN_OFF = "Config(check=False) trains without this check."
+
+
+@contextmanager
+def no_bare_errors() -> Iterator[None]:
+    """Say what it means for a run if the check comes to no end.
+
+    Raises
+    ------
+    ResultsDiffer
+    """
+    try:
+        yield
+    except DagflowError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ResultsDiffer(
+            "The check before the first step comes to no end, though model and graph run on the first "
+            f"micro-batch: {type(error).__name__}: {reason}. What to do: see that forward can run "
+            "several times in turn, also where parameters differ by rounding and on other rows of the "
+            f"batch. {TURN_OFF}"
+        ) from error
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ from dagflow.plan.agreement import (
     awake,
     error_of,
     how_it_differs,
+    no_bare_errors,
     parameters_of,
 )
 from dagflow.plan.analysis import DagAnalysis
@@ -104,7 +105,7 @@ def check_capture(
     reason = _reason_to_skip(dag, model, memory_bytes)
     if reason:
         return dag, CheckReport(skipped=reason)
-    with TRACING:  # the model itself runs, and others may trace it
+    with TRACING, no_bare_errors():  # the model itself runs, and others may trace it
         return _Check(dag, model, batch, following, loss).run(begin)
 
 
@@ -212,9 +213,10 @@ class _Check:
             with RepeatDraws(draws) if self.draws else nullcontext():
                 try:
                     found.append(self.uncut.run(tensors_of(tensors), sizes, keep))
-                except TaskFailed as error:
+                except Exception as error:  # an operator's, or autograd's
+                    named = error if isinstance(error, TaskFailed) else _short(error)
                     raise ResultsDiffer(
-                        f"The captured graph fails where the model doesn't: {error} {TURN_OFF}"
+                        f"The captured graph fails where the model doesn't: {named}. {TURN_OFF}"
                     ) from error
         return found
 

@@ -21,6 +21,7 @@ from dagflow.plan.agreement import (
     TIMES_OWN_NOISE,
     TURN_OFF,
     awake,
+    no_bare_errors,
     parameters_of,
     percent,
 )
@@ -32,6 +33,7 @@ from dagflow_tasks.references import Microbatch
 from dagflow_tasks.tasks import tensors_of
 
 
+@no_bare_errors()
 def check_microbatches(
     dag: OperatorDag,
     split: OperatorDag,

@@ -16,6 +16,7 @@ from zoo import build, captured
 
 from dagflow.errors import BatchInvalid, CaptureFailed
 from dagflow.graph.capture import capture
+from dagflow.plan.check import check_capture
 
 Body = Callable[[torch.Tensor], torch.Tensor]
 
@@ -121,7 +122,7 @@ FAILURES = [
 
 @pytest.mark.parametrize(("body", "operator", "advice"), FAILURES)
 def test_a_failure_names_module_line_operator_and_what_to_do(
-    body: Body, operator: str, advice: str
+    body: Body, operator: str, advice: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(CaptureFailed) as caught:
         capture(Outer(body), torch.randn(3, 4))
@@ -130,6 +131,7 @@ def test_a_failure_names_module_line_operator_and_what_to_do(
     assert f"Source: {__file__}:" in message
     assert f"Operator: {operator}." in message
     assert advice in message.partition("What to do: ")[2]
+    assert capfd.readouterr() == ("", "")  # torch.export would print the whole graph
 
 
 def test_a_module_is_cast_in_forward_to_what_it_is_already() -> None:
@@ -238,6 +240,31 @@ class Clipped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient.clamp(-1, 1)
+
+
+class MaskedSoftmax(torch.autograd.Function):
+    """As DeBERTa's: what it has computed it writes into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        found = torch.softmax(x.masked_fill(x > 1, -1e9), -1)
+        found.masked_fill_(x > 1, 0.0)
+        ctx.save_for_backward(found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (found,) = ctx.saved_tensors
+        return found * (gradient - (gradient * found).sum(-1, keepdim=True))
+
+
+def test_a_function_may_write_into_what_its_derivative_needs() -> None:
+    model, batch = Outer(MaskedSoftmax.apply), torch.randn(3, 4)
+    with pytest.warns(UserWarning, match="MaskedSoftmax"):
+        dag = capture(model, batch)
+    _, report = check_capture(dag, model, batch)
+    assert report.num_gradients
+    assert not report.skipped
 
 
 # Models keep `apply` under another name as often as they call it on the class.

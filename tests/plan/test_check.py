@@ -398,3 +398,34 @@ def test_the_check_leaves_the_model_as_it_was() -> None:
     assert all(parameter.grad is gradients[name] for name, parameter in model.named_parameters())
     assert len(seen) == 1
     assert model.second.weight._post_accumulate_grad_hooks
+
+
+class Squares(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).square().mean()
+
+
+class EndsAfter(Squares):
+    """A model that can't be run as often as the check would, and computes something else."""
+
+    def __init__(self, num_calls: int) -> None:
+        super().__init__()
+        self.calls = iter(range(num_calls))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if next(self.calls, None) is None:
+            raise KeyError("no more calls")
+        return 2 * super().forward(x)
+
+
+def test_whatever_fails_in_the_check_is_told_in_its_words() -> None:
+    x = torch.randn(4, 8)
+    dag = capture(Squares(), x)
+    with pytest.raises(
+        ResultsDiffer, match=r"comes to no end.*KeyError: 'no more calls'.*What to do"
+    ):
+        check_capture(dag, EndsAfter(2), x)

@@ -24,7 +24,7 @@ def judge_microbatches(subject: Subject, dag: OperatorDag, batch: Any, record: R
 
     The column is "right", "refused", "crash", or "not split" where a batch has too few rows.
     """
-    model, batch = copy.deepcopy(subject.model), copy.deepcopy(batch)
+    model, batch = subject.model, copy.deepcopy(batch)
     tensors, _ = flatten_batch(batch)
     try:
         rows = num_rows(tensors, "the batch")

@@ -26,6 +26,7 @@ _SHALLOW: tuple[dict[str, Any], ...] = (
     {"depth": 2},
     {"depths": (1, 1, 1, 1)},
     {"layers": (1, 1, 1, 1)},
+    {"serial_depths": (1, 1, 1, 1), "parallel_depth": 1},
     {},
 )
 _MOST_PARAMETERS = 60_000_000
@@ -54,6 +55,7 @@ _SMALL = (
     "_128s",
     "002",
     "s12",
+    "18_small",
     "18",
     "_t",
     "_s",
