@@ -130,7 +130,10 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.weight, ctx.bias, ctx.take = weight, bias, take
-        return _product(x, weight, bias)
+        product = _product(x, weight, bias)
+        # Of more than two dimensions it is a view, and autograd lets nobody write into one of those
+        # that a function like this returns: nn.ReLU(inplace=True), say.
+        return torch.ops.aten._unsafe_view(product, product.shape) if product._is_view() else product
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

@@ -119,6 +119,27 @@ def test_a_large_layer_has_torchs_gradients_to_rounding(with_bias: bool) -> None
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(ROWS, INNER), (4, ROWS // 4, INNER)])
+def test_whoever_comes_next_may_write_into_a_large_layers_result(
+    shape: tuple[int, ...], with_bias: bool, later: bool
+) -> None:
+    x, leaves = leaf(*shape), layer(with_bias)
+    expected = functional.linear(x, *leaves).add(1.0).relu()
+    wanted = torch.autograd.grad(expected.sum(), [x, *leaves])
+    gradients = WeightGradients(later)
+    weights = frozenset(range(1, len(leaves) + 1))
+    output = gradients.run(LINEAR_LAYER, [x, *leaves], {}, weights).add_(1.0).relu_()
+    output.sum().backward()
+    gradients.finish()
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-4)
+    for tensor, gradient in zip([x, *leaves], wanted, strict=True):
+        assert tensor.grad is not None
+        torch.testing.assert_close(tensor.grad, gradient, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("kernels")
 def test_a_large_layers_halves_make_the_gradients_of_one_backward() -> None:
     x, seed, leaves = torch.randn(ROWS, INNER), torch.randn(ROWS, OUTER), layer()
     whole = x.clone().requires_grad_()
