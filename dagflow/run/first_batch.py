@@ -27,7 +27,7 @@ from dagflow.run.settings import Config
 from dagflow_tasks.references import Microbatch
 
 # The graph is compared with the model on at most this part of the batch's rows.
-_LARGEST_SHARE = 4
+_LARGEST_SHARE = 8
 _MEMORY_FACTS = Path("/proc/meminfo")
 
 
