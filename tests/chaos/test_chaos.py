@@ -43,6 +43,7 @@ def test_one_killed_worker_costs_no_other_stage_anything(tmp_path: Path) -> None
     assert {e.place[2] for e in trial.outcome.executions if e.place[0] == "replay"} == {1}
 
 
+@pytest.mark.slow
 def test_a_fault_while_rebuilding_does_not_keep_batches_from_who_rebuilds(tmp_path: Path) -> None:
     # Whoever has frozen holds the rebuilding of the others up until that is noticed.
     incidents = [

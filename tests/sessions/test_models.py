@@ -104,7 +104,10 @@ def test_the_module_itself_stays_as_it_is(weights: str, tmp_path: Path) -> None:
     assert [name for name in before if not _same(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize(("family", "weights"), [("llama", "int8"), ("opt", "int4")])
+@pytest.mark.parametrize(
+    ("family", "weights"),
+    [pytest.param("llama", "int8", marks=pytest.mark.slow), ("opt", "int4")],
+)
 def test_a_module_and_its_folder_are_converted_to_the_same_weights(
     family: str, weights: str, tmp_path: Path
 ) -> None:

@@ -118,7 +118,7 @@ def wait_for_tokens(store: Path, name: str, count: int) -> None:
     wait_until(there, f"{count} tokens of {name}")
 
 
-@pytest.mark.parametrize("which", ["greedy", "sampled"])
+@pytest.mark.parametrize("which", [pytest.param("greedy", marks=pytest.mark.slow), "sampled"])
 def test_an_answer_goes_on_after_its_driver_was_killed(
     client: Client,
     llama: tuple[Any, dagflow.Model],

@@ -162,7 +162,9 @@ class Interrupted:
         return run.weights(2)
 
 
-@pytest.mark.parametrize("name", ["two_branches", "gpt2", "resnet"])
+@pytest.mark.parametrize(
+    "name", ["two_branches", "gpt2", pytest.param("resnet", marks=pytest.mark.slow)]
+)
 def test_a_step_is_taken_up_after_any_of_its_tasks(name: str, waiting: deque[Work]) -> None:
     whole = Interrupted(name, waiting)
     num_tasks = whole.stop_after(None)

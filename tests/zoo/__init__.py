@@ -262,7 +262,7 @@ ZOO: dict[str, Callable[[], Example]] = {
 
 
 # Of the same kind as others, as far as capturing and cutting go.
-SIMILAR = frozenset({"qwen3", "opt"})
+SIMILAR = frozenset({"qwen3", "opt", "gemma3", "vit", "bert"})
 
 
 def build(name: str, seed: int = 0) -> Example:
