@@ -133,7 +133,9 @@ class _Linear(torch.autograd.Function):
         product = _product(x, weight, bias)
         # Of more than two dimensions it is a view, and autograd lets nobody write into one of those
         # that a function like this returns: nn.ReLU(inplace=True), say.
-        return torch.ops.aten._unsafe_view(product, product.shape) if product._is_view() else product
+        if product._is_view():
+            product = torch.ops.aten._unsafe_view(product, product.shape)
+        return product
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
