@@ -120,6 +120,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "sam_vision_model": {"output_channels": 32, "num_pos_feats": 16},
     "sam_hq_vision_model": {"output_channels": 32, "num_pos_feats": 16},
     "mimi": {"upsample_groups": 32},
+    "perceiver": {
+        "num_latents": 6,
+        "d_latents": 32,
+        "d_model": 32,
+        "num_self_attends_per_block": 2,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+    },
     "moonshine": {
         "pad_token_id": 0,
         "encoder_num_key_value_heads": 4,
