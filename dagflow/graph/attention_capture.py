@@ -28,21 +28,7 @@ REMEDY = (
 )
 
 
-@torch.library.custom_op("dagflow::attend", mutates_args=())
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layer: int,
-    scale: float,
-    window: int = 0,
-    slopes: torch.Tensor | None = None,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    chunk: int = 0,
-    distances: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return attend(query, key, value, layer, scale, window, slopes, softcap, sinks, chunk, distances)
+_attend = torch.library.custom_op("dagflow::attend", attend, mutates_args=())
 
 
 @_attend.register_fake

@@ -7,6 +7,7 @@ and fixes the sequence's length. See `dagflow_tasks.whole_sequences`.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -53,25 +54,26 @@ class _BoundedSquareRoot:
 _MOST_DERIVATIVE = 1000.0
 
 
-@torch.library.custom_op("dagflow::selective_scan", mutates_args=())
-def _selective_scan(
-    inputs: torch.Tensor,
-    step: torch.Tensor,
-    rates: torch.Tensor,
-    key: torch.Tensor,
-    query: torch.Tensor,
-    skip: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    step_bias: torch.Tensor | None,
-    softplus: bool,
-) -> torch.Tensor:
-    return computing.selective_scan(
-        inputs, step, rates, key, query, skip, gate, step_bias, softplus
-    )
+def _operator(
+    function: Callable[..., torch.Tensor], result: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
+    """Make an operator of torch's out of what workers run, with the same name and arguments.
+
+    All arguments must be given: torch drops those that equal a default, and knows no infinite one.
+
+    Parameters
+    ----------
+    result
+        Returns a tensor of the result's shape and dtype for the same arguments.
+    """
+    schema = re.sub(r"=[^,)]+", "", torch.library.infer_schema(function, mutates_args=()))
+    name = f"dagflow::{function.__name__}"
+    operator = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+    operator.register_fake(result)
+    return operator
 
 
-@_selective_scan.register_fake
-def _(
+def _like_scanned(
     inputs: torch.Tensor,
     step: torch.Tensor,
     rates: torch.Tensor,
@@ -87,123 +89,32 @@ def _(
     return inputs.new_empty(inputs.shape, dtype=dtype)
 
 
-@torch.library.custom_op("dagflow::state_space_chunks", mutates_args=())
-def _state_space_chunks(
-    inputs: torch.Tensor,
-    step: torch.Tensor,
-    rates: torch.Tensor,
-    key: torch.Tensor,
-    query: torch.Tensor,
-    chunk: int,
-    skip: torch.Tensor | None,
-    step_bias: torch.Tensor | None,
-    softplus: bool,
-    least_step: float,
-    most_step: float,
-) -> torch.Tensor:
-    return computing.state_space_chunks(
-        inputs, step, rates, key, query, chunk, skip, step_bias, softplus, least_step, most_step
-    )
-
-
-@_state_space_chunks.register_fake
-def _(inputs: torch.Tensor, *_: Any) -> torch.Tensor:
-    return inputs.new_empty(inputs.shape, dtype=torch.float32)
-
-
-@torch.library.custom_op("dagflow::delta_rule_chunks", mutates_args=())
-def _delta_rule_chunks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_decay: torch.Tensor,
-    beta: torch.Tensor,
-    chunk: int,
-    normalised: bool,
-) -> torch.Tensor:
-    return computing.delta_rule_chunks(query, key, value, log_decay, beta, chunk, normalised)
-
-
-@torch.library.custom_op("dagflow::kimi_delta_chunks", mutates_args=())
-def _kimi_delta_chunks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_decay: torch.Tensor,
-    beta: torch.Tensor,
-    chunk: int,
-    normalised: bool,
-) -> torch.Tensor:
-    return computing.kimi_delta_chunks(query, key, value, log_decay, beta, chunk, normalised)
-
-
-@_delta_rule_chunks.register_fake
-@_kimi_delta_chunks.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
-    return value.new_empty(value.shape, dtype=query.dtype)
-
-
-@torch.library.custom_op("dagflow::linear_recurrence", mutates_args=())
-def _linear_recurrence(
-    inputs: torch.Tensor, gate: torch.Tensor, state: torch.Tensor | None
-) -> torch.Tensor:
-    return computing.linear_recurrence(inputs, gate, state)
-
-
-@_linear_recurrence.register_fake
-def _(inputs: torch.Tensor, *_: Any) -> torch.Tensor:
+def _like_inputs(inputs: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(inputs)
 
 
-@torch.library.custom_op("dagflow::weighted_sums", mutates_args=())
-def _weighted_sums(
-    decay: torch.Tensor, own: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+def _like_inputs_in_fp32(inputs: torch.Tensor, *_: Any) -> torch.Tensor:
+    return inputs.new_empty(inputs.shape, dtype=torch.float32)
+
+
+def _like_value(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
 ) -> torch.Tensor:
-    return computing.weighted_sums(decay, own, key, value)
+    return query.new_empty(value.shape)
 
 
-@_weighted_sums.register_fake
-def _(decay: torch.Tensor, own: torch.Tensor, key: torch.Tensor, *_: Any) -> torch.Tensor:
+def _like_key(decay: torch.Tensor, own: torch.Tensor, key: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(key)
 
 
-@torch.library.custom_op("dagflow::lightning_blocks", mutates_args=())
-def _lightning_blocks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rates: torch.Tensor,
-    query_decay: torch.Tensor,
-    key_decay: torch.Tensor,
-    own_decay: torch.Tensor,
-    block: int,
-) -> torch.Tensor:
-    return linear_attention.lightning_blocks(
-        query, key, value, rates, query_decay, key_decay, own_decay, block
-    )
-
-
-@torch.library.custom_op("dagflow::matrix_memory", mutates_args=())
-def _matrix_memory(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor,
-    forget: torch.Tensor,
-    epsilon: float,
-    memory: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    most: torch.Tensor | None,
-) -> torch.Tensor:
-    return linear_attention.matrix_memory(
-        query, key, value, gate, forget, epsilon, memory, weights, most
-    )
-
-
-@_lightning_blocks.register_fake
-@_matrix_memory.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
-    return query.new_empty(value.shape)
+_selective_scan = _operator(computing.selective_scan, _like_scanned)
+_state_space_chunks = _operator(computing.state_space_chunks, _like_inputs_in_fp32)
+_delta_rule_chunks = _operator(computing.delta_rule_chunks, _like_value)
+_kimi_delta_chunks = _operator(computing.kimi_delta_chunks, _like_value)
+_linear_recurrence = _operator(computing.linear_recurrence, _like_inputs)
+_weighted_sums = _operator(computing.weighted_sums, _like_key)
+_lightning_blocks = _operator(linear_attention.lightning_blocks, _like_value)
+_matrix_memory = _operator(linear_attention.matrix_memory, _like_value)
 
 
 def _mamba(
