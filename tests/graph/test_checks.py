@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
+from checked import Check, Checked, captured_with_an_assertion, run_graph
 from torch import nn
 from torch.nn import functional
 
 from dagflow.errors import CaptureFailed, ResultsDiffer
 from dagflow.graph.capture import capture
 from dagflow.plan.check import check_capture
-
-Check = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 def too_large(x: torch.Tensor) -> None:
@@ -61,16 +59,6 @@ def clamps_infinities(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-class Checked(nn.Module):
-    def __init__(self, check: Check) -> None:
-        super().__init__()
-        self.linear, self.check = nn.Linear(4, 4), check
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found = self.check(x)
-        return self.linear(x if found is None else found).square().mean()
-
-
 RAISING = [too_large, not_finite, asserts, in_a_later_branch, reads_a_number]
 
 
@@ -78,12 +66,7 @@ RAISING = [too_large, not_finite, asserts, in_a_later_branch, reads_a_number]
 def test_a_branch_that_raises_or_clamps_infinities_is_asserted_not_to_be_taken(
     check: Check,
 ) -> None:
-    model, good = Checked(check), torch.rand(3, 4)
-    dag = capture(model, good)
-    assert "aten._assert_async.msg" in {node.op for node in dag.nodes}
-    _, report = check_capture(dag, model, good)
-    assert report.exact
-    assert not report.skipped
+    dag, model, good = captured_with_an_assertion(check)
     bad = good.clone()
     bad[1] = -torch.inf
     with pytest.raises((ValueError, AssertionError)) if check in RAISING else nullcontext():
@@ -92,12 +75,6 @@ def test_a_branch_that_raises_or_clamps_infinities_is_asserted_not_to_be_taken(
         ResultsDiffer, match=rf"demands of the values doesn't hold \({__file__}:\d+"
     ):
         run_graph(dag, model, bad)
-
-
-def run_graph(dag: Any, model: nn.Module, x: torch.Tensor) -> None:
-    """Have the graph run where the model's own check is switched off."""
-    model.check = lambda x: None  # type: ignore[assignment]
-    check_capture(dag, model, x)
 
 
 def returns_something_else(x: torch.Tensor) -> torch.Tensor | None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
+from checked import Check, Checked, captured_with_an_assertion, run_graph
 from torch import nn
 from transformers.utils.import_utils import torch_compilable_check
 
 from dagflow.errors import CaptureFailed, ResultsDiffer
 from dagflow.graph.capture import capture
-from dagflow.plan.check import check_capture
-
-Check = Callable[[torch.Tensor], None]
 
 
 def all_of_a_tensor(x: torch.Tensor) -> None:
@@ -48,16 +45,6 @@ def transformers_of_a_selection(x: torch.Tensor) -> None:
     torch_compilable_check(x[x > -5].numel() == x.numel(), "do not match")
 
 
-class Checked(nn.Module):
-    def __init__(self, check: Check) -> None:
-        super().__init__()
-        self.linear, self.check = nn.Linear(4, 4), check
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.check(x)
-        return self.linear(x).square().mean()
-
-
 @pytest.mark.parametrize(
     ("check", "says"),
     [
@@ -78,19 +65,13 @@ class Checked(nn.Module):
 def test_what_a_check_of_torchs_demands_of_values_is_asserted_by_its_line(
     check: Check, says: str
 ) -> None:
-    model, good = Checked(check), torch.rand(3, 4)
-    dag = capture(model, good)
-    assert "aten._assert_async.msg" in {node.op for node in dag.nodes}
-    _, report = check_capture(dag, model, good)
-    assert report.exact
-    assert not report.skipped
+    dag, model, good = captured_with_an_assertion(check)
     bad = good.clone()
     bad[0] = -7
     with pytest.raises((ValueError, RuntimeError, AssertionError)):
         model(bad)
-    model.check = lambda x: None  # type: ignore[assignment]
     with pytest.raises(ResultsDiffer, match=rf"{__file__}:\d+: {re.escape(says)}\)"):
-        check_capture(dag, model, bad)
+        run_graph(dag, model, bad)
 
 
 def of_sizes(x: torch.Tensor) -> None:
