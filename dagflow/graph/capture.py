@@ -94,9 +94,9 @@ def capture(
         If the model calls a `torch.autograd.Function` (its forward is captured, its backward isn't)
         or has hooks on gradients; if it sets attributes that stay as they are in training; if the
         batch has columns that forward doesn't take, which are dropped; if it asks for autocast on
-        another device; if its code fixes a size
-        that was to be open, with `len(x)` or `float(x.shape[0])` say; if it decides by the numbers in
-        a grid of whole numbers, (N, 2) or (N, 3), which is then fixed.
+        another device; if its code fixes a size that was to be open, with `len(x)` or
+        `float(x.shape[0])` say; if it decides by the numbers in a grid of whole numbers, (N, 2) or
+        (N, 3), which is then fixed.
     """
     check_loss(loss, model)
     dropped = unknown_columns(model, example_batch, loss is not None)

@@ -25,14 +25,13 @@ import sympy.core.random
 import torch
 from torch import nn
 
-from dagflow.graph.contents import contents_of, refill, same_contents, same_value
+from dagflow.graph.contents import DEEPEST, contents_of, refill, same_contents, same_value
 from dagflow.graph.leftovers import MISSING, Left, carried_over, left_at
 
 # What every module has, and torch itself keeps: parameters, submodules, hooks.
 TABLES = frozenset({"_parameters", "_buffers", "_modules"})
 MODULES_OWN = frozenset(vars(nn.Module())) - TABLES
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
-_DEEPEST = 4
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Snapshot:
             # No parameter or buffer of the model, which a trace replaces: it writes into this one.
             self._tensors[id(value)] = (value, value._version, value.detach().clone())
         contents = contents_of(value)
-        if contents is None or id(value) in self._contents or depth > _DEEPEST:
+        if contents is None or id(value) in self._contents or depth > DEEPEST:
             return
         self._contents[id(value)] = (value, contents)
         self._owner[id(value)] = owner

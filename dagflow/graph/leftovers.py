@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from dagflow.errors import CaptureFailed
-from dagflow.graph.contents import contents_of, refill, same_value
+from dagflow.graph.contents import DEEPEST, contents_of, refill, same_value
 
 MISSING = object()
 """Stands for the value of a name that isn't there."""
@@ -81,13 +81,10 @@ class Left:
             self.put(self.value)
 
 
-_DEEPEST = 4
-
-
 def _holds_tensors(value: Any, depth: int = 0) -> bool:
     if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
         return True
-    contents = contents_of(value) if depth <= _DEEPEST else None
+    contents = contents_of(value) if depth <= DEEPEST else None
     items = contents.values() if isinstance(contents, dict) else contents or ()
     return any(_holds_tensors(item, depth + 1) for item in items)
 

@@ -23,11 +23,10 @@ import torch
 from torch import nn
 
 from dagflow.errors import CaptureFailed
-from dagflow.graph.contents import contents_of, own_attributes, refill, same_contents
+from dagflow.graph.contents import DEEPEST, contents_of, own_attributes, refill, same_contents
 from dagflow.graph.effects import MODULES_OWN, TABLES, holders
 from dagflow.graph.leftovers import MISSING, REMEDY, Left, Leftover, left_at
 
-_DEEPEST = 4
 # Libraries' functions keep caches and flags of their own.
 _INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
 _SCALARS = (bool, int, float, complex, str, bytes, types.NoneType)
@@ -77,7 +76,7 @@ class Outside:
     def _frozen(self, value: Any, depth: int, keep: bool) -> Any:
         if isinstance(value, _SCALARS):
             return value
-        contents = contents_of(value) if depth <= _DEEPEST and not _is_librarys(value) else None
+        contents = contents_of(value) if depth <= DEEPEST and not _is_librarys(value) else None
         if contents is None:
             return id(value)
         if keep:
@@ -131,7 +130,7 @@ def refuse_iterators(wrapper: nn.Module) -> Iterator[None]:
 def _refuse_at(place: _Place, undo: list[Callable[[], None]], depth: int, seen: set[int]) -> None:
     """Replace the iterators at a place, and in the containers and objects there."""
     value = place.get()
-    contents = contents_of(value) if depth <= _DEEPEST and not _is_librarys(value) else None
+    contents = contents_of(value) if depth <= DEEPEST and not _is_librarys(value) else None
     if _is_iterator(value):
         place.put(_Refusing(place.name, value))
         undo.append(lambda: place.put(value))
