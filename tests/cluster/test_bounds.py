@@ -145,16 +145,17 @@ def test_two_runs_on_one_cluster_do_not_disturb_each_other(client: Client, tmp_p
     wanted = train(of, data, tmp_path / "alone", client=client)
     together = threading.Barrier(2)
     begun: list[str] = []
+    # Made before either run: torch's generator, which draws weights, is one for all threads, and a
+    # run that reads its batches sets it.
+    models = {name: example(dropout=True) for name in ("first", "second")}
 
     def run(name: str) -> dagflow.TrainResult:
-        mine = example(dropout=True)
-
         def meet(event: dagflow.StepEvent) -> None:
             begun.append(name)
             if event.step == 3:
                 together.wait(timeout=60)
 
-        return train(mine, data, tmp_path / name, client=client, callbacks=[meet])
+        return train(models[name], data, tmp_path / name, client=client, callbacks=[meet])
 
     with ThreadPoolExecutor(1) as pool:
         # Capturing isn't for two threads at once, so the second run begins when the first has.
