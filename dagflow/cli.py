@@ -218,7 +218,11 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
             callback=_number_or_auto,
             help="Number of stages, or auto: one a worker. Workers beyond are spares.",
         ),
-        click.option("--weights", type=click.Choice(["fp32", "bf16"]), help="fp32 by default."),
+        click.option(
+            "--weights",
+            type=click.Choice(["fp32", "bf16", "int8", "int4"]),
+            help="fp32 by default.",
+        ),
         click.option(
             "--check/--no-check",
             default=True,
@@ -242,7 +246,13 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
 @main.command()
 @_model_options
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0 takes a free one.",
+)
 @click.option(
     "--api-key",
     multiple=True,

@@ -15,7 +15,7 @@ def open_model(model: str, store: str, weights: str | None = None, check: bool =
 
     Parameters
     ----------
-    weights : {"fp32", "bf16"}, optional
+    weights : {"fp32", "bf16", "int8", "int4"}, optional
         fp32 by default; a model that is in the store keeps what it has.
     check : bool
         Whether a folder's model is compared with transformers.
