@@ -251,6 +251,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "lsh_attn_chunk_length": 4,
         "local_attn_chunk_length": 4,
     },
+    "xmod": {"languages": ["en_XX", "fr_XX"], "default_language": "fr_XX"},
     # Its chunks are computed in place, and have no gradients: shorter texts are trained token by token.
     "xlstm": {
         "hidden_size": 128,
