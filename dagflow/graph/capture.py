@@ -212,6 +212,14 @@ def _warnings(trace: Trace, model: torch.nn.Module) -> Iterator[str]:
             f"Forward reads the clock at {', '.join(dict.fromkeys(trace.clock))}: what it computes "
             "from that is the same in every step."
         )
+    for line, module in trace.apart.items():
+        yield (
+            f"Module {module or 'the model itself'!r} loops over the experts that were hit ({line}), "
+            "whose parameters are tensors of their own. Where no token of a whole batch goes to an "
+            "expert, torch's optimizers pass it over; here its gradient is zero, so that momentum and "
+            "weight decay move it. If that matters, keep the experts' weights in one tensor, as "
+            "transformers does (num_experts, ...)."
+        )
     for line, device in trace.autocasts.items():
         yield (
             f"{line} asks for autocast on {device!r}, where the model's parameters aren't: it does "

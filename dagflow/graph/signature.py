@@ -9,6 +9,7 @@ import torch
 
 from dagflow.errors import BatchInvalid
 from dagflow.graph.dag import Condition, FixedSize, OperatorDag, buffer_value
+from dagflow.graph.data_sizes import are_of_data
 from dagflow_tasks.operators import (
     ASSERTIONS,
     CHECKS,
@@ -188,19 +189,24 @@ def _other_shape(dag: OperatorDag, sizes: Mapping[str, int]) -> str:
     for node in dag.nodes:
         if node.op in ASSERTIONS | CHECKS:
             continue
+        outputs = dag.info[node.name].outputs
+        if are_of_data(outputs) or any(
+            are_of_data(dag.info[name].outputs) for name in node.references() if name in dag.info
+        ):
+            # How many rows there are isn't known, and puts no limits to other sizes.
+            found = [_empty(dtype, shape, sizes) for dtype, shape in outputs]
+            values[node.name] = found[0] if len(found) == 1 else found
+            continue
         wrong = ""
         try:
             values[node.name] = _call(node, values, sizes)
         except Exception as error:
             wrong = f"can't be computed ({type(error).__name__}: {error})"
         else:
-            found = _shapes(values[node.name])
-            wanted = [
-                tuple(evaluate_size(size, sizes) for size in shape)
-                for _, shape in dag.info[node.name].outputs
-            ]
-            if found != wanted:
-                wrong = f"has shape {found}, and was taken to have {wanted}"
+            shapes = _shapes(values[node.name])
+            wanted = [tuple(evaluate_size(size, sizes) for size in shape) for _, shape in outputs]
+            if shapes != wanted:
+                wrong = f"has shape {shapes}, and was taken to have {wanted}"
         if wrong:
             return (
                 f"for {_assignment(sizes)} the result of {node.op} in module "

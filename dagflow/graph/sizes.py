@@ -12,7 +12,7 @@ import math
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -175,10 +175,13 @@ class SizeWriter:
         Names of the sizes that the batch's tensors show.
     nodes
         What stands for a node inside of a region: a node outside of it.
+    estimates
+        What to write for numbers that data decides; see `dagflow.graph.data_sizes`.
     """
 
     symbols: set[str] = field(default_factory=set)
     nodes: dict[torch.fx.Node, Any] = field(default_factory=dict)
+    estimates: Mapping[str, Any] = field(default_factory=dict)
 
     def of_value(self, value: Any) -> Any:
         """Write a number that torch holds, symbolic or not.
@@ -243,6 +246,8 @@ class SizeWriter:
         if expression.is_symbol:
             if str(expression) in self.symbols:
                 return str(expression)
+            if str(expression) in self.estimates:
+                return self.estimates[str(expression)]
             raise SizeUnknown(str(expression), True)
         if expression.is_Rational:
             return ["truediv", int(expression.p), int(expression.q)]

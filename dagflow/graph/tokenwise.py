@@ -14,6 +14,7 @@ from typing import Any
 from dagflow.errors import CaptureFailed
 from dagflow.graph.attention_capture import REMEDY
 from dagflow.graph.dag import OperatorDag, OperatorInfo, input_value
+from dagflow.graph.data_sizes import is_of_data
 from dagflow.graph.evaluation import forms_of, live_values
 from dagflow_tasks.attention import ATTEND
 from dagflow_tasks.operators import Node, argument_references
@@ -93,7 +94,7 @@ def _mixes(dag: OperatorDag, forms: _Forms, node: Node, tokens: str) -> str:
         over = [size for size in shape if _mentions(size, tokens)]
         if len(over) > 1:
             return "compares tokens with tokens outside of attention that could be given a cache"
-        if over and not _is_multiple(over[0], tokens):
+        if over and not _is_multiple(over[0], tokens) and not is_of_data(over[0]):
             return f"shifts, pads or cuts the row of tokens (to {over[0]})"
     name = node.op.split(".")[1] if node.op.startswith("aten.") else node.op
     if name in _ARITHMETIC and any(_is_size(argument, tokens) for argument in node.args):

@@ -30,6 +30,7 @@ from dagflow.graph.casts import needless_casts
 from dagflow.graph.checks import is_asked_for, passed
 from dagflow.graph.demands import Demands
 from dagflow.graph.effects import Snapshot
+from dagflow.graph.expert_loops import ExpertLoops
 from dagflow.graph.known_numbers import make_known
 from dagflow.graph.known_values import KnownValues
 from dagflow.graph.leftovers import Left
@@ -55,10 +56,12 @@ OWN_FILES = frozenset(
         "demands",
         "effects",
         "examine",
+        "expert_loops",
         "experts",
         "known_numbers",
         "known_values",
         "leftovers",
+        "loop_bodies",
         "loss",
         "masks",
         "outside",
@@ -103,6 +106,8 @@ class Trace:
         Those of them that forward writes.
     known
         Inputs whose numbers the code may read, and what follows from them.
+    apart
+        Modules that loop over experts that were hit, each with parameters of its own, by that line.
     modules, operator
         The modules that the trace is in, outermost first, and the latest torch function.
     """
@@ -120,6 +125,7 @@ class Trace:
     read_buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     written_numbers: list[str] = field(default_factory=list)
     known: KnownValues | None = None
+    apart: Mapping[str, str] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
     operator: str = ""
 
@@ -134,9 +140,9 @@ class Trace:
 class _Follower(TorchFunctionMode):
     """Sees every torch function that the model calls, before torch.export does."""
 
-    def __init__(self, trace: Trace, demands: Demands) -> None:
+    def __init__(self, trace: Trace, demands: Demands, loops: ExpertLoops) -> None:
         super().__init__()
-        self.trace, self._demands = trace, demands
+        self.trace, self._demands, self._loops = trace, demands, loops
         self._recorded_grad = torch.is_grad_enabled()
 
     def __torch_function__(
@@ -164,6 +170,10 @@ class _Follower(TorchFunctionMode):
             if call.answer:
                 return call.answer[0]
             args, kwargs = call.args, call.kwargs
+        experts = self._loops.iterated(self.trace.operator, args)
+        if experts is not None:
+            return experts
+        args, kwargs = self._loops.arguments(self.trace.operator, args, kwargs)
         if self.trace.operator == "item" and is_asked_for(args[0], sys._getframe(1)):
             return args[0]
         if self.trace.operator == "__bool__":
@@ -172,10 +182,12 @@ class _Follower(TorchFunctionMode):
                 return answer
         if func is torch._assert and self._demands.keep(args[0]):
             return None
+        self._loops.check(self.trace.operator, args, kwargs)
         result = self._called(func, args, kwargs)
         if known is not None and call is not None:
             known.note(func, call, result)
         self._demands.note(self.trace.operator, args, result)
+        self._loops.note(self.trace.operator, args, result)
         note_size(self.trace.operator, args, kwargs, result)
         if applied is not None and self.trace.operator in _NEEDED_AS_THEY_ARE:
             # A function's forward may write into it in place, for its backward is its own.
@@ -398,7 +410,8 @@ def follow(
     """
     _refuse_scripts(wrapper.model)
     trace = Trace(read_buffers=read_buffers or {})
-    demands = Demands(lambda: trace.module)
+    demands, loops = Demands(lambda: trace.module), ExpertLoops(lambda: trace.module)
+    trace.apart = loops.apart
     trace.known = KnownValues(read_inputs) if read_inputs else None
     handles = []
 
@@ -424,7 +437,7 @@ def follow(
         written = make_known(wrapper.model, trace.read_buffers)
         if trace.known is not None:
             trace.known.begin(dict(zip(names, tensors, strict=True)))
-        with _Follower(trace, demands), written_in_place(wrapper.model):
+        with _Follower(trace, demands, loops), written_in_place(wrapper.model):
             result = forward(*tensors)
         trace.left = before.left()  # now: torch.export puts numbers back as they were
         trace.written_numbers = written()
@@ -444,6 +457,7 @@ def follow(
             symbolic_mathematics() as trace.mathematics,
             unmapped(lambda: trace.module),
             watch_decisions(OWN_FILES) as trace.decisions,
+            loops.answering(),
         ):
             yield trace
     finally:

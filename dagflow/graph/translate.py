@@ -25,6 +25,13 @@ from dagflow.graph.dag import (
     buffer_value,
     dtype_bytes,
 )
+from dagflow.graph.data_sizes import (
+    DataSizes,
+    are_of_data,
+    number_in_tensor,
+    puts_at_rows,
+    takes_numbers_in_tensors,
+)
 from dagflow.graph.flops import is_view, operator_flops
 from dagflow.graph.sharing import check_sharing
 from dagflow.graph.sizes import SIZE_CALLS, Decision, SizeUnknown, SizeWriter, conditions
@@ -132,10 +139,15 @@ class _Translator:
         self.batch_constants = dict(batch_constants)
         self.environment: dict[torch.fx.Node, Any] = {}
         self.sizes = SizeWriter(nodes=self.environment)
+        self.of_data = DataSizes(exported.graph_module, _place, self.sizes.of_value)
+        # What is known of results may be an estimate; what operators are given must be known.
+        self.shapes = replace(self.sizes, estimates=self.of_data.estimates)
         self.symbols: dict[str, Symbol] = {}
         self.uses: dict[str, list[str]] = {}
         self.nodes: list[Node] = []
         self.info: dict[str, OperatorInfo] = {}
+        # Where rows are selected whose number data decides, by what is computed of them.
+        self.selected: dict[str, _Origin] = {}
         self.constants: list[Constant] = []
         self.canonical, self.aliases = _tied_names(model)
         self.devices = devices_of(model)  # regions of autocast are for one kind of device
@@ -305,7 +317,9 @@ class _Translator:
                 f"run. {origin} What to do: write it with ATen operators (torch.* and "
                 "torch.nn.functional.*)."
             )
-        args = tuple(self._argument(argument, origin) for argument in node.args)
+        self.of_data.learn(node)
+        given = self._with_tensors(node.args) if takes_numbers_in_tensors(op) else node.args
+        args = tuple(self._argument(argument, origin) for argument in given)
         kwargs = {
             key: self._argument(value, origin)
             for key, value in node.kwargs.items()
@@ -316,6 +330,24 @@ class _Translator:
         flags = (setting.grad, setting.autocast, origin.module, setting.autocast_dtype)
         self.nodes.append(Node(name, op, args, kwargs, *flags))
         self.info[name] = self._info(node, outputs, origin)
+        self._check_rows(self.nodes[-1], origin)
+
+    def _with_tensors(self, arguments: Any) -> Any:
+        """Return arguments with numbers that are read out of tensors as these tensors."""
+        if isinstance(arguments, (list, tuple)):
+            return [self._with_tensors(argument) for argument in arguments]
+        inner = self.environment.get(arguments, arguments) if _is_node(arguments) else arguments
+        return number_in_tensor(inner) or arguments
+
+    def _check_rows(self, node: Node, origin: _Origin) -> None:
+        """Refuse what is computed of rows that data selects, and isn't put back at rows."""
+        outputs = self.info[node.name].outputs
+        selected = [self.selected[name] for name in node.references() if name in self.selected]
+        if are_of_data(outputs):
+            self.selected[node.name] = selected[0] if selected else origin
+        elif selected and outputs and not puts_at_rows(node.op):
+            number = f"of rows that {origin.op} ({origin.source}) gets"
+            raise _depends_on_data(number, selected[0])
 
     def _argument(self, argument: Any, origin: _Origin) -> Argument:
         if isinstance(argument, torch.fx.Node):
@@ -352,11 +384,7 @@ class _Translator:
             return write()
         except SizeUnknown as error:
             if error.depends_on_data:
-                raise CaptureFailed(
-                    f"The number {error} depends on the data, not on the batch's shape. {origin} "
-                    "What to do: use masks instead of selecting by value (nonzero, boolean "
-                    "indexing), and tensors instead of .item()."
-                ) from error
+                raise _depends_on_data(str(error), origin) from error
             raise CaptureFailed(
                 f"The size {error} can't be written in a program. {origin} What to do: pass "
                 "dynamic={'tensor': []} to fix the tensor's sizes to those of the example batch."
@@ -370,7 +398,7 @@ class _Translator:
             (
                 str(tensor.dtype).removeprefix("torch."),
                 tuple(
-                    self._written(partial(self.sizes.of_value, size), origin)
+                    self._written(partial(self.shapes.of_value, size), origin)
                     for size in tensor.shape
                 ),
             )
@@ -400,7 +428,7 @@ class _Translator:
 
     def _hint(self, size: Any, origin: _Origin) -> Any:
         hints = {symbol.name: symbol.hint for symbol in self.symbols.values()}
-        return evaluate_size(self._written(lambda: self.sizes.of_value(size), origin), hints)
+        return evaluate_size(self._written(lambda: self.shapes.of_value(size), origin), hints)
 
     # Parameters and buffers
 
@@ -456,6 +484,18 @@ class _Translator:
             if not self.scalar or not self.info[name].outputs[0][1]:
                 return name
         raise CaptureFailed("The model's result isn't computed by any operator: is it a constant?")
+
+
+def _depends_on_data(number: str, origin: _Origin) -> CaptureFailed:
+    return CaptureFailed(
+        f"The number {number} depends on the data, not on the batch's shape. {origin} "
+        "What to do: use masks instead of selecting by value (nonzero, boolean "
+        "indexing), and tensors instead of .item()."
+    )
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, torch.fx.Node)
 
 
 def _is_number(node: torch.fx.Node) -> bool:
@@ -525,6 +565,12 @@ def _origin(node: torch.fx.Node, op: str) -> _Origin:
     lines = [line for line in lines if line[0] not in OWN_FILES] or lines
     source = f"{lines[-1][0]}:{lines[-1][1]}" if lines else ""
     return _Origin(path, source, op)
+
+
+def _place(node: torch.fx.Node) -> tuple[str, str]:
+    """Return the module and the line that a node comes from."""
+    origin = _origin(node, "")
+    return origin.module, origin.source
 
 
 def _bytes(tree: Any) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from dagflow.graph.dag import OperatorDag
+from dagflow.graph.data_sizes import are_of_data
 from dagflow_tasks.operators import Node, dtype_of, has_gradients, mutated_arguments, storages
 
 # Roughly one volunteer's CPU core; only ratios between operators matter.
@@ -136,9 +137,14 @@ class DagAnalysis:
         """Positions c such that nodes c-1 and c must stay in one stage.
 
         A tuple and the operators that take it apart; memory and the operators that write it;
-        a buffer, parameter or input that is written and everything that reads it.
+        a buffer, parameter or input that is written and everything that reads it; a value whose size
+        data decides, and what reads it.
         """
-        spans: list[tuple[int, int]] = []
+        spans = [
+            (self.position[name], self.last_reader[name])
+            for name, info in self.dag.info.items()
+            if name in self.last_reader and are_of_data(info.outputs)
+        ]
         for node in self.dag.nodes:
             if node.op == "getitem":
                 (source,) = node.references()

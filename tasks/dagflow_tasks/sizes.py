@@ -43,6 +43,7 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
     "trunc": math.trunc,
     "ceil": math.ceil,
     "floor": math.floor,
+    "about": operator.pos,  # an estimate of what data decides, for costs: no program holds one
     **{
         name: getattr(math, name)
         for name in (

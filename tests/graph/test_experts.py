@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
-from dagflow.errors import CaptureFailed
 from dagflow.graph.capture import capture
 from dagflow.plan.check import check_capture
 
@@ -60,6 +58,8 @@ def test_a_loop_over_experts_is_captured_as_products_of_groups() -> None:
     assert [node.op for node in dag.nodes] == [node.op for node in others.nodes]
 
 
-def test_in_half_precision_a_loop_over_experts_stays_refused() -> None:
-    with pytest.raises(CaptureFailed, match=r"Module: 'experts'.*for \(expert,\) in .*What to do"):
-        capture(Routed("eager").bfloat16(), torch.randn(6, 16).bfloat16())
+def test_in_half_precision_a_loop_over_experts_is_captured_as_a_loop_over_all() -> None:
+    model, x = Routed("eager").bfloat16(), torch.randn(6, 16).bfloat16()
+    dag, report = check_capture(capture(model, x), model, x)
+    assert report.exact
+    assert sum(node.op == "aten.index_add_.default" for node in dag.nodes) == 3
