@@ -1,37 +1,36 @@
-"""A driver in a process of its own, for tests that kill it: says a line for everything it has done."""
+"""A driver in a process of its own, for tests that kill it: says of everything it does what it has done."""
 
 from __future__ import annotations
 
-import json
-import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 import dagflow
 from dagflow.sessions.keeping import keeping
-from dagflow_storage import Store
+from dagflow.sessions.models import ModelRef
 
 PATIENCE_SECONDS, BEAT_SECONDS = 0.8, 0.1
 
 
-def say(what: object) -> None:
-    print(json.dumps(what), flush=True)
+Say = Callable[[object], None]
 
 
-def answer(deployment: dagflow.Deployment, options: Mapping[str, Any]) -> None:
+def answer(deployment: dagflow.Deployment, options: Mapping[str, Any], say: Say) -> None:
     for token in deployment.stream([deployment.request(**options)]):
         say(token.token)
 
 
-def generate(deployment: dagflow.Deployment, options: Mapping[str, Any]) -> None:
+def generate(deployment: dagflow.Deployment, options: Mapping[str, Any], say: Say) -> None:
     for token in dagflow.generate(deployment, stream=True, **options):
         say(token.token)
 
 
-def feed(deployment: dagflow.Deployment, options: Mapping[str, Any]) -> None:
+def feed(deployment: dagflow.Deployment, options: Mapping[str, Any], say: Say) -> None:
     session = dagflow.Session(deployment, name=options["name"])
     session.prefill(options["tokens"])
     session.rewind(options["position"])
@@ -40,7 +39,9 @@ def feed(deployment: dagflow.Deployment, options: Mapping[str, Any]) -> None:
         say(session.position)
 
 
-def keep_with_little_patience(deployment: dagflow.Deployment, options: Mapping[str, Any]) -> None:
+def keep_with_little_patience(
+    deployment: dagflow.Deployment, options: Mapping[str, Any], say: Say
+) -> None:
     """Answer under a lease that is soon lost; say what the stream ends with."""
     options = dict(options)
     store = options.pop("store")
@@ -53,15 +54,14 @@ def keep_with_little_patience(deployment: dagflow.Deployment, options: Mapping[s
             say(type(error).__name__)
 
 
-def main(address: str, models: str, model: str, store: str, what: str, options: str) -> None:
+def drive(
+    told: Connection, address: str, model: ModelRef, store: str, what: str, options: Any
+) -> None:
+    """Do `what`, and wait to be killed; `store` is the deployment's, empty for none."""
     torch.set_num_threads(1)
     doing: Callable[..., None] = globals()[what]
-    loaded = dagflow.Model.open(Store(models), model)
+    loaded = dagflow.Model.open(model.store, model.name)
     with dagflow.Deployment(loaded, address, num_stages=2, store=store or None) as deployment:
-        doing(deployment, json.loads(options))
-        say("done")
-        sys.stdin.read()  # until it is killed
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        doing(deployment, options, told.send)
+        told.send("done")
+        threading.Event().wait()

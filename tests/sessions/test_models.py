@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from chaos import warm
 from families import language_model, logits_of
 from safetensors.torch import load_file, save_file
 
@@ -146,22 +145,16 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
+def _say_what_is_there(store: str, name: str) -> None:
+    model = dagflow.Model.open(Store(store), name)
+    print(len(model.dag.nodes), model.max_tokens)
+
+
 def test_another_process_opens_it(tmp_path: Path) -> None:
     loaded = dagflow.load(language_model("llama"), store=tmp_path)
-    program = (
-        "import sys\n"
-        "from dagflow_storage import Store\n"
-        "import dagflow\n"
-        "model = dagflow.Model.open(Store(sys.argv[1]), sys.argv[2])\n"
-        "print(len(model.dag.nodes), model.max_tokens)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), loaded.ref.name],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split() == [str(len(loaded.dag.nodes)), "64"]
+    log = tmp_path / "said"
+    warm.start(_say_what_is_there, log, str(tmp_path), loaded.ref.name).join()
+    assert log.read_text().split() == [str(len(loaded.dag.nodes)), "64"]
     with pytest.raises(NotFound):
         dagflow.Model.open(Store(str(tmp_path)), "another")
 

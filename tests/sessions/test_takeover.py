@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from chaos import warm
 from distributed import Client
+from drivers import drive
 from families import logits_of
 from local import wait_until
 from zoo import SIZES
@@ -26,7 +28,6 @@ from dagflow.sessions.answers import LENGTH
 from dagflow.sessions.keeping import keeping
 from dagflow_storage import SequenceLog, Store
 
-DRIVERS = Path(__file__).with_name("drivers.py")
 PROMPT = [5, 17, 3, 42, 8, 23, 5, 17]
 # Long enough to be killed in the middle of it.
 NUM_NEW = 400
@@ -65,19 +66,20 @@ def undisturbed(client: Client, llama: tuple[Any, dagflow.Model]) -> dict[str, l
 class Driver:
     """A driver in a process of its own."""
 
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+    def __init__(self, process: BaseProcess, says: Connection, log: Path) -> None:
         self.process = process
+        self._says = says
         self._log = log
 
     def next(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, self._log.read_text()
-        return json.loads(line)
+        try:
+            return self._says.recv()
+        except EOFError:
+            pytest.fail(f"The driver has ended: {self._log.read_text()}")
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
 
 @contextmanager
@@ -85,25 +87,17 @@ def driver(
     client: Client, model: dagflow.Model, store: Path | str, what: str, /, **options: Any
 ) -> Iterator[Driver]:
     """Have another process drive; `store` is its deployment's, empty for none."""
-    arguments = [client.scheduler.address, model.ref.store.url, model.ref.name, str(store), what]
+    says, told = Pipe(duplex=False)
     log = Path(model.ref.store.url) / f"{what}.log"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with (
-        log.open("w") as stderr,
-        subprocess.Popen(
-            [sys.executable, DRIVERS, *arguments, json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=environment,
-        ) as process,
-    ):
+    arguments = (told, client.scheduler.address, model.ref, str(store), what, options)
+    with says:
+        with told:
+            process = warm.start(drive, log, *arguments)
         try:
-            yield Driver(process, log)
+            yield Driver(process, says, log)
         finally:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
+            process.kill()  # a stopped one, too
+            process.join()
 
 
 def wait_for_tokens(store: Path, name: str, count: int) -> None:
