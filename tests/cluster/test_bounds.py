@@ -140,9 +140,10 @@ def test_failed_runs_leave_no_task_either(
 
 
 def test_two_runs_on_one_cluster_do_not_disturb_each_other(client: Client, tmp_path: Path) -> None:
-    of = example(dropout=True)
-    data = batches(of, 12)
-    wanted = train(of, data, tmp_path / "alone", client=client)
+    # Made before anything runs: a run draws from torch's own generator now and then, and puts it back.
+    models = {name: example(dropout=True) for name in ("alone", "first", "second")}
+    data = batches(models["alone"], 12)
+    wanted = train(models["alone"], data, tmp_path / "alone", client=client)
     together = threading.Barrier(2)
     begun: list[str] = []
     # Made before either run: torch's generator, which draws weights, is one for all threads, and a
