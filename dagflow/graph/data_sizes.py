@@ -25,6 +25,8 @@ _SELECTS = frozenset(
         "aten.argwhere.default",
     )
 )
+# By a mask, as their second argument or in it.
+_BY_MASK = frozenset(("aten.index.Tensor", "aten.masked_select.default"))
 _AT_ROWS = frozenset(("index_add", "index_put", "index_copy", "scatter_add"))
 _SPLIT = "aten.split_with_sizes.default"
 
@@ -78,9 +80,9 @@ class DataSizes:
     def learn(self, node: torch.fx.Node) -> None:
         """Estimate the numbers of rows that a node selects: as many in each round of its loop."""
         value = node.meta.get("val")
-        if str(node.target) in _SELECTS:
-            (mask, *_), tensors = node.args, [value] if isinstance(value, torch.Tensor) else value
-            assert isinstance(mask, torch.fx.Node)
+        mask = _mask(node)
+        if mask is not None:
+            tensors = [value] if isinstance(value, torch.Tensor) else value
             names = {str(symbol) for t in tensors or () for symbol in free_unbacked_symbols(t)}
             self._estimate(names, mask.meta["val"].numel(), self._rounds[self._key(node)])
         elif str(node.target) == _SPLIT:
@@ -118,4 +120,18 @@ def takes_numbers_in_tensors(op: str) -> bool:
 def _selections(graph_module: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
     for module in graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
-            yield from (node for node in module.graph.nodes if str(node.target) in _SELECTS)
+            yield from (node for node in module.graph.nodes if _mask(node) is not None)
+
+
+def _mask(node: torch.fx.Node) -> torch.fx.Node | None:
+    """Return what a node selects rows by, if it does."""
+    if str(node.target) in _SELECTS:
+        found: Any = node.args[0]
+        return found if isinstance(found, torch.fx.Node) else None
+    if str(node.target) not in _BY_MASK:
+        return None
+    given: Any = node.args[1]
+    for part in given if isinstance(given, (list, tuple)) else (given,):
+        if isinstance(part, torch.fx.Node) and part.meta["val"].dtype == torch.bool:
+            return part
+    return None

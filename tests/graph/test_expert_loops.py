@@ -110,6 +110,15 @@ class SplitsBySizes(Routed):
         return torch.zeros_like(x).index_add(0, order // 2, found)
 
 
+class WritesByMask(Routed):
+    def mixed(self, x: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for expert, layer in enumerate(self.experts):
+            mask = index[:, 0] == expert
+            out[mask] = layer(x[mask]) * weights[mask, 0, None]
+        return out
+
+
 KINDS = [
     WithAPlaceForNoExpert,
     WithModulesOfTheirOwn,
@@ -117,6 +126,7 @@ KINDS = [
     WritesByIndex,
     SkipsExpertsWithOneRow,
     SplitsBySizes,
+    WritesByMask,
 ]
 
 
