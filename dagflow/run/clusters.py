@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-import signal
-import socket
 import time
 import warnings
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
-import dask
 import torch
-from distributed import Client, LocalCluster, WorkerPlugin
+from distributed import Client, WorkerPlugin
 from distributed.comm import CommClosedError
 
 from dagflow.errors import SchedulerLost, SettingsInvalid, WorkerIncompatible, WorkersLost
 from dagflow.run import wire
-from dagflow.run.allocator import with_allocator
-from dagflow.run.interrupts import Interrupts
+from dagflow.run.embedded import embedded_cluster
 from dagflow.run.main_guard import refuse_unguarded_main
 from dagflow.run.watch import LONG_SILENCE_SECONDS
 from dagflow.run.workers import StageScheduler, StageWorker, WorkerFacts, describe, prepare_process
@@ -33,30 +27,8 @@ from dagflow_tasks.references import DAGFLOW_VERSION
 
 T = TypeVar("T")
 
-_DASHBOARD_PORT = 8787
 _ANSWER_SECONDS = 10.0
 _LOOK_EVERY_SECONDS = 0.2
-
-# An embedded cluster runs one thing only. Nothing is stolen, moved, spilled or profiled.
-_EMBEDDED_SETTINGS = {
-    "distributed.worker.profile.enabled": False,
-    "distributed.scheduler.work-stealing": False,
-    "distributed.scheduler.active-memory-manager.start": False,
-    "distributed.worker.memory.target": False,
-    "distributed.worker.memory.spill": False,
-    "distributed.worker.memory.pause": False,
-    "distributed.worker.memory.terminate": False,
-    "distributed.admin.tick.limit": "30s",
-    # Every process looks at its own event loop's health fifty times a second otherwise, which takes
-    # three percent of two cores.
-    "distributed.admin.tick.interval": "1s",
-    # Nor does it ask the system twice a second how it is: scheduler, nannies and workers alike do.
-    "distributed.admin.system-monitor.interval": "2s",
-    # What goes wrong in a task comes back as an exception; dask's own log would say it again.
-    "logging": {"distributed": "critical"},
-    # Weights and activations stay where they are; a big literal is a user's batch, not an accident.
-    "distributed.admin.large-graph-warning-threshold": "200MB",
-}
 
 
 @dataclass(frozen=True)
@@ -121,43 +93,20 @@ def open_cluster(
 def _embedded(settings: ClusterSettings, store: Store) -> Iterator[Client]:
     cores = os.cpu_count() or 1
     num_workers = settings.num_workers or min(cores, 4)
-    threads = settings.num_torch_threads or max(1, cores // num_workers)
     processes = not store.is_process_local
     if processes:
         refuse_unguarded_main()
-        environment = {
-            **dask.config.get("distributed.nanny.pre-spawn-environ"),
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-        }
-        environment.pop("MALLOC_TRIM_THRESHOLD_", None)
-        environment = with_allocator(environment)
+        threads = settings.num_torch_threads or max(1, cores // num_workers)
     else:
-        environment = {}
         threads = settings.num_torch_threads or torch.get_num_threads()
         prepare_process(None, "auto")
-    config = {**_EMBEDDED_SETTINGS, "distributed.nanny.pre-spawn-environ": environment}
-    with ExitStack() as stack:
-        stack.enter_context(dask.config.set(config))
-        stack.callback(_restore_environment, {name: os.environ.get(name) for name in environment})
-        stack.enter_context(warnings.catch_warnings())
-        # Somebody may take the dashboard's port just before we do: dask finds another.
-        warnings.filterwarnings("ignore", message=r"(?s)\s*Port .* is already in use")
-        with _interrupts_held():
-            cluster = LocalCluster(
-                n_workers=num_workers,
-                threads_per_worker=1,
-                processes=processes,
-                dashboard_address=f"127.0.0.1:{_free_dashboard_port()}",
-                # What goes wrong in a task comes back as an exception.
-                silence_logs=logging.CRITICAL,
-            )
-            stack.enter_context(cluster)
-            client = Client(cluster, set_as_default=False, direct_to_workers=True)
-            stack.enter_context(client)
-            wire.register()
-            plugin = StageWorker(threads, embedded=processes)
-            _register_plugins(client, plugin, settings.wait_seconds, are_ours=True)
+
+    def prepare(client: Client) -> None:
+        wire.register()
+        plugin = StageWorker(threads, embedded=processes)
+        _register_plugins(client, plugin, settings.wait_seconds, are_ours=True)
+
+    with embedded_cluster(num_workers, threads, prepare, processes=processes) as client:
         yield client
 
 
@@ -178,44 +127,6 @@ def reconnect(client: Client, seconds: float) -> None:
             )
         time.sleep(_LOOK_EVERY_SECONDS)
     _register_plugins(client, StageWorker(), seconds)
-
-
-def _restore_environment(before: Mapping[str, str | None]) -> None:
-    """Put back what dask sets in this process for the workers that it starts from it."""
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done, and for good in processes that it starts.
-
-    A terminal interrupts the whole group of processes: a worker that is still importing torch
-    would show a traceback, and dask can't close a cluster that is half-way up.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    # Whoever starts multiprocessing's tracker lets SIGINT through again afterwards.
-    resource_tracker.ensure_running()
-    interrupts = Interrupts()
-    with interrupts.noted():  # another thread, of a library, may take the signal all the same
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    interrupts.heed()
-
-
-def _free_dashboard_port() -> int:
-    """Return dask's own port, or 0 if it is taken: dask would find another, but leave a socket open."""
-    with socket.socket() as probe:
-        taken = probe.connect_ex(("127.0.0.1", _DASHBOARD_PORT)) == 0
-    return 0 if taken else _DASHBOARD_PORT
 
 
 def _register_plugins(
