@@ -98,8 +98,8 @@ class Uncut:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     @torch.inference_mode()
     def answer(self, asked: Asked) -> str:
@@ -120,7 +120,7 @@ def say_something(folder: Path) -> None:
     """Scale a model's weights up, so that what it says depends on what it was told."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -40,8 +40,11 @@ def main() -> None:
 
 def finetune(folder: str, options: argparse.Namespace) -> None:
     """Train the folder's model on the files, and save it as another folder."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # Neither code nor pickles that come with a model are run.
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    )
     # Caches are for generation; a training graph has no use for them.
     model.config.use_cache = False
     files = find_files(options.text) if options.text else python_library()[:200]

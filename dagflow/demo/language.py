@@ -14,6 +14,7 @@ from dagflow.demo.gpt import GPT
 from dagflow.demo.run import run_demo
 from dagflow.demo.text import ByteTokenizer, find_files, python_library, tokens_of
 from dagflow.errors import SettingsInvalid
+from dagflow.sessions.foreign_code import reason, refuse_kernels
 from dagflow_storage import RunDirectory, Store
 
 
@@ -120,9 +121,21 @@ def _network(
         heads = max(1, width // 64)
         gpt = GPT(vocabulary, width=width, num_layers=layers, num_heads=heads, context=context)
         return gpt, True
+    return _of_folder("AutoModelForCausalLM", model, use_safetensors=True), False
+
+
+def _of_folder(kind: str, folder: str, **options: Any) -> Any:
+    """Return what transformers reads from a folder, without its code and without pickles."""
     transformers = _transformers()
-    network: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(model)
-    return network, False
+    refuse_kernels(Path(folder))
+    try:
+        return getattr(transformers, kind).from_pretrained(
+            folder, trust_remote_code=False, **options
+        )
+    except Exception as error:  # of all kinds
+        raise SettingsInvalid(
+            f"transformers can't load {folder}: {reason(Path(folder), error)}."
+        ) from error
 
 
 def _transformers() -> Any:
@@ -143,7 +156,7 @@ def _write_tokens(url: str, paths: Sequence[Path], model: str | None) -> None:
         pieces = (np.asarray(piece, dtype="uint16") for piece in tokens_of(paths, tokenizer))
         dagflow.TokenDataset.write(url, pieces)
         return
-    encode = _transformers().AutoTokenizer.from_pretrained(model)
+    encode = _of_folder("AutoTokenizer", model)
     dagflow.TokenDataset.write(
         url,
         (

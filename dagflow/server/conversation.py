@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from dagflow.errors import SettingsInvalid
 from dagflow.server.encoding import encode
 
@@ -35,7 +33,7 @@ def to_prompt(
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program, and raises what it likes
         raise SettingsInvalid(
             f"The model's chat template refuses these messages: {error}"
         ) from error

@@ -19,6 +19,7 @@ import torch
 
 from dagflow.errors import SettingsInvalid
 from dagflow.run.weights import WeightFiles, empty_weights
+from dagflow.sessions.foreign_code import reason, refuse_kernels
 
 _INDEX = "model.safetensors.index.json"
 _MOST_NAMES = 5
@@ -111,10 +112,13 @@ def _in_float32(model: torch.nn.Module) -> torch.nn.Module:
 def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
+    refuse_kernels(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise SettingsInvalid(f"{folder / 'config.json'} can't be read: {error}") from error
+    except Exception as error:  # whatever is in the file, and whatever transformers says of it
+        raise SettingsInvalid(
+            f"{folder / 'config.json'} can't be read: {reason(folder, error)}."
+        ) from error
 
 
 def _empty_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
@@ -125,9 +129,10 @@ def _empty_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
             return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=False
             )
-    except (ValueError, ImportError) as error:
+    except Exception as error:
         raise SettingsInvalid(
-            f"{folder} holds no causal language model that transformers can build: {error}"
+            f"{folder} holds no causal language model that transformers can build: "
+            f"{reason(folder, error)}."
         ) from error
 
 
@@ -274,7 +279,7 @@ def _pretrained(folder: Path) -> tuple[Any, Mapping[str, Any]]:
     config = _config(folder)
     kind: Any = AutoModelForCausalLM
     place: Path | None = folder
-    given: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+    given: dict[str, Any] = {"use_safetensors": True}
     if (folder / _INDEX).is_file():
         # transformers prefers a model.safetensors that lies beside the index; the index decides.
         config.transformers_weights = _INDEX
@@ -285,7 +290,12 @@ def _pretrained(folder: Path) -> tuple[Any, Mapping[str, Any]]:
     try:
         with quiet_transformers():
             model, info = kind.from_pretrained(
-                place, config=config, dtype=torch.float32, output_loading_info=True, **given
+                place,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **given,
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise SettingsInvalid(f"transformers can't load {folder}: {error}") from error

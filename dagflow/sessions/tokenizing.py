@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dagflow.errors import SettingsInvalid
+from dagflow.sessions.foreign_code import reason
 
 # By how their names begin or end: the vocabularies of all tokenizers of transformers, and what is
 # beside them. Weights, code and texts for people aren't among them.
@@ -80,7 +81,7 @@ def open_tokenizer(model: str, files: Mapping[str, bytes]) -> Any:
 
     with tempfile.TemporaryDirectory() as temporary:
         for name, data in files.items():
-            place = Path(temporary, name)
+            place = Path(temporary, _inside(name, model))
             place.parent.mkdir(exist_ok=True)
             place.write_bytes(data)
         try:
@@ -89,7 +90,7 @@ def open_tokenizer(model: str, files: Mapping[str, bytes]) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(temporary, trust_remote_code=False)
         except Exception as error:
             raise SettingsInvalid(
-                f"The tokenizer of {model} can't be opened: {type(error).__name__}: {error}. "
+                f"The tokenizer of {model} can't be opened: {reason(Path(temporary), error)}. "
                 + _remedy(files)
             ) from error
     known = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
@@ -99,6 +100,21 @@ def open_tokenizer(model: str, files: Mapping[str, bytes]) -> Any:
             f"{', '.join(sorted(files))}. {_remedy(files)}"
         )
     return tokenizer
+
+
+def _inside(name: str, model: str) -> str:
+    """Return the name of a tokenizer's file, unless it leads elsewhere: the store says it.
+
+    >>> _inside("additional_chat_templates/tools.jinja", "model")
+    'additional_chat_templates/tools.jinja'
+    """
+    file = name.removeprefix(f"{_TEMPLATES}/")
+    if not file or file != Path(file).name or "\\" in file or file.endswith(".py"):
+        raise SettingsInvalid(
+            f"The tokenizer of {model} can't be opened: {name!r} is no name of a tokenizer's file. "
+            "Load the model again."
+        )
+    return name
 
 
 def encode_text(tokenizer: Any, text: str, **options: Any) -> list[int]:
