@@ -267,11 +267,11 @@ class OperatorDag:
         body = read_format(text, FORMAT, FORMAT_VERSION)
         try:
             dag = cls._from_body(body)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ProgramInvalid(
                 f"This operator DAG is incomplete or damaged: {type(error).__name__}: {error}."
             ) from error
-        check_nodes(dag.nodes, dag.defined_values())
+        check_nodes(dag.nodes, dag.defined_values(), [symbol.name for symbol in dag.symbols])
         return dag
 
     @classmethod

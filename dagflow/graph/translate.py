@@ -314,8 +314,8 @@ class _Translator:
         if not is_allowed(op):
             raise CaptureFailed(
                 f"The model calls {op}, which is not on the allow-list of operators that workers "
-                f"run. {origin} What to do: write it with ATen operators (torch.* and "
-                "torch.nn.functional.*)."
+                f"run. {origin} What to do: write it with public functions of torch that return new "
+                "tensors; if it is one, it belongs into dagflow_tasks/allowed_operators.toml."
             )
         self.of_data.learn(node)
         given = self._with_tensors(node.args) if takes_numbers_in_tensors(op) else node.args

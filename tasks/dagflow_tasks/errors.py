@@ -9,6 +9,7 @@
     └── PermanentError            the same inputs fail again
         ├── ProgramInvalid        a program file that can't be read as one
         │   ├── OperatorNotAllowed
+        │   ├── SizeInvalid       a size that no program may ask for, or that can't be calculated
         │   └── ProgramTooNew
         ├── OptimizerInvalid      no such optimizer, or no such option
         ├── WeightsNotFinite      an update made weights infinite or NaN: no snapshot of those
@@ -47,6 +48,10 @@ class ProgramInvalid(PermanentError):
 
 class OperatorNotAllowed(ProgramInvalid):
     """A program names an operator outside the allow-list."""
+
+
+class SizeInvalid(ProgramInvalid, ArithmeticError):
+    """A size expression is none, is too large, or can't be calculated for these sizes."""
 
 
 class ProgramTooNew(ProgramInvalid):

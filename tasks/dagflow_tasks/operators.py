@@ -1,23 +1,24 @@
 """The instruction set of dagflow programs: operators named by data, resolved from an allow-list.
 
 A node says ``aten.linear.default`` and gives its arguments as JSON. Whoever loads a program,
-a volunteer's worker above all, runs nothing but ATen operators and the few extensions below:
-no pickled code, no attribute look-ups on anything but ``torch.ops.aten``.
+a volunteer's worker above all, runs nothing but the operators of the allow-list and the few extensions
+below: no pickled code, no attribute look-ups on anything but ``torch.ops.aten``.
 """
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
 
+from dagflow_tasks.allow_list import allowed, unlike
 from dagflow_tasks.attention import ATTEND, attend
-from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid
+from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid, SizeInvalid
+from dagflow_tasks.fences import fenced
 from dagflow_tasks.linear_attention import (
     LIGHTNING,
     MATRIX_MEMORY,
@@ -27,7 +28,7 @@ from dagflow_tasks.linear_attention import (
 from dagflow_tasks.onednn import LINEAR_PACKED, linear_packed
 from dagflow_tasks.quantised import LINEAR_INT4, LINEAR_INT8, linear_int4, linear_int8
 from dagflow_tasks.recurrence import RUNNING_MAX, SCAN, WINDOW, running_max, scan, window
-from dagflow_tasks.sizes import evaluate_size
+from dagflow_tasks.sizes import check_size, evaluate_size
 from dagflow_tasks.whole_sequences import (
     DELTA_RULE,
     KIMI_DELTA,
@@ -50,23 +51,6 @@ LINEAR = "aten.linear.default"
 WEIGHTED = "dagflow.weighted"
 WHOLE = "dagflow.whole"
 _ATEN_NAME = re.compile(r"aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
-
-# ATen operators that reach outside the program: files, other processes, raw storage, or a device
-# of their own choice. None of them is needed to run a model.
-_FORBIDDEN_ATEN = frozenset(
-    {
-        "from_file",
-        "set",
-        "set_",
-        "set_data",
-        "_print",
-        "_share_memory_",
-        "is_pinned",
-        "pin_memory",
-        "_pin_memory",
-        "record_stream",
-    }
-)
 
 ASSERTIONS = frozenset({"aten._assert_tensor_metadata.default"})
 """Carried by the operator DAG for the reader; not executed: shapes are checked on the batch."""
@@ -145,7 +129,7 @@ class Node:
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Node:
         try:
-            return cls(
+            node = cls(
                 name=body["name"],
                 op=body["op"],
                 args=tuple(body["args"]),
@@ -155,10 +139,18 @@ class Node:
                 module=body.get("module", ""),
                 autocast_dtype=body.get("autocast_dtype", ""),
             )
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ProgramInvalid(
                 f"A node of a program needs 'name', 'op' and 'args'; found {body!r:.200}."
             ) from error
+        texts = (node.name, node.op, node.module, node.autocast_dtype, *node.kwargs)
+        flags = (node.grad, node.autocast)
+        if any(type(text) is not str for text in texts) or any(type(f) is not bool for f in flags):
+            raise ProgramInvalid(
+                f"A node of a program has texts for names and true or false for flags; found "
+                f"{body!r:.200}."
+            )
+        return node
 
 
 def argument_references(argument: Argument) -> Iterator[str]:
@@ -242,13 +234,56 @@ def decode_literal(
             )
             return complex(*parts)
         return _TORCH_CONSTANTS[kind][value]
-    except (KeyError, TypeError, ValueError, ArithmeticError):
+    except SizeInvalid:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError):
         raise ProgramInvalid(f"A program holds the unknown argument {argument!r:.200}.") from None
+
+
+# Lists of lists are the deepest that operators take; texts are names of modes, and einsum's equations.
+_MOST_NESTING, _MOST_TEXT = 6, 4096
+_MOST_NUMBER = 1 << 64
+
+
+def check_argument(argument: Argument, symbols: Collection[str]) -> None:
+    """Refuse what isn't an argument as `Argument` says, or is too deep or too large for one.
+
+    Raises
+    ------
+    ProgramInvalid
+    """
+    waiting = [(argument, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        if isinstance(part, (list, tuple)) and depth < _MOST_NESTING:
+            waiting += [(item, depth + 1) for item in part]
+        elif isinstance(part, Mapping):
+            _check_encoded(part, symbols)
+        elif not (
+            part is None
+            or isinstance(part, (bool, float))
+            or (isinstance(part, int) and abs(part) < _MOST_NUMBER)
+            or (isinstance(part, str) and len(part) <= _MOST_TEXT)
+        ):
+            raise ProgramInvalid(f"A program holds the unknown argument {part!r:.200}.")
+
+
+def _check_encoded(argument: Mapping[str, Any], symbols: Collection[str]) -> None:
+    kind, value = next(iter(argument.items())) if len(argument) == 1 else ("", None)
+    if kind == "size":
+        check_size(value, symbols)
+    elif kind == "ref" and type(value) is str:
+        pass  # whether it is defined is asked where the nodes are known
+    else:
+        decode_literal(argument, {}, _CPU)
+
+
+_CPU = torch.device("cpu")
 
 
 def dtype_of(name: str) -> torch.dtype:
     """Return the dtype that a program names; nothing else of torch can be reached by name."""
-    dtype = _TORCH_CONSTANTS["dtype"].get(name)
+    dtype = _TORCH_CONSTANTS["dtype"].get(name) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype):
         raise ProgramInvalid(f"A program holds the unknown dtype {name!r:.80}.")
     return dtype
@@ -304,6 +339,13 @@ def _grouped_matmul(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
     return result
 
 
+def _item(results: Sequence[torch.Tensor], index: int) -> torch.Tensor:
+    """Return one of an operator's several results."""
+    if type(results) not in (tuple, list) or type(index) is not int:
+        raise TypeError(f"item {index!r:.80} of a {type(results).__name__}")
+    return results[index]
+
+
 def _demand(truth: torch.Tensor, message: str = "a check of the model's code") -> None:
     """Fail where ATen would on a CPU; on a GPU ATen's own would end the whole process's context."""
     if not bool(truth):
@@ -333,7 +375,7 @@ def _whole(
 
 
 _EXTENSIONS: dict[str, Callable[..., Any]] = {
-    "getitem": operator.getitem,
+    "getitem": _item,
     "aten.histc.default": _histc,
     **dict.fromkeys(CHECKS, _demand),
     # transformers exports its expert layers with this custom operator; the meaning is kept, so
@@ -361,21 +403,32 @@ _EXTENSIONS: dict[str, Callable[..., Any]] = {
 
 @cache
 def resolve(op: str) -> Callable[..., Any]:
-    """Return the callable for an operator's name.
+    """Return what an operator's name in a program stands for.
 
     Raises
     ------
     OperatorNotAllowed
-        If the name isn't an ATen overload of this torch, or not on the allow-list.
+        If the name isn't on the allow-list, or no operator of this torch.
     """
     extension = _EXTENSIONS.get(op)
     if extension is not None:
         return extension
+    overload = _overload(op)
+    assert overload is not None  # it is no extension
+    return fenced(op, overload, allowed()[op])
+
+
+@cache
+def _overload(op: str) -> torch._ops.OpOverload | None:
+    """Return torch's operator, None for `getitem` and the extensions."""
+    if op in _EXTENSIONS:
+        return None
+    section = allowed().get(op)
     match = _ATEN_NAME.fullmatch(op)
-    if match is None or match[1] in _FORBIDDEN_ATEN:
+    if section is None or match is None:
         raise OperatorNotAllowed(
-            f"The operator {op!r} is not on the allow-list of dagflow programs (ATen operators "
-            f"and {', '.join(sorted(_EXTENSIONS))})."
+            f"The operator {op!r} is not on the allow-list of dagflow programs "
+            "(dagflow_tasks/allowed_operators.toml)."
         )
     packet = getattr(torch.ops.aten, match[1], None)
     overload = getattr(packet, match[2], None)
@@ -383,6 +436,13 @@ def resolve(op: str) -> Callable[..., Any]:
         raise OperatorNotAllowed(
             f"This worker's torch {torch.__version__} has no operator {op!r}; the program was made "
             "with another torch. Install the torch version that the run's settings name."
+        )
+    problem = unlike(section, overload)
+    if problem:
+        raise OperatorNotAllowed(
+            f"The operator {op!r} is on the allow-list of dagflow programs as one of {section!r}, "
+            f"which in this worker's torch {torch.__version__} it isn't: {problem}. Install the "
+            "torch version that the run's settings name."
         )
     return overload
 
@@ -429,8 +489,8 @@ def multiplies(node: Node) -> bool:
 
 def schema_of(op: str) -> torch.FunctionSchema | None:
     """Return the operator's schema, or None for `getitem` and the extensions."""
-    function = resolve(op)
-    return function._schema if isinstance(function, torch._ops.OpOverload) else None
+    overload = _overload(op)
+    return None if overload is None else overload._schema
 
 
 @cache
@@ -454,11 +514,8 @@ def countable(tensor: torch.Tensor) -> torch.Tensor:
 
 def draws_random_numbers(op: str) -> bool:
     """Tell whether the operator may draw from the random generator."""
-    function = resolve(op)
-    return (
-        isinstance(function, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in function.tags
-    )
+    overload = _overload(op)
+    return overload is not None and torch.Tag.nondeterministic_seeded in overload.tags
 
 
 _NORMS = ("aten.batch_norm.default", "aten.instance_norm.default")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,8 @@ import torch
 
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid, ProgramTooNew
 from dagflow_tasks.layout import odd_strides, with_strides
-from dagflow_tasks.operators import ASSERTIONS, Node, dtype_of, is_allowed, multiplies
+from dagflow_tasks.operators import Node, check_argument, dtype_of, is_allowed, multiplies
+from dagflow_tasks.sizes import LIMIT, check_size
 
 FORMAT = "dagflow-stage-program"
 FORMAT_VERSION = 1
@@ -38,7 +39,10 @@ class ValueSpec:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> ValueSpec:
-        return cls(body["name"], body["dtype"], tuple(body["shape"]))
+        spec = cls(body["name"], body["dtype"], tuple(body["shape"]))
+        check_form(spec.name, spec.dtype, (), None)
+        check_dims(spec.name, spec.shape)
+        return spec
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,11 @@ class Constant:
         dtype = dtype_of(self.dtype)
         if not self.data:
             return torch.empty(self.shape, dtype=dtype)
-        # A copy, in memory of torch's own, aligned as every other tensor's.
-        tensor = torch.frombuffer(bytearray(self.data), dtype=dtype).reshape(self.shape).clone()
+        data = bytearray(self.data)
+        if dtype == torch.bool:  # kernels take any other byte than 0 and 1 for a number
+            tensor = (torch.frombuffer(data, dtype=torch.uint8) != 0).reshape(self.shape)
+        else:  # a copy, in memory of torch's own, aligned as every other tensor's
+            tensor = torch.frombuffer(data, dtype=dtype).reshape(self.shape).clone()
         return with_strides(tensor, self.strides)
 
     @classmethod
@@ -141,13 +148,14 @@ class Constant:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Constant:
-        data = base64.b64decode(body["data"])
         strides = _strides(body)["strides"]
-        constant = cls(body["name"], body["dtype"], tuple(body["shape"]), data, strides)
+        shape = tuple(body["shape"])
+        check_form(body["name"], body["dtype"], shape, strides)
+        constant = cls(body["name"], body["dtype"], shape, base64.b64decode(body["data"]), strides)
         wanted_bytes = math.prod(constant.shape) * dtype_of(constant.dtype).itemsize
-        if len(data) != wanted_bytes:
+        if len(constant.data) != wanted_bytes:
             raise ValueError(
-                f"the constant {constant.name!r} has {len(data)} bytes, its shape needs "
+                f"the constant {constant.name!r} has {len(constant.data)} bytes, its shape needs "
                 f"{wanted_bytes}"
             )
         return constant
@@ -321,24 +329,22 @@ class StageProgram:
                     StageOutput(ValueSpec.from_json(o), tuple(o["readers"]), o["differentiable"])
                     for o in body["outputs"]
                 ),
-                parameters=tuple(
-                    ParameterUse(**{**p, "shape": tuple(p["shape"]), **_strides(p)})
-                    for p in body["parameters"]
-                ),
-                buffers=tuple(
-                    BufferUse(**{**b, "shape": tuple(b["shape"]), **_strides(b)})
-                    for b in body["buffers"]
-                ),
+                parameters=tuple(ParameterUse(**_form(p)) for p in body["parameters"]),
+                buffers=tuple(BufferUse(**_form(b)) for b in body["buffers"]),
                 constants=tuple(Constant.from_json(c) for c in body["constants"]),
                 nodes=tuple(Node.from_json(node) for node in body["nodes"]),
                 loss=body["loss"],
                 numbers=tuple(body.get("numbers", ())),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ProgramInvalid(
                 f"This stage program is incomplete or damaged: {type(error).__name__}: {error}."
             ) from error
-        check_nodes(program.nodes, program.defined_values())
+        check_texts((*program.symbols, *program.numbers, program.loss or ""))
+        check_nodes(program.nodes, program.defined_values(), program.symbols)
+        for spec in (*(i.value for i in program.inputs), *(o.value for o in program.outputs)):
+            for size in spec.shape:
+                check_size(size, program.symbols)
         computed = {node.name for node in program.nodes}
         results = [output.value.name for output in program.outputs]
         for name in (*results, *([program.loss] if program.loss is not None else [])):
@@ -367,16 +373,39 @@ def _strides(body: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
     return {"strides": None if found is None else tuple(found)}
 
 
+def _form(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a parameter's or buffer's use, its form checked."""
+    fields = {**body, "shape": tuple(body["shape"]), **_strides(body)}
+    check_form(fields["value"], fields["dtype"], fields["shape"], fields["strides"])
+    return fields
+
+
+# The most that any part of a program has. Zoo's programs have up to a thousand nodes and half a megabyte;
+# a model of a hundred layers that is unrolled over hundreds of steps stays below these, too.
+MOST_NODES, MOST_DIMS = 200_000, 64
+MOST_CHARACTERS, MOST_ITEMS = 1 << 31, 16_000_000
+
+
 def read_format(text: str, expected: str, version: int) -> dict[str, Any]:
-    """Parse JSON that begins with a format name and version, and refuse anything else."""
+    """Parse JSON that begins with a format name and version, and refuse anything else.
+
+    How many lists, mappings and values there are is known before they are made: parsed, each takes some 60
+    bytes of memory for two characters.
+    """
+    items = sum(map(text.count, ",[{"))
+    if len(text) > MOST_CHARACTERS or items > MOST_ITEMS:
+        raise ProgramInvalid(
+            f"Not a {expected} file: {len(text)} characters with {items} values are more than the "
+            f"{MOST_CHARACTERS} characters or {MOST_ITEMS} values that one may have."
+        )
     try:
         body = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProgramInvalid(f"Not a {expected} file: it isn't JSON ({error}).") from error
     found = body.get("format") if isinstance(body, dict) else None
     if found != expected:
-        raise ProgramInvalid(f"Not a {expected} file: its format is {found!r}.")
-    if not isinstance(body.get("format_version"), int):
+        raise ProgramInvalid(f"Not a {expected} file: its format is {found!r:.80}.")
+    if type(body.get("format_version")) is not int:
         raise ProgramInvalid(f"This {expected} doesn't say its format version.")
     if body["format_version"] > version:
         raise ProgramTooNew(
@@ -386,19 +415,59 @@ def read_format(text: str, expected: str, version: int) -> dict[str, Any]:
     return dict(body)
 
 
-def check_nodes(nodes: Sequence[Node], defined: set[str]) -> None:
-    """Refuse unknown operators and references to values that don't exist yet."""
+def check_nodes(nodes: Sequence[Node], defined: set[str], symbols: Collection[str]) -> None:
+    """Refuse unknown operators, what are no arguments, and values that don't exist yet."""
+    if len(nodes) > MOST_NODES:
+        raise ProgramInvalid(f"A program has {len(nodes)} nodes, and may have {MOST_NODES}.")
     known = set(defined)
+    sizes = frozenset(symbols)
     for node in nodes:
-        if node.op not in ASSERTIONS and not is_allowed(node.op):
+        if not is_allowed(node.op):
             raise OperatorNotAllowed(
-                f"Node {node.name!r} names the operator {node.op!r}, which is not on the "
-                "allow-list of dagflow programs (ATen operators and a few extensions)."
+                f"Node {node.name!r} names the operator {node.op!r:.80}, which is not on the "
+                "allow-list of dagflow programs (dagflow_tasks/allowed_operators.toml)."
             )
+        for argument in (*node.args, *node.kwargs.values()):
+            check_argument(argument, sizes)
         for name in node.references():
             if name not in known:
                 raise ProgramInvalid(
                     f"Node {node.name!r} ({node.op}) reads {name!r}, which nothing before it "
                     "defines."
                 )
+        if node.name in known:
+            raise ProgramInvalid(f"Two values of a program are named {node.name!r}.")
         known.add(node.name)
+
+
+def check_texts(found: Iterable[Any]) -> None:
+    for text in found:
+        if not isinstance(text, str):
+            raise ProgramInvalid(f"A program has {text!r:.80} where a name belongs.")
+
+
+def check_dims(name: Any, shape: Sequence[Any]) -> None:
+    """Refuse a value's name that is none, and a shape of too many dimensions."""
+    check_texts([name])
+    if len(shape) > MOST_DIMS:
+        raise ProgramInvalid(
+            f"The value {name!r} has {len(shape)} dimensions; torch has {MOST_DIMS}."
+        )
+
+
+def check_form(name: Any, dtype: Any, shape: Sequence[Any], strides: Sequence[Any] | None) -> None:
+    """Refuse a tensor's form that none can have: sizes and strides are whole numbers from 0 on.
+
+    Raises
+    ------
+    ProgramInvalid
+    """
+    check_dims(name, shape)
+    dtype_of(dtype)
+    numbers = [*shape, *(strides or ())]
+    whole = all(type(number) is int and 0 <= number < LIMIT for number in numbers)
+    if not whole or (strides is not None and len(strides) != len(shape)):
+        raise ProgramInvalid(
+            f"The value {name!r} can't have the shape {list(shape)!r:.200} with strides "
+            f"{strides!r:.200}."
+        )

@@ -12,6 +12,7 @@ import torch
 from zoo import captured
 
 from dagflow.plan.partition import partition
+from dagflow_tasks import operators
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid, ProgramTooNew, TaskFailed
 from dagflow_tasks.interpreter import Executable, RandomAddress
 from dagflow_tasks.operators import (
@@ -170,7 +171,11 @@ def test_operators_that_reach_outside_a_program_are_not_allowed(op: str) -> None
         resolve(op)
 
 
-def test_an_operator_this_torch_lacks_is_told_from_a_forbidden_one() -> None:
+def test_an_operator_this_torch_lacks_is_told_from_a_forbidden_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listed = {"aten.invented_in_2031.default": "functional"}
+    monkeypatch.setattr(operators, "allowed", lambda: listed)
     with pytest.raises(OperatorNotAllowed, match="another torch"):
         resolve("aten.invented_in_2031.default")
 
