@@ -9,10 +9,12 @@ saves a second on tensors of that dtype on this machine.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import blosc2  # type: ignore[import-untyped]
@@ -20,8 +22,11 @@ import torch
 from dask.sizeof import sizeof
 from distributed.protocol import dask_deserialize, dask_serialize
 
-from dagflow_storage import ALIGNMENT_BYTES
-from dagflow_tasks.layout import pack, unpack
+from dagflow_storage import ALIGNMENT_BYTES, fields
+from dagflow_storage.codec import check_packed
+from dagflow_tasks.errors import GarbageReceived, ProgramInvalid
+from dagflow_tasks.layout import Layout, checked_layout, pack, unpack
+from dagflow_tasks.limits import RECEIVING
 from dagflow_tasks.operators import dtype_of
 from dagflow_tasks.results import BackwardResult, ForwardResult, TensorDict
 
@@ -30,6 +35,7 @@ _MIN_COMPRESSED_BYTES = 64 * 1024
 _SAMPLE_BYTES = 1 << 20
 
 Header = dict[str, Any]
+_HEADER = frozenset({"name", "dtype", "shape", "layout", "blosc2"})
 
 
 @dataclass
@@ -137,31 +143,91 @@ def pack_tensors(
     return headers, frames
 
 
-def unpack_tensors(headers: list[Header], frames: list[Any]) -> dict[str, torch.Tensor]:
-    """Return the tensors that `pack_tensors` was given, on the CPU."""
-    return {
-        header["name"]: unpack(_tensor(header, frame), header["layout"])
-        for header, frame in zip(headers, frames, strict=True)
-    }
+def unpack_tensors(headers: Any, frames: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors that `pack_tensors` was given, on the CPU.
+
+    Raises
+    ------
+    GarbageReceived
+        If headers and frames don't fit together, or would take too much memory. Nothing is allocated
+        before all of them have been looked at.
+    """
+    with _refusing_garbage("tensors"):
+        forms = [_form(header) for header in fields.items(headers, "the headers")]
+        if len(forms) != len(frames):
+            raise ValueError(f"there are {len(forms)} headers for {len(frames)} frames")
+        if len({form.name for form in forms}) < len(forms):
+            raise ValueError("two tensors have the same name")
+        views = [memoryview(frame).cast("B") for frame in frames]
+        for form, view in zip(forms, views, strict=True):
+            _check_frame(form, view)
+        RECEIVING.admit(sum(form.num_bytes for form in forms if form.is_packed), "a message")
+        return {
+            form.name: unpack(_tensor(form, view), form.layout)
+            for form, view in zip(forms, views, strict=True)
+        }
 
 
-def _tensor(header: Header, frame: Any) -> torch.Tensor:
-    dtype = dtype_of(header["dtype"])
-    if header["blosc2"]:
-        frame = bytearray(blosc2.decompress2(bytes(frame)))
-    view = memoryview(frame)
-    if view.nbytes == 0:
-        return torch.empty(header["shape"], dtype=dtype)
-    if view.readonly:
-        view = memoryview(bytearray(view))
-    tensor = torch.frombuffer(view, dtype=dtype).reshape(header["shape"])
+@contextmanager
+def _refusing_garbage(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OverflowError, ProgramInvalid) as error:
+        raise GarbageReceived(
+            f"Another process sent {what} that can't be right: {error}."
+        ) from error
+
+
+class _Form(NamedTuple):
+    """What a header says of its frame."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    num_bytes: int
+    layout: Layout | None
+    is_packed: bool
+
+
+def _form(header: Any) -> _Form:
+    if not isinstance(header, dict) or not header.keys() >= _HEADER:
+        raise ValueError(f"a header is {fields.shown(header)}, and lacks what a header has")
+    name = fields.text(header["name"], "a name")
+    dtype = dtype_of(fields.text(header["dtype"], "a dtype"))
+    shape = fields.shape(header["shape"], "a shape", dtype.itemsize)
+    layout = checked_layout(header["layout"], shape, dtype)
+    is_packed = fields.flag(header["blosc2"], "blosc2")
+    return _Form(name, dtype, shape, prod(shape) * dtype.itemsize, layout, is_packed)
+
+
+def _check_frame(form: _Form, frame: memoryview) -> None:
+    if form.is_packed:
+        check_packed(frame, form.num_bytes)
+    elif frame.nbytes != form.num_bytes:
+        raise ValueError(
+            f"{form.name!r} of shape {list(form.shape)} is {form.num_bytes} bytes, and {frame.nbytes} came"
+        )
+
+
+def _tensor(form: _Form, frame: memoryview) -> torch.Tensor:
+    if not form.num_bytes:
+        return torch.empty(form.shape, dtype=form.dtype)
+    if form.is_packed:
+        tensor = torch.empty(form.shape, dtype=form.dtype)
+        blosc2.decompress2(frame, dst=memory_of(tensor), nthreads=1)
+    else:
+        own = memoryview(bytearray(frame)) if frame.readonly else frame
+        tensor = torch.frombuffer(own, dtype=form.dtype).reshape(form.shape)
+    # Kernels count on 0 and 1: with others they may write past the end.
+    if form.dtype == torch.bool and memory_of(tensor).tobytes().translate(None, b"\0\1"):
+        raise ValueError(f"{form.name!r} is bool, and has bytes that are neither 0 nor 1")
     return tensor if tensor.data_ptr() % ALIGNMENT_BYTES == 0 else tensor.clone()
 
 
 def register() -> None:
     """Teach this process's dask to send and receive tasks' results. Safe to call again."""
     dask_serialize.register(TensorDict)(_dump_tensors)
-    dask_deserialize.register(TensorDict)(lambda h, f: TensorDict(unpack_tensors(h["tensors"], f)))
+    dask_deserialize.register(TensorDict)(_load_tensors)
     dask_serialize.register(ForwardResult)(_dump_forward)
     dask_deserialize.register(ForwardResult)(_load_forward)
     dask_serialize.register(BackwardResult)(_dump_backward)
@@ -175,6 +241,10 @@ def _dump_tensors(value: TensorDict, context: Any = None) -> tuple[Header, list[
     return {"tensors": headers}, frames
 
 
+def _load_tensors(header: Header, frames: list[Any]) -> TensorDict:
+    return TensorDict(unpack_tensors(header.get("tensors"), frames))
+
+
 def _dump_forward(result: ForwardResult, context: Any = None) -> tuple[Header, list[Any]]:
     # Mutated buffers stay: only the stage's own tasks, on this worker, read them.
     headers, frames = pack_tensors(result.values, context)
@@ -184,9 +254,12 @@ def _dump_forward(result: ForwardResult, context: Any = None) -> tuple[Header, l
 
 
 def _load_forward(header: Header, frames: list[Any]) -> ForwardResult:
-    values = unpack_tensors(header["tensors"], frames)
-    weights = BackwardResult({}, **_unchained(header["weights"])) if header["weights"] else None
-    return ForwardResult(values, None, header["finite"], tuple(header["place"]), weights)
+    values = unpack_tensors(header.get("tensors"), frames)
+    with _refusing_garbage("a result"):
+        chained = header.get("weights")
+        weights = BackwardResult({}, **_unchained(chained)) if chained is not None else None
+        finite = fields.flag(header.get("finite"), "finite")
+        return ForwardResult(values, None, finite, _place(header.get("place")), weights)
 
 
 # What a backward's result says of the micro-batches so far.
@@ -197,8 +270,20 @@ def _chained(result: BackwardResult) -> Header:
     return {name: list(getattr(result, name)) for name in _CHAINED}
 
 
-def _unchained(header: Header) -> dict[str, Any]:
-    return {name: tuple(header[name]) for name in _CHAINED}
+def _unchained(header: Any) -> dict[str, Any]:
+    given = fields.members(header, "a result")
+    non_finite = fields.items(given.get("non_finite"), "non_finite")
+    losses = fields.items(given.get("losses"), "losses")
+    return {
+        "non_finite": tuple(fields.integer(index, "a micro-batch") for index in non_finite),
+        "losses": tuple(fields.number(loss, "a loss") for loss in losses),
+        "place": _place(given.get("place")),
+    }
+
+
+def _place(given: Any) -> tuple[int, int]:
+    step, index = fields.items(given, "a place")
+    return fields.integer(step, "a step", -1), fields.integer(index, "a micro-batch", -1)
 
 
 def _dump_backward(result: BackwardResult, context: Any = None) -> tuple[Header, list[Any]]:
@@ -212,10 +297,17 @@ def _dump_backward(result: BackwardResult, context: Any = None) -> tuple[Header,
 
 
 def _load_backward(header: Header, frames: list[Any]) -> BackwardResult:
-    count = len(header["tensors"])
+    with _refusing_garbage("a result"):
+        count = len(fields.items(header.get("tensors"), "the headers"))
+        chained = _unchained(header)
+        forward = header.get("forward")
+        if forward is not None:
+            fields.members(forward, "a forward's result")
+        elif count < len(frames):
+            raise ValueError(f"there are {count} headers for {len(frames)} frames")
     gradients = unpack_tensors(header["tensors"], frames[:count])
-    there = _load_forward(header["forward"], frames[count:]) if header["forward"] else None
-    return BackwardResult(gradients, None, **_unchained(header), forward=there)
+    there = _load_forward(forward, frames[count:]) if forward is not None else None
+    return BackwardResult(gradients, None, **chained, forward=there)
 
 
 def _size_of(value: Any) -> int:

@@ -33,6 +33,7 @@ from dagflow.run.dask_internals import (
 from dagflow.run.watch import TOPIC, StallWatch, is_ours
 from dagflow_tasks.cache import CACHE
 from dagflow_tasks.device import choose_device, current_device
+from dagflow_tasks.limits import RECEIVING
 from dagflow_tasks.references import DAGFLOW_VERSION
 
 SEND_INTERVAL_SECONDS = 0.0002
@@ -93,6 +94,8 @@ def prepare_worker(worker: Worker) -> None:
         atexit.register(gc.freeze)
     CACHE.run_next = run_next
     wire.POLICY.bandwidth = wire.bandwidth_from_log(worker.transfer_outgoing_log)
+    if worker.memory_manager.memory_limit:
+        RECEIVING.num_bytes = worker.memory_manager.memory_limit // 2
 
 
 class StageWorker(WorkerPlugin):  # type: ignore[misc]

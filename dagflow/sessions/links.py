@@ -10,6 +10,7 @@ from distributed.comm import Comm, CommClosedError, connect
 from distributed.protocol import to_serialize
 
 from dagflow.run.wire import pack_tensors, unpack_tensors
+from dagflow_tasks.errors import GarbageReceived
 from dagflow_tasks.results import TensorDict
 
 Message = dict[str, Any]
@@ -79,14 +80,20 @@ class Link:
         Raises
         ------
         CommClosedError
+            Also if what came can't be right: the connection is closed then, and the other side is
+            taken for gone.
         """
-        message: Message = await self._comm.read()
-        self.num_unheard = 0
-        copied = message.get("values")
-        if isinstance(copied, tuple):
-            headers, frames = copied
-            message["values"] = TensorDict(unpack_tensors(headers, frames))
-        return message
+        try:
+            message: Message = await self._comm.read()
+            self.num_unheard = 0
+            copied = message.get("values")
+            if isinstance(copied, (tuple, list)):
+                headers, frames = copied
+                message["values"] = TensorDict(unpack_tensors(headers, frames))
+            return message
+        except (GarbageReceived, ValueError, AttributeError) as error:
+            self.close()
+            raise CommClosedError(f"{self._comm.peer_address} was hung up on: {error}") from error
 
     def close(self) -> None:
         """End the connection; whoever is writing or reading gets a `CommClosedError`."""

@@ -6,7 +6,9 @@ above the store notices it.
 
 import asyncio
 import os
+import struct
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import blosc2  # type: ignore[import-untyped]
@@ -25,7 +27,18 @@ CODEC_NAME = "dagflow.blosc2"
 # 0.64 GB/s with one, 1.1 GB/s with two. More than four starve the training beside it.
 NUM_THREADS = min(4, os.cpu_count() or 1)
 _MAX_CHUNK_BYTES: int = blosc2.MAX_BUFFERSIZE
-_HEADER_BYTES = 32
+# https://github.com/Blosc/c-blosc2/blob/main/README_CHUNK_FORMAT.rst: version, version of the
+# compressor, flags, typesize; bytes, bytes a block, bytes compressed; six filters, compressor's code
+# and setting, six filters' settings, two more bytes of flags.
+_HEADER = struct.Struct("<4B3i6s2B6s2B")
+_EXTENDED, _COPIED, _COMPRESSOR_SHIFT = 0b101, 0b10, 5
+# blosclz, lz4, zlib, zstd. For codes that it doesn't know blosc2 looks for plugins, and runs Python.
+_COMPRESSOR_FORMATS = frozenset({0, 1, 3, 4})
+_FILTERS = frozenset({0, 1, 2})
+# In the last byte: nothing, or zeros, NaNs or one value throughout. Left out are chunks that say
+# nothing of their content (whoever reads them gets his own memory), and those that lie in a file.
+_ZEROS = 0x10
+_SPECIAL = frozenset({0x00, _ZEROS, 0x20, 0x30})
 
 _COMPRESSORS = {codec.name.lower(): codec for codec in blosc2.Codec if codec.name.isupper()}
 _SHUFFLES = {
@@ -108,7 +121,9 @@ class Blosc2Codec(BytesBytesCodec):
 
     def _decode_sync(self, chunk_bytes: "Buffer", chunk_spec: "ArraySpec") -> "Buffer":
         packed = np.asarray(chunk_bytes.as_array_like())
-        raw = np.empty(_checked_raw_size(packed), dtype=np.uint8)
+        itemsize = chunk_spec.dtype.to_native_dtype().itemsize
+        check_packed(packed, prod(chunk_spec.shape) * itemsize)
+        raw = np.empty(prod(chunk_spec.shape) * itemsize, dtype=np.uint8)
         self.decompress(packed, raw)
         return chunk_spec.prototype.buffer.from_array_like(raw)
 
@@ -143,23 +158,43 @@ class Blosc2Codec(BytesBytesCodec):
         ValueError
             If that has another size, or `packed` isn't what `compressed` returned.
         """
-        num_raw_bytes = _checked_raw_size(packed)
-        if num_raw_bytes != raw.nbytes:
-            raise ValueError(f"it holds {num_raw_bytes} bytes, not {raw.nbytes}")
-        if num_raw_bytes:
+        check_packed(packed, raw.nbytes)
+        if raw.nbytes:
             blosc2.decompress2(packed, dst=raw, nthreads=NUM_THREADS)
 
 
-def _checked_raw_size(packed: Bytes) -> int:
-    if packed.nbytes < _HEADER_BYTES:
-        raise ValueError(f"{packed.nbytes} bytes are too few for a blosc2 chunk")
-    num_raw_bytes, num_packed_bytes, _ = blosc2.get_cbuffer_sizes(packed)
-    # blosc2 itself would read past the end of a truncated chunk's buffer.
-    if num_packed_bytes != packed.nbytes:
-        raise ValueError(
-            f"a blosc2 chunk says it has {num_packed_bytes} bytes and has {packed.nbytes}"
-        )
-    return int(num_raw_bytes)
+def check_packed(packed: "Bytes | bytes | memoryview", num_bytes: int) -> None:
+    """Refuse what isn't `num_bytes` bytes as blosc2 compresses them for us; looks at the header only.
+
+    blosc2 takes a header's word: 32 bytes say that they are two gigabytes of zeros, and a chunk that
+    was truncated is read past its end.
+
+    Raises
+    ------
+    ValueError
+    """
+    view = memoryview(packed)
+    if view.nbytes < _HEADER.size:
+        raise ValueError(f"{view.nbytes} bytes are too few for a blosc2 chunk")
+    _, _, flags, typesize, raw, block, size, filters, _, setting, settings, *more = (
+        _HEADER.unpack_from(view)
+    )
+    if size != view.nbytes:
+        raise ValueError(f"a blosc2 chunk says it has {size} bytes and has {view.nbytes}")
+    if raw != num_bytes:
+        raise ValueError(f"it holds {raw} bytes, not {num_bytes}")
+    known = (
+        flags & _EXTENDED == _EXTENDED
+        and flags >> _COMPRESSOR_SHIFT in _COMPRESSOR_FORMATS
+        and _FILTERS.issuperset(filters)
+        and not (setting or any(settings) or more[0])
+        and more[1] in _SPECIAL
+        and (more[1] != _ZEROS or size == _HEADER.size)
+    )
+    fits = typesize > 0 and (not raw or 0 < block <= raw)
+    copied = not flags & _COPIED or not raw or size == raw + _HEADER.size
+    if not (known and fits and copied):
+        raise ValueError(f"its header is of no blosc2 chunk of ours: {view[: _HEADER.size].hex()}")
 
 
 register_codec(CODEC_NAME, Blosc2Codec)

@@ -8,11 +8,13 @@ that has crossed a boundary, or comes back from the store, lies as it lay where 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 
-from dagflow_storage import ALIGNMENT_BYTES
+from dagflow_storage import ALIGNMENT_BYTES, fields
+from dagflow_tasks.limits import RECEIVING
 
 Layout = Mapping[str, Any]
 """JSON: `shape`, `strides` and `offset` (elements behind an aligned address), and `conj` and `neg`,
@@ -52,6 +54,37 @@ def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, Layout | None]:
     once = _once(tensor)
     in_order = once.permute(_order(once.stride()))
     return (in_order if in_order.is_contiguous() else once.contiguous()), layout
+
+
+def checked_layout(layout: Any, shape: Sequence[int], dtype: torch.dtype) -> Layout | None:
+    """Return a layout from elsewhere if `unpack` can follow it for packed elements of such a shape.
+
+    Raises
+    ------
+    ValueError
+        If it isn't one, is another tensor's, or would take more memory than is given to it.
+    """
+    if layout is None:
+        return None
+    given = fields.members(layout, "a layout")
+    if set(given) != {"shape", "strides", "offset", "conj", "neg"}:
+        raise ValueError(f"a layout has {fields.shown(sorted(given))}")
+    sizes = fields.shape(given["shape"], "a layout's shape", dtype.itemsize)
+    strides = tuple(
+        fields.integer(s, "a stride") for s in fields.items(given["strides"], "strides")
+    )
+    offset = fields.integer(given["offset"], "a layout's offset", most=ALIGNMENT_BYTES)
+    if len(strides) != len(sizes):
+        raise ValueError(f"a layout has {len(sizes)} sizes and {len(strides)} strides")
+    once = _once_shape(sizes, strides)
+    if prod(once) != prod(shape) or not prod(sizes):
+        raise ValueError(f"a layout of {list(sizes)} is said of a tensor of {list(shape)}")
+    if fields.flag(given["conj"], "conj") and not dtype.is_complex:
+        raise ValueError(f"a layout has {dtype} conjugated")
+    if fields.flag(given["neg"], "neg") and not (dtype.is_complex or dtype.is_floating_point):
+        raise ValueError(f"a layout has {dtype} negated")
+    RECEIVING.admit((offset + _span(once, strides)) * dtype.itemsize, "a tensor's layout")
+    return {**given, "shape": list(sizes), "strides": list(strides)}
 
 
 def unpack(packed: torch.Tensor, layout: Layout | None) -> torch.Tensor:
