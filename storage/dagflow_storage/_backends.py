@@ -1,8 +1,10 @@
 """The two kinds of places a store can be: a folder, or objects behind a file system."""
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 import threading
 import uuid
 from abc import ABC, abstractmethod
@@ -23,6 +25,8 @@ _one_creator = threading.Lock()
 _PATTERN_CHARACTERS = frozenset("*?[")
 # Documents are smaller and chunks are smaller: what a request may move before it is late.
 LARGEST_READ_BYTES = 16 * 2**20
+# Documents of large models: a tokenizer's vocabulary, an operator DAG with its constants.
+_LARGEST_FILE_BYTES = 2**31
 
 
 class NoCondition(Exception):
@@ -77,7 +81,16 @@ class FolderBackend(Backend):
         self._root = Path(root)
 
     def read(self, path: str) -> bytes:
-        return (self._root / path).read_bytes()
+        # What is no file (a pipe, a device) may never end, and opening it never return.
+        with open(self._root / path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise PermissionError(errno.EPERM, "this is no file", str(self._root / path))
+            if status.st_size > _LARGEST_FILE_BYTES:
+                raise OSError(
+                    errno.EFBIG, f"{status.st_size} bytes are too many to be read at once"
+                )
+            return file.read()
 
     def write(self, path: str, data: bytes) -> None:
         target = self._root / path
@@ -217,6 +230,10 @@ def _write_beside(target: Path, data: bytes) -> Path:
         unfinished.unlink(missing_ok=True)
         raise
     return unfinished
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _create_exclusively(target: Path, data: bytes) -> bool:

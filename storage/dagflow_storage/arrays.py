@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from dagflow_storage import fields
 from dagflow_storage.codec import Blosc2Codec
+from dagflow_storage.errors import DamagedData
 from dagflow_storage.flat import AnyArray, FlatArray
 from dagflow_storage.location import Store
 
@@ -23,6 +25,8 @@ CHUNK_BYTES = 8 * 2**20
 NUM_CHUNKS_UNDER_WAY = 4
 # Kernels may round differently on what isn't aligned to their vectors; torch aligns to this.
 ALIGNMENT_BYTES = 64
+_MOST_ITEMSIZE = 16  # of complex128
+_MOST_INTEGER = 10**40  # that `parse_json` takes
 
 _NUMPY_LABELS = frozenset(np.dtype(code).name for code in "?bBhHiIlLqQefdFD")
 
@@ -71,8 +75,32 @@ class StoredArray:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "StoredArray":
-        """As it comes out of a manifest."""
-        return cls(**{**data, "shape": tuple(data["shape"])})
+        """As it comes out of a manifest; ValueError if it is none."""
+        wanted = ("name", "role", "dtype", "shape", "array", "offset")
+        given = fields.members(data, "an array", *wanted)
+        name = fields.text(given["name"], "an array's name")
+        return cls(
+            name,
+            fields.text(given["role"], f"the role of {name!r}"),
+            fields.text(given["dtype"], f"the dtype of {name!r}"),
+            fields.shape(given["shape"], f"the shape of {name!r}", _MOST_ITEMSIZE),
+            fields.text(given["array"], f"where {name!r} lies"),
+            fields.integer(given["offset"], f"the offset of {name!r}", most=_MOST_INTEGER),
+        )
+
+
+def check_places(arrays: Sequence[StoredArray]) -> None:
+    """Raise ValueError unless arrays lie in one folder, beside each other."""
+    for stored in arrays:
+        fields.name(stored.array, f"where {stored.name!r} lies")
+        fields.integer(stored.end, f"the end of {stored.name!r}")
+    ends: dict[str, tuple[int, str]] = {}
+    for stored in sorted(arrays, key=lambda stored: (stored.array, stored.offset, stored.end)):
+        end, other = ends.get(stored.array, (0, ""))
+        if stored.num_elements and stored.offset < end:
+            raise ValueError(f"{stored.name!r} and {other!r} overlap in {stored.array!r}")
+        if stored.end > end:
+            ends[stored.array] = stored.end, stored.name
 
 
 def write_arrays(
@@ -134,7 +162,9 @@ def read_arrays(store: Store, path: str, index: Iterable[StoredArray]) -> dict[s
     found: dict[str, AnyArray] = {}
     for label, members in groupby(wanted, key=lambda stored: stored.array):
         source = FlatArray.open(store, f"{path}/{label}")
-        for run in _runs(members, source.chunk_elements):
+        here = list(members)
+        _check_source(source, here, f"{path}/{label} in {store!r}")
+        for run in _runs(here, source.chunk_elements):
             found.update(_read_run(source, run))
     return found
 
@@ -248,6 +278,17 @@ def _check_data(spec: ArraySpec, data: AnyArray) -> None:
         )
     if spec.dtype in _NUMPY_LABELS and data.dtype.name != spec.dtype:
         raise ValueError(f"{spec.name!r} should be {spec.dtype}, got {data.dtype.name}")
+
+
+def _check_source(source: FlatArray, index: Sequence[StoredArray], where: str) -> None:
+    """Refuse what can't be read as its index says, before there is memory for it."""
+    for stored in index:
+        if stored.dtype in _NUMPY_LABELS and stored.dtype != source.dtype.name:
+            raise DamagedData(
+                f"{where} holds {source.dtype}, and its index says that {stored.name!r} is "
+                f"{stored.dtype}"
+            )
+    source.check_there([(stored.offset, stored.end) for stored in index if stored.num_elements])
 
 
 def _runs(members: Iterable[StoredArray], chunk: int) -> Iterator[list[StoredArray]]:

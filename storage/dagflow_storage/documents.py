@@ -1,9 +1,12 @@
 """JSON documents in a store, each with the version of its format."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from dagflow_storage import fields
+from dagflow_storage.bounded_json import parse_json
 from dagflow_storage.errors import DamagedData, FormatTooNew
 from dagflow_storage.location import Store
 
@@ -29,16 +32,21 @@ def read_document(store: Store, path: str, newest_format: int) -> dict[str, Any]
         If it is newer than `newest_format`.
     """
     data = store.read_bytes(path)
-    try:
-        document = json.loads(data)
-        found = int(document["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedData(
-            f"{path} in {store!r} ({len(data)} bytes) is no document of dagflow: {error}"
-        ) from error
+    with sound(f"{path} in {store!r} ({len(data)} bytes) is no document of dagflow"):
+        document = fields.members(parse_json(data, finite=False), "it", "format_version")
+        found = fields.integer(document["format_version"], "format_version")
     if found > newest_format:
         raise FormatTooNew(
             f"{path} in {store!r} has format version {found}, this dagflow reads versions up "
             f"to {newest_format}: upgrade dagflow"
         )
     return dict(document)
+
+
+@contextmanager
+def sound(otherwise: str) -> Iterator[None]:
+    """Raise `DamagedData` for what the block's checks of something stored find wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise DamagedData(f"{otherwise}: {error}") from error

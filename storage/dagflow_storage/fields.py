@@ -12,7 +12,8 @@ MOST_INTEGER = 2**63 - 1
 # NumPy's limit, and more than any kernel of torch takes.
 MOST_DIMENSIONS = 64
 _MOST_SHOWN = 80
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# Half a surrogate pair can't be encoded; the backslash separates folders on Windows.
+_NOT_IN_NAMES = re.compile(r"[\x00-\x1f\x7f\\/\ud800-\udfff]")
 
 
 def integer(value: Any, what: str, least: int = 0, most: int = MOST_INTEGER) -> int:
@@ -22,12 +23,12 @@ def integer(value: Any, what: str, least: int = 0, most: int = MOST_INTEGER) -> 
     return value
 
 
-def number(value: Any, what: str, least: float = -math.inf) -> float:
-    """A number, NaN only where nothing is asked of it."""
+def number(value: Any, what: str, least: float = -math.inf, most: float = math.inf) -> float:
+    """A number; NaN only where nothing is asked of it."""
     if type(value) not in (int, float):
         raise ValueError(f"{what} is {shown(value)}, not a number")
-    if least > -math.inf and not least <= value < math.inf:
-        raise ValueError(f"{what} is {shown(value)}, not a number of at least {least:g}")
+    if (least, most) != (-math.inf, math.inf) and not least <= value <= most:
+        raise ValueError(f"{what} is {shown(value)}, not a number from {least:g} to {most:g}")
     return float(value)
 
 
@@ -67,12 +68,13 @@ def items(value: Any, what: str) -> Sequence[Any]:
     return value
 
 
-def members(value: Any, what: str) -> Mapping[str, Any]:
-    """An object of names and values."""
-    if not isinstance(value, dict):
+def members(value: Any, what: str, *wanted: str) -> Mapping[str, Any]:
+    """An object of names and values, with the wanted names among them."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{what} is {shown(value)}, not an object")
-    for key in value:
-        text(key, f"a name in {what}")
+    missing = [key for key in wanted if key not in value]
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(missing)}")
     return value
 
 
@@ -101,4 +103,4 @@ def shown(value: Any) -> str:
 
 
 def _is_name(part: str) -> bool:
-    return 0 < len(part) <= 255 and part not in (".", "..") and not _CONTROL.search(part)
+    return 0 < len(part) <= 255 and part not in (".", "..") and not _NOT_IN_NAMES.search(part)

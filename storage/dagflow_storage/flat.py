@@ -20,9 +20,12 @@ from dagflow_storage.codec import Blosc2Codec
 from dagflow_storage.documents import JSON
 from dagflow_storage.errors import DagflowError, DamagedData, NotFound, StoreUnreachable
 from dagflow_storage.location import Store
+from dagflow_storage.metadata import NotOurs, check_metadata
 
 AnyArray = NDArray[Any]
 _METADATA = "zarr.json"
+# Of what is to take more memory than this, chunks must be there before it is taken.
+_TRUSTED_BYTES = 2**28
 
 
 class _MissingChunk(Exception):
@@ -114,12 +117,15 @@ class FlatArray:
         where = _place(store, path)
         data = store.read_bytes(f"{path}/{_METADATA}")
         try:
+            check_metadata(data)
             buffer = default_buffer_prototype().buffer.from_bytes(data)
             metadata = {_METADATA: buffer}
             array = zarr.open_array(MemoryStore(metadata), mode="r+", zarr_format=3)
             return cls(store, path, metadata, array)
         except DagflowError:
             raise
+        except NotOurs as error:
+            raise NotFound(f"{where} holds an array that dagflow didn't write: {error}") from error
         except Exception as error:  # zarr has no error of its own for bad metadata
             raise DamagedData(f"the metadata of {where} can't be read: {error}") from error
 
@@ -187,6 +193,7 @@ class FlatArray:
         StoreUnreachable
             If the store did not answer, or reads went on being garbled on the way.
         """
+        self.check_there([(start, stop)])
         found = np.empty(stop - start, self.dtype)
         self.read_into([(start, found)])
         return found
@@ -208,11 +215,43 @@ class FlatArray:
         if not pieces:
             return
         start, stop = pieces[0][0], max(first + out.size for first, out in pieces)
-        if stop > len(self):
+        self._check_range(start, stop)
+        self._store.retries.run(lambda: self._read_checked(pieces, start, stop))
+
+    def check_there(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Return if elements can be there, for who is about to take memory for them.
+
+        Metadata of two hundred bytes may say that there is a terabyte. What a store has no chunks of
+        isn't there; small ranges are told when they are read, which saves a request.
+
+        Parameters
+        ----------
+        ranges
+            First element, and the one after the last.
+
+        Raises
+        ------
+        DamagedData
+        """
+        for start, stop in ranges:
+            self._check_range(start, stop)
+        num_elements = sum(stop - start for start, stop in ranges)
+        if num_elements * self.dtype.itemsize <= _TRUSTED_BYTES:
+            return
+        there = set(self._store.list(f"{self._path}/c"))
+        chunk = self.chunk_elements
+        for start, stop in ranges:
+            # No more looks than there are chunks: the first one that isn't there ends it.
+            for number in range(start // chunk, -(-stop // chunk)):
+                if str(number) not in there:
+                    place = _place(self._store, f"{self._path}/c/{number}".lstrip("/"))
+                    raise DamagedData(f"chunk {place} is damaged: it is missing")
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= len(self):
             raise DamagedData(
                 f"{self._where} has {len(self)} elements, {start} to {stop} were to be read"
             )
-        self._store.retries.run(lambda: self._read_checked(pieces, start, stop))
 
     def _read_checked(self, pieces: Sequence[tuple[int, AnyArray]], start: int, stop: int) -> None:
         try:

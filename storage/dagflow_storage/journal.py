@@ -22,17 +22,20 @@ from typing import Any
 
 import numpy as np
 
+from dagflow_storage import fields
 from dagflow_storage.arrays import ALIGNMENT_BYTES, aligned_empty, chunk_elements, codec_for
-from dagflow_storage.documents import JSON
-from dagflow_storage.errors import DamagedData, FormatTooNew, NotFound
+from dagflow_storage.documents import JSON, sound
+from dagflow_storage.errors import FormatTooNew, NotFound
 from dagflow_storage.flat import AnyArray, FlatArray
 from dagflow_storage.location import Store
+from dagflow_storage.metadata import DATA_TYPES
 
 JOURNAL_FORMAT = 3
 _MARK = "dagflow_journal"
 _FOLDER = "journal"
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+_STEP_FOLDER = re.compile(r"step-([0-9]{8,18})")
 _PARALLEL_READS = 8
+_STORED_AS = frozenset(np.dtype(name).newbyteorder("<").str for name in DATA_TYPES)
 
 
 @dataclass(frozen=True, order=True)
@@ -80,6 +83,21 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
 
+    @classmethod
+    def from_json(cls, data: Any) -> "StoredTensor":
+        """As it comes out of a segment's index; ValueError if it is none."""
+        given = fields.members(data, "a tensor", "name", "dtype", "stored_as", "shape", "offset")
+        stored_as = fields.text(given["stored_as"], "stored_as")
+        if stored_as not in _STORED_AS:
+            raise ValueError(f"a tensor is stored as {stored_as[:80]!r}")
+        return cls(
+            fields.text(given["name"], "a tensor's name"),
+            fields.text(given["dtype"], "a tensor's dtype"),
+            stored_as,
+            fields.shape(given["shape"], "a tensor's shape", np.dtype(stored_as).itemsize),
+            fields.integer(given["offset"], "a tensor's offset"),
+        )
+
     @property
     def num_bytes(self) -> int:
         """Bytes that it takes."""
@@ -108,8 +126,10 @@ class Segment:
         stored = [s for s in self.index[key] if wanted is None or s.name in wanted]
         if not stored:
             return {}
+        array = FlatArray.open(store, self.path)
+        array.check_there([(s.offset, s.offset + s.num_bytes) for s in stored])
         raw = [(s.offset, aligned_empty(s.num_bytes, np.dtype(np.uint8))) for s in stored]
-        FlatArray.open(store, self.path).read_into(raw)
+        array.read_into(raw)
         return {
             s.name: part.view(s.stored_as).reshape(s.shape)
             for s, (_, part) in zip(stored, raw, strict=True)
@@ -217,30 +237,55 @@ def delete_segments(store: Store, plan: str, from_step: int, stage: int) -> None
 def _read_index(store: Store, path: str) -> Segment | None:
     where = f"{path} in {store!r}"
     try:
-        document = FlatArray.open(store, path).attributes[_MARK]
-        found = int(document["format_version"])
+        array = FlatArray.open(store, path)
+    except NotFound:
+        return None  # never finished, or trimmed since it was listed
+    with sound(f"the journal's segment {where} has no index"):
+        attributes = fields.members(array.attributes, "its attributes", _MARK)
+        document = fields.members(attributes[_MARK], "it", "format_version")
+        found = fields.integer(document["format_version"], "format_version")
         if found > JOURNAL_FORMAT:
             raise FormatTooNew(
                 f"the journal's segment {where} has format version {found}, this dagflow reads "
                 f"versions up to {JOURNAL_FORMAT}: upgrade dagflow"
             )
         if found < JOURNAL_FORMAT:
-            return (
-                None  # its tensors' strides aren't said in full: the last snapshot is what stands
-            )
-        facts, index = {}, {}
-        for item in document["entries"]:
-            key = EntryKey(item["kind"], item["stage"], item["index"])
-            facts[key] = dict(item["facts"])
-            index[key] = tuple(
-                StoredTensor(**{**stored, "shape": tuple(stored["shape"])})
-                for stored in item["arrays"]
-            )
-    except NotFound:
-        return None  # never finished, or trimmed since it was listed
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedData(f"the journal's segment {where} has no index: {error!r}") from error
-    return Segment(path, facts, index)
+            return None  # its tensors' strides aren't said in full: the last snapshot stands
+        facts: dict[EntryKey, Mapping[str, Any]] = {}
+        index: dict[EntryKey, tuple[StoredTensor, ...]] = {}
+        for item in fields.items(document.get("entries"), "entries"):
+            key, facts_of_it, tensors = _decode(item)
+            if key in facts:
+                raise ValueError(f"{key} is in it twice")
+            facts[key], index[key] = facts_of_it, tensors
+        _check_places(array, [stored for tensors in index.values() for stored in tensors])
+        return Segment(path, facts, index)
+
+
+def _decode(item: Any) -> tuple[EntryKey, Mapping[str, Any], tuple[StoredTensor, ...]]:
+    given = fields.members(item, "an entry", "kind", "stage", "index", "facts", "arrays")
+    key = EntryKey(
+        fields.text(given["kind"], "kind"),
+        fields.integer(given["stage"], "stage"),
+        fields.integer(given["index"], "index"),
+    )
+    tensors = tuple(map(StoredTensor.from_json, fields.items(given["arrays"], "arrays")))
+    if len({stored.name for stored in tensors}) < len(tensors):
+        raise ValueError(f"{key} has two tensors of the same name")
+    return key, dict(fields.members(given["facts"], "facts")), tensors
+
+
+def _check_places(array: FlatArray, tensors: Sequence[StoredTensor]) -> None:
+    """Raise ValueError unless a segment's tensors lie beside each other in its bytes."""
+    if array.dtype != np.uint8:
+        raise ValueError(f"its elements are {array.dtype}, not bytes")
+    end = 0
+    for stored in sorted(tensors, key=lambda stored: (stored.offset, stored.num_bytes)):
+        if stored.num_bytes and stored.offset < end:
+            raise ValueError(f"{stored.name!r} overlaps the tensor before")
+        end = max(end, stored.offset + stored.num_bytes)
+    if end > len(array):
+        raise ValueError(f"its tensors end at byte {end} of {len(array)}")
 
 
 def _encode(segment: Segment) -> dict[str, JSON]:

@@ -28,7 +28,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from dagflow_storage import fields
 from dagflow_storage._process import ProcessIdentity
 from dagflow_storage.documents import encode_document, read_document
 from dagflow_storage.errors import (
@@ -46,8 +48,10 @@ PATIENCE_SECONDS = 30.0
 BEAT_SECONDS = 5.0
 # One beat may get lost, and the next be late, before anybody thinks of taking over.
 _MIN_BEATS_WITHIN_PATIENCE = 3
-_EPOCH = re.compile(r"epoch-(\d{8,})\.json")
-_ANY = re.compile(r"(?:epoch|beat)-(\d{8,})[-.].*")
+# Who is silent for a week is gone, whatever he said of his patience.
+_LONGEST_SECONDS = 7 * 86400.0
+_EPOCH = re.compile(r"epoch-([0-9]{8,18})\.json")
+_ANY = re.compile(r"(?:epoch|beat)-([0-9]{8,18})[-.].*")
 
 
 def steady_seconds() -> float:
@@ -392,13 +396,16 @@ class _LeaseFiles:
     def read(self, epoch: int) -> Holder:
         found = read_document(self._folder, _epoch_path(epoch), LEASE_FORMAT)
         with self._well_formed(_epoch_path(epoch)):
-            return Holder(
-                int(found["epoch"]),
-                str(found["nonce"]),
-                ProcessIdentity(**found["process"]),
-                float(found["beat_seconds"]),
-                float(found["patience_seconds"]),
-            )
+            wanted = ("nonce", "process", "beat_seconds", "patience_seconds", "epoch")
+            given = fields.members(found, "it", *wanted)
+            # Its name is what others go by, and the nonce becomes part of another name.
+            fields.integer(given["epoch"], "epoch", epoch, epoch)
+            nonce = fields.name(given["nonce"], "nonce")
+            process = _process(given["process"])
+            beat = fields.number(given["beat_seconds"], "beat_seconds", 0, _LONGEST_SECONDS)
+            patience = given["patience_seconds"]
+            patience = fields.number(patience, "patience_seconds", 0, _LONGEST_SECONDS)
+            return Holder(epoch, nonce, process, beat, patience)
 
     def create(self, holder: Holder) -> bool:
         """Create a holder's epoch; of several holders one succeeds."""
@@ -418,7 +425,9 @@ class _LeaseFiles:
         except NotFound:
             return None
         with self._well_formed(path):
-            return Beat(int(found["counter"]), bool(found["released"]))
+            given = fields.members(found, "it", "counter", "released")
+            counter = fields.integer(given["counter"], "counter")
+            return Beat(counter, fields.flag(given["released"], "released"))
 
     def write_beat(self, holder: Holder, beat: Beat) -> None:
         self._folder.write_bytes(_beat_path(holder), encode_document(LEASE_FORMAT, asdict(beat)))
@@ -436,11 +445,21 @@ class _LeaseFiles:
     def _well_formed(self, path: str) -> Iterator[None]:
         try:
             yield
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise DamagedData(
-                f"{path} in {self._folder!r} is no file of a lease ({type(error).__name__}: "
-                f"{error}). If no driver uses this store, delete {self._folder.url}"
+                f"{path} in {self._folder!r} is no file of a lease: {error}. If no driver uses "
+                f"this store, delete {self._folder.url}"
             ) from error
+
+
+def _process(given: Any) -> ProcessIdentity:
+    found = fields.members(given, "process", "host", "pid")
+    return ProcessIdentity(
+        fields.text(found["host"], "host"),
+        fields.integer(found["pid"], "pid", 1, 2**31 - 1),
+        fields.text(found.get("machine", ""), "machine"),
+        fields.text(found.get("started", ""), "started"),
+    )
 
 
 def _epoch_path(epoch: int) -> str:

@@ -7,14 +7,16 @@ without decoding anything.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import google_crc32c
 
-from dagflow_storage.arrays import StoredArray
-from dagflow_storage.documents import encode_document, read_document
+from dagflow_storage import fields
+from dagflow_storage.arrays import StoredArray, check_places
+from dagflow_storage.documents import encode_document, read_document, sound
 from dagflow_storage.errors import DamagedData
 from dagflow_storage.location import Store
 
@@ -23,6 +25,7 @@ SNAPSHOT_FORMAT = 2
 _FIRST_WITH_CHECKSUM = 2
 _CHECKSUM = "checksum"
 _CHUNK_CHECKSUM_BYTES = 4
+_OBJECT = re.compile(r"([0-9]{1,18}) ([0-9a-f]{8})")
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,11 @@ class StoredObject:
 
     @classmethod
     def from_json(cls, path: str, data: str) -> "StoredObject":
-        """As it comes out of the manifest."""
-        size_bytes, crc32c = data.split(" ")
-        return cls(path, int(size_bytes), int(crc32c, 16))
+        """As it comes out of the manifest; ValueError if it is no such line."""
+        found = _OBJECT.fullmatch(fields.text(data, f"the size of {path!r}"))
+        if found is None:
+            raise ValueError(f"{path!r} has {data!r:.80}, not a size and a checksum")
+        return cls(fields.path(path, "an object"), int(found[1]), int(found[2], 16))
 
 
 @dataclass(frozen=True)
@@ -91,12 +96,14 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ShardRecord":
-        """As it comes out of the manifest."""
-        arrays = tuple(StoredArray.from_json(stored) for stored in data["arrays"])
-        objects = tuple(
-            StoredObject.from_json(path, stored) for path, stored in data.get("objects", {}).items()
-        )
-        return cls(data["shard"], data["path"], arrays, objects)
+        """As it comes out of the manifest; ValueError if it is none."""
+        given = fields.members(data, "a shard", "shard", "path", "arrays")
+        arrays = tuple(map(StoredArray.from_json, fields.items(given["arrays"], "arrays")))
+        check_places(arrays)
+        listed = fields.members(given.get("objects", {}), "objects")
+        objects = tuple(StoredObject.from_json(path, stored) for path, stored in listed.items())
+        shard, path = fields.text(given["shard"], "shard"), fields.path(given["path"], "path")
+        return cls(shard, path, arrays, objects)
 
 
 @dataclass(frozen=True)
@@ -137,15 +144,14 @@ def read_manifest(store: Store, path: str) -> Manifest:
     """
     document = read_document(store, path, SNAPSHOT_FORMAT)
     _check(document, f"{path} in {store!r}")
-    try:
+    with sound(f"{path} in {store!r} is no manifest"):
+        given = fields.members(document, "it", "step", "meta", "shards")
         return Manifest(
-            step=int(document["step"]),
-            meta=dict(document["meta"]),
-            shards=tuple(ShardRecord.from_json(record) for record in document["shards"]),
-            nonce=str(document.get("nonce", "")),
+            step=fields.integer(given["step"], "step"),
+            meta=dict(fields.members(given["meta"], "meta")),
+            shards=tuple(map(ShardRecord.from_json, fields.items(given["shards"], "shards"))),
+            nonce=fields.text(given.get("nonce", ""), "nonce"),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedData(f"{path} in {store!r} is no manifest: {error!r}") from error
 
 
 def claimed_crc32c(path: str, data: bytes) -> int:

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from dagflow_storage.documents import JSON
-from dagflow_storage.errors import DamagedData, NotFound
+from dagflow_storage import fields
+from dagflow_storage.bounded_json import parse_json
+from dagflow_storage.documents import JSON, sound
+from dagflow_storage.errors import NotFound
 from dagflow_storage.location import Store
 
-_PART = re.compile(r"part-(\d{8,})\.jsonl")
+_PART = re.compile(r"part-([0-9]{8,18})\.jsonl")
 _ROWS_PER_PART = 64
 
 
@@ -95,24 +97,24 @@ class RowLog:
             data = self._store.read_bytes(path)
         except NotFound:
             return  # superseded since it was listed
-        try:
-            yield from [json.loads(line) for line in data.splitlines()]
-        except ValueError as error:
-            raise DamagedData(f"{path} in {self._store!r}: {error}") from error
+        with sound(f"{path} in {self._store!r}"):
+            yield from [_row(line) for line in data.splitlines()]
 
     def _sound_rows(self, start: int) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(NotFound):
             for line in self._store.read_bytes(self._path(start)).splitlines():
                 try:
-                    row = json.loads(line)
-                    _step_of(row)
-                except (ValueError, AttributeError):
+                    row = _row(line)
+                except ValueError:
                     continue
                 yield row
 
 
+def _row(line: bytes) -> dict[str, Any]:
+    row = fields.members(parse_json(line, finite=False), "a row", "step")
+    _step_of(row)
+    return dict(row)
+
+
 def _step_of(row: Mapping[str, JSON]) -> int:
-    step = row.get("step")
-    if not isinstance(step, int) or step < 0:
-        raise ValueError(f"a row needs an integer 'step' of at least 0: {dict(row)}")
-    return step
+    return fields.integer(row.get("step"), f"the step of the row {fields.shown(dict(row))}")

@@ -13,13 +13,15 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dagflow_storage.documents import JSON, encode_document, read_document
-from dagflow_storage.errors import DamagedData, StoreHoldsAnotherRun
+from dagflow_storage import fields
+from dagflow_storage.documents import JSON, encode_document, read_document, sound
+from dagflow_storage.errors import StoreHoldsAnotherRun
 from dagflow_storage.location import Store
 from dagflow_storage.rows import RowLog
 
 RUN_FORMAT = 1
 _RUN_FILE = "run.json"
+_MOST_STAGES = 1_000_000  # fewer than operators in any model
 _ABSENT = object()
 
 
@@ -77,7 +79,7 @@ class RunDirectory:
 
     def facts(self) -> dict[str, Any]:
         """What else was told about the run; empty if an older dagflow created it."""
-        return dict(self._run_file().get("facts", {}))
+        return dict(self._run_file().get("facts") or {})
 
     @property
     def run_id(self) -> str:
@@ -104,8 +106,11 @@ class RunDirectory:
         """
         folder = f"programs/{name}"
         listing = read_document(self.store, f"{folder}/programs.json", RUN_FORMAT)
-        stages = range(int(listing["num_stages"]))
-        return [self.store.read_bytes(_program_path(folder, stage)).decode() for stage in stages]
+        with sound(f"{folder} in {self.store!r} holds no programs"):
+            fields.members(listing, "it", "num_stages")
+            num_stages = fields.integer(listing["num_stages"], "num_stages", most=_MOST_STAGES)
+            paths = [_program_path(folder, stage) for stage in range(num_stages)]
+            return [self.store.read_bytes(path).decode() for path in paths]
 
     def append_metrics(self, rows: Sequence[Mapping[str, JSON]]) -> None:
         """Add rows, each with an integer ``"step"``; see `RowLog.append`."""
@@ -121,8 +126,11 @@ class RunDirectory:
 
     def _run_file(self) -> dict[str, Any]:
         document = read_document(self.store, _RUN_FILE, RUN_FORMAT)
-        if not {"run_id", "settings"} <= document.keys():
-            raise DamagedData(f"{_RUN_FILE} in {self.store!r} lacks run_id or settings")
+        with sound(f"{_RUN_FILE} in {self.store!r} is that of no run"):
+            fields.members(document, "it", "run_id", "settings")
+            fields.text(document["run_id"], "run_id")
+            fields.members(document["settings"], "settings")
+            fields.members(document.get("facts") or {}, "facts")
         return document
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import google_crc32c
 
+from dagflow_storage import fields
+from dagflow_storage.documents import sound
 from dagflow_storage.errors import DamagedData, FormatTooNew, NotFound
 from dagflow_storage.location import Store
 from dagflow_storage.rows import RowLog
@@ -93,8 +95,8 @@ class SequenceLog:
             If a newer dagflow wrote it.
         """
         found = self._rows.read(skip_damaged=True)
-        sound = [row for row in found if row.pop("crc32c", None) == _checksum(row)]
-        held = [row for number, row in enumerate(sound) if row["step"] == number]
+        whole = [row for row in found if row.pop("crc32c", None) == _checksum(row)]
+        held = [row for number, row in enumerate(whole) if row["step"] == number]
         if not held:
             if not self._store.list(self._path):  # an empty folder is where a crash came early
                 raise NotFound(f"{self._store!r} has nothing at {self._path}")
@@ -103,16 +105,21 @@ class SequenceLog:
                 "was. Delete it, and begin anew"
             )
         head, *rows = held
-        if head["format_version"] > SEQUENCE_FORMAT:
+        with sound(f"the first row of {self._path} in {self._store!r} is none"):
+            version = fields.integer(head.get("format_version"), "format_version")
+        if version > SEQUENCE_FORMAT:
             raise FormatTooNew(
                 f"{self._path} in {self._store!r} has format version {head['format_version']}, this "
                 f"dagflow reads versions up to {SEQUENCE_FORMAT}: upgrade dagflow"
             )
         tokens: list[int] = []
         details: list[Any] = []
-        for row in rows:
-            tokens[row["at"] :] = row["tokens"]
-            details[row["at"] :] = row.get("details") or [None] * len(row["tokens"])
+        for number, row in enumerate(rows, 1):
+            try:
+                _extend(tokens, details, row)
+            except ValueError:
+                del held[number:]
+                break
         self._num_rows = len(held)
         return StoredSequence(
             head,
@@ -120,8 +127,25 @@ class SequenceLog:
             tuple(details),
             held[-1].get("end"),
             len(held),
-            len(sound) > len(held),
+            len(whole) > len(held),
         )
+
+
+def _extend(tokens: list[int], details: list[Any], row: Mapping[str, Any]) -> None:
+    """Add a row's tokens to those before; ValueError if it isn't one that could follow on them."""
+    given = fields.members(row, "a row", "at", "tokens")
+    at = fields.integer(given["at"], "at", most=len(tokens))
+    more = [fields.integer(token, "a token") for token in fields.items(given["tokens"], "tokens")]
+    beside = fields.items(given.get("details") or [None] * len(more), "details")
+    if len(beside) != len(more):
+        raise ValueError(f"it has {len(more)} tokens and {len(beside)} details")
+    for detail in beside:
+        for number in fields.items(detail or (), "a detail"):
+            fields.number(number, "a detail")
+    if given.get("end") is not None:
+        fields.text(given["end"], "end")
+    tokens[at:] = more
+    details[at:] = beside
 
 
 def is_sequence_name(name: str) -> bool:

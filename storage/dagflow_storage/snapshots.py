@@ -29,7 +29,7 @@ from dagflow_storage.manifest import (
 from dagflow_storage.recording import RecordingStore
 
 SNAPSHOTS_FOLDER = "snapshots"
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+_STEP_FOLDER = re.compile(r"step-([0-9]{8,18})")
 
 
 def write_shard(

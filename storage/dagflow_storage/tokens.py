@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from dagflow_storage import fields
 from dagflow_storage.codec import Blosc2Codec
-from dagflow_storage.documents import JSON
+from dagflow_storage.documents import JSON, sound
 from dagflow_storage.errors import FormatTooNew, NotFound, StoreNotWritable
 from dagflow_storage.flat import AnyArray, FlatArray
 from dagflow_storage.location import Store
@@ -192,12 +193,18 @@ def _open_tokens(store: Store) -> FlatArray:
             f"{store!r} holds an array, but no tokens, or they were not completely written; "
             "write_tokens writes them"
         )
-    found = int(mark["format_version"])
+    with sound(f"what the tokens in {store!r} say of themselves is damaged"):
+        fields.members(mark, "it", "format_version", "num_tokens")
+        found = fields.integer(mark["format_version"], "format_version")
     if found > TOKENS_FORMAT:
         raise FormatTooNew(
             f"the tokens in {store!r} have format version {found}, this dagflow reads versions "
             f"up to {TOKENS_FORMAT}: upgrade dagflow"
         )
+    with sound(f"the tokens in {store!r} are damaged"):
+        fields.integer(mark["num_tokens"], "num_tokens", len(array), len(array))
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"they are {array.dtype}, not integers")
     return array
 
 

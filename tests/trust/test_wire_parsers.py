@@ -71,9 +71,9 @@ def sent(value: Any) -> tuple[dict[str, Any], list[Any]]:
     return header["sub-header"], [bytearray(memoryview(frame).cast("B")) for frame in frames]
 
 
-def received(header: dict[str, Any], frames: list[Any], kind: Any = TensorDict({})) -> Any:
-    """What dask makes of it in another process."""
-    outer, _ = serialize(kind, serializers=["dask"])
+def received(header: dict[str, Any], frames: list[Any], like: Any = None) -> Any:
+    """What dask makes of it in another process, which knows what it is."""
+    outer, _ = serialize(TensorDict() if like is None else like, serializers=["dask"])
     return deserialize({**outer, "sub-header": header}, frames)
 
 
