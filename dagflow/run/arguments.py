@@ -217,6 +217,10 @@ def shown(value: Any) -> str:
     """Return a value for a message: itself if it is short, and what it is."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    text, name = repr(value), type(value).__name__
+    name = type(value).__name__
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers of more than 4300 digits
+        text = "." * 41
     kind = f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
     return f"{text} ({kind})" if len(text) <= 40 else kind

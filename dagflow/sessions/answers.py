@@ -103,6 +103,8 @@ class Request:
         Whether to tell what each token was chosen from.
     name : str or None
         Under which the answer is kept, where something is kept; None for not at all.
+    owner : str
+        Whose it is: it goes on only from what was computed for requests of the same owner.
     """
 
     prompt: tuple[int, ...]
@@ -114,11 +116,15 @@ class Request:
     logprobs: int | None = None
     logits: bool = False
     name: str | None = None
+    owner: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return what is kept: neither its name nor how it is sped up, nor what can't be kept."""
+        """Return what is kept: neither its name nor how it is sped up, nor what can't be kept.
+
+        Nor whose it is: that bears on what is computed, and on no token.
+        """
         found = asdict(self)
-        del found["name"], found["speculate"], found["logits"]
+        del found["name"], found["speculate"], found["logits"], found["owner"]
         bias = found["sampling"]["logit_bias"]
         found["sampling"]["logit_bias"] = {str(token): value for token, value in bias.items()}
         return found

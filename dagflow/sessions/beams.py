@@ -203,7 +203,9 @@ async def search(engine: Engine, request: Request, beams: Beams) -> list[Hypothe
     """
     found = Search(beams, request)
     num_tokens = whole_blocks(len(request.prompt) + request.max_new_tokens)
-    lead = await engine.admit(beams.num_beams * num_tokens, request.prompt, beams.num_beams)
+    lead = await engine.admit(
+        beams.num_beams * num_tokens, request.prompt, beams.num_beams, request.owner
+    )
     lead.is_lead = True
     sessions = [lead, *[await engine.open() for _ in range(beams.num_beams - 1)]]
     try:

@@ -7,6 +7,7 @@ import queue
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from dagflow_storage import Store
 
 _DEFAULT_NEW_TOKENS = 128
 _LOOK_SECONDS = 1.0
+# More than any caches hold, in a number that can be shown.
+_MOST_NEW_TOKENS = 2**48
 
 
 class Deployment:
@@ -51,7 +54,8 @@ class Deployment:
         What the caches of all sessions together may take on each worker: keys, values, and the rows
         that are kept for the next stage. By default half of what weights leave of its memory limit.
     prefix_reuse : bool
-        Whether requests go on from tokens that others, running or ended, have computed.
+        Whether requests go on from tokens that others of the same owner, running or ended, have
+        computed.
     cluster : ClusterSettings
         How to start a local one, and how long to wait for workers.
     draft : Model, str, Path or torch module, optional
@@ -166,6 +170,7 @@ class Deployment:
         logprobs: int | None = None,
         logits: bool = False,
         name: str | None = None,
+        owner: str = "",
         **sampling: Any,
     ) -> Request:
         """Check what is wanted.
@@ -174,6 +179,9 @@ class Deployment:
         ----------
         name : str, optional
             Keeps the answer in the deployment's store, under this name.
+        owner : str
+            Whose it is. Requests of one owner go on from what was computed for others of the same;
+            what other owners have asked shows neither in `Token.num_cached` nor in how long it takes.
 
         Raises
         ------
@@ -206,8 +214,8 @@ class Deployment:
             wanted = max_new_tokens
         if not is_whole(wanted) or wanted < 1:
             raise SettingsInvalid(f"max_new_tokens counts from 1; found {shown(wanted)}.")
-        if limit is not None:
-            wanted = min(wanted, limit - len(tokens))
+        most = _MOST_NEW_TOKENS if limit is None else limit - len(tokens)
+        wanted = min(index(wanted), most)
         self.engine.pool.check(len(tokens) + wanted)
         stops = (
             (stop,)
@@ -219,6 +227,8 @@ class Deployment:
         for text in stops:
             if not isinstance(text, str):
                 raise SettingsInvalid(f"stop= is a text or a list of texts; found {shown(text)}.")
+        if logprobs is not None and not (is_whole(logprobs) and logprobs >= 0):
+            raise SettingsInvalid(f"logprobs counts tokens, from 0; found {shown(logprobs)}.")
         if stops:
             _ = self.model.tokenizer  # stop strings need one: said now rather than later
         ends = () if ignore_end else self.model.end_tokens
@@ -226,9 +236,11 @@ class Deployment:
         unknown = self.model.first_unknown(chosen.logit_bias)
         if unknown is not None:
             raise SettingsInvalid(
-                f"logit_bias names token {unknown}, which isn't in the vocabulary."
+                f"logit_bias names token {shown(unknown)}, which isn't in the vocabulary."
             )
-        return Request(tokens, wanted, chosen, stops, ends, speculate, logprobs, logits, name)
+        return Request(
+            tokens, wanted, chosen, stops, ends, speculate, logprobs, logits, name, owner
+        )
 
     def stream(
         self, requests: Sequence[Request], *, keeper: Keeper | None = None
@@ -341,7 +353,8 @@ class Deployment:
         """Yield the tokens of one answer, when there is room for it; runs on the client's loop."""
         made = chosen_so_far(record)
         known = [*request.prompt, *(one.token for one in made)]
-        live = await self.engine.admit(len(request.prompt) + request.max_new_tokens, known)
+        most = len(request.prompt) + request.max_new_tokens
+        live = await self.engine.admit(most, known, owner=request.owner)
         draft = self._draft.begin(live.name) if self._draft is not None else None
         answer = Answer(self.engine, self.model, request, number, live, draft, made)
         position = 0

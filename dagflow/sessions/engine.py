@@ -355,12 +355,17 @@ class Engine:
         return live
 
     async def admit(
-        self, num_tokens: int, prompt: Sequence[int] = (), num_sequences: int = 1
+        self,
+        num_tokens: int,
+        prompt: Sequence[int] = (),
+        num_sequences: int = 1,
+        owner: str = "",
     ) -> Live:
         """Begin a session that will have at most so many tokens, when there is room for them.
 
         With several sequences (beams) these are the tokens of all of them.
-        If others have computed the beginning of the prompt, it has these tokens already.
+        If others of the same owner have computed the beginning of the prompt, it has these tokens
+        already.
 
         Raises
         ------
@@ -369,7 +374,8 @@ class Engine:
         CacheFull
             If sessions that are fed by hand hold too much, or workers have left.
         """
-        live = await self.pool.admit(Live(num_sequences=num_sequences), num_tokens, prompt)
+        wanted = Live(num_sequences=num_sequences, owner=owner)
+        live = await self.pool.admit(wanted, num_tokens, prompt)
         self._live[live.name] = live
         try:
             if live.sharing is not None:
@@ -491,7 +497,7 @@ class Engine:
             If there is no room for them.
         """
         self._check_open(live)
-        new = Live()
+        new = Live(owner=live.owner)
         await self.pool.extend(new, length)
         self._share(live, new, length)
         if new.sharing is not None:

@@ -19,6 +19,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 from dagflow.errors import BatchInvalid, SettingsInvalid
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.decoder import without_head
+from dagflow.run.arguments import shown
 from dagflow.sessions.defaults import sampling_defaults
 from dagflow.sessions.text import Detokenizer
 from dagflow.sessions.tokenizing import encode_text, is_tokenizer, open_tokenizer
@@ -152,16 +154,17 @@ class Model:
         Raises
         ------
         BatchInvalid
-            If an id isn't in the vocabulary.
+            If it is neither, an id isn't in the vocabulary, or the text isn't Unicode.
         """
         if isinstance(text, str):
             tokens = tuple(encode_text(self.tokenizer, text)) if text else ()
         else:
-            tokens = tuple(int(token) for token in text)
+            tokens = _ids(text)
         wrong = self.first_unknown(tokens)
         if wrong is not None:
             raise BatchInvalid(
-                f"The prompt holds token {wrong}; the vocabulary has {self.config['vocab_size']}."
+                f"The prompt holds token {shown(wrong)}; the vocabulary has "
+                f"{self.config['vocab_size']}."
             )
         return tokens
 
@@ -179,6 +182,17 @@ class Model:
         """Return the first token that isn't in the vocabulary."""
         size = int(self.config.get("vocab_size") or 0)
         return next((token for token in tokens if not 0 <= token < (size or token + 1)), None)
+
+
+def _ids(given: Any) -> tuple[int, ...]:
+    """Return token ids as Python's integers."""
+    tokens = given.tolist() if isinstance(given, torch.Tensor) else given
+    try:
+        return tuple(map(index, tokens))
+    except TypeError:
+        raise BatchInvalid(
+            f"A prompt is a text, or whole numbers that are token ids; found {shown(given)}."
+        ) from None
 
 
 def read_stage(ref: ModelRef, program: StageProgram, device: torch.device) -> DecoderStage:

@@ -44,6 +44,8 @@ class Holder:
         Whether it grows as its owner likes, and ends when that one likes.
     ticket : int
         Its place in the order in which sessions came.
+    owner : str
+        Whose it is: only sessions of the same owner go on from its tokens.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -53,6 +55,7 @@ class Holder:
     num_sequences: int = 1
     by_hand: bool = False
     ticket: int = -1
+    owner: str = ""
 
 
 Some = TypeVar("Some", bound=Holder)
@@ -299,7 +302,7 @@ class CachePool(Generic[Some]):
             first = self._waiting[0]
             if not first.granted.done():
                 error = self._refusal(first)
-                source, shared = self._source(first.prompt)
+                source, shared = self._source(first.prompt, first.holder.owner)
                 if error is not None:
                     first.granted.set_exception(error)
                 elif self._has_room(first, source):
@@ -327,14 +330,20 @@ class CachePool(Generic[Some]):
             )
         return None
 
-    def _source(self, prompt: Sequence[int]) -> tuple[Some | None, int]:
-        """Return whoever has computed most of a prompt's beginning, and how many tokens these are."""
+    def _source(self, prompt: Sequence[int], owner: str) -> tuple[Some | None, int]:
+        """Return which session has computed most of a prompt's beginning, and how many tokens of it.
+
+        Others' sessions are passed over: from whether a prompt had to be computed, and how long that
+        took, its sender could read what they hold, a token at a time.
+        """
         best, most = None, LEAST_SHARED_TOKENS - 1
         if not self._reuse or len(prompt) <= LEAST_SHARED_TOKENS:
             return None, 0
         # The last token's logits are wanted, so it is computed in any case.
         usable, reach = list(prompt[:-1]), self.room.reach
         for holder in [*reversed(self._kept), *self._holders]:
+            if holder.owner != owner:
+                continue
             shared = min(common(usable, holder.tokens), holder.num_computed)
             if shared > most and (reach is None or len(holder.tokens) - shared <= reach):
                 best, most = holder, shared

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dagflow.errors import SettingsInvalid
+from dagflow.errors import BatchInvalid, SettingsInvalid
 from dagflow.sessions.foreign_code import reason
 
 # By how their names begin or end: the vocabularies of all tokenizers of transformers, and what is
@@ -121,7 +121,19 @@ def encode_text(tokenizer: Any, text: str, **options: Any) -> list[int]:
     """Return a text's tokens, with what the tokenizer puts before it, once.
 
     A rendered chat template begins with that already (with ``<s>``, mostly).
+
+    Raises
+    ------
+    BatchInvalid
+        If the text holds half of a surrogate pair, which is no character.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BatchInvalid(
+            f"The text isn't Unicode: its character {error.start} is {text[error.start]!r}, half of a "
+            "surrogate pair."
+        ) from None
     tokens: list[int] = list(tokenizer(text, **options)["input_ids"])
     specials = tuple(token for token in tokenizer.all_special_tokens if token)
     if not options.get("add_special_tokens", True) or not text.lstrip().startswith(specials):
