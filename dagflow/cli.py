@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import click
 from dagflow.errors import DagflowError
 
 _PRECISION = click.Choice(["fp32", "bf16", "fp16"])
+_API_KEYS = "DAGFLOW_API_KEYS"
 
 
 def _number_or_auto(_: click.Context, __: click.Parameter, value: str) -> int | str:
@@ -108,6 +110,14 @@ def _scheduler_address(_: click.Context, __: click.Parameter, value: str) -> str
     except ValueError as error:
         raise click.BadParameter(f"{value!r}: {error}.") from error
     return value
+
+
+def _origins(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    found = tuple(origin.lower().rstrip("/") for origin in value)
+    for origin in found:
+        if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise click.BadParameter(f"{origin!r} is no origin, such as https://example.org.")
+    return found
 
 
 def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
@@ -256,8 +266,21 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--api-key",
     multiple=True,
-    envvar="DAGFLOW_API_KEYS",
+    envvar=_API_KEYS,
     help="Who has none of these is refused; may be repeated. Everybody is served by default.",
+)
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    callback=_origins,
+    help="Web pages that may ask, as https://example.org, or * for all; may be repeated. By default "
+    "only the server's own.",
+)
+@click.option(
+    "--allow-host",
+    multiple=True,
+    help="Names that clients call the server by, behind a proxy for one; may be repeated, * for all. "
+    "On loopback those of this machine are known, and others are refused.",
 )
 @click.option(
     "--max-running",
@@ -291,7 +314,14 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
     "they are gone on with, also after this server has died.",
 )
 @_clear_errors
-def serve(api_key: tuple[str, ...], max_running: int, max_queue: int, **options: Any) -> None:
+def serve(
+    api_key: tuple[str, ...],
+    allow_origin: tuple[str, ...],
+    allow_host: tuple[str, ...],
+    max_running: int,
+    max_queue: int,
+    **options: Any,
+) -> None:
     """Serve a language model as OpenAI's clients expect it, and a page to talk to it.
 
     \b
@@ -304,7 +334,8 @@ def serve(api_key: tuple[str, ...], max_running: int, max_queue: int, **options:
     from dagflow.server.app import ServerSettings
     from dagflow.server.serve import serve as serve_model
 
-    settings = ServerSettings(api_key, max_running, max_queue)
+    os.environ.pop(_API_KEYS, None)  # processes that are started need no keys
+    settings = ServerSettings(api_key, max_running, max_queue, allow_host, allow_origin)
     serve_model(**options, settings=settings, note=click.echo)
 
 

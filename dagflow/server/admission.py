@@ -30,6 +30,11 @@ class Admission:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def check(self) -> None:
+        """Raise `QueueFull` if nobody could enter now, not even the queue."""
+        if self.num_running >= self._max_running and len(self._waiting) >= self._max_queue:
+            raise QueueFull
+
     async def enter(self) -> None:
         """Wait for a place; who has one gives it back with `leave`.
 
@@ -37,11 +42,10 @@ class Admission:
         ------
         QueueFull
         """
+        self.check()
         if self.num_running < self._max_running:
             self.num_running += 1
             return
-        if len(self._waiting) >= self._max_queue:
-            raise QueueFull
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:

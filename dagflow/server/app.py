@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from dagflow.errors import DagflowError, RequestTooLarge
 from dagflow.server.admission import Admission, QueueFull
-from dagflow.server.bodies import MAX_CHOICES, ChatBody, Common, CompletionBody, parse
+from dagflow.server.bodies import (
+    MAX_CHOICES,
+    Body,
+    ChatBody,
+    Common,
+    CompletionBody,
+    parse,
+)
 from dagflow.server.bridge import Answers, Ending
-from dagflow.server.connection import EventStream, read_body, while_connected
+from dagflow.server.budget import Budget
+from dagflow.server.connection import EventStream, check_head, read_body, while_connected
 from dagflow.server.conversation import to_prompt
 from dagflow.server.encoding import encode
 from dagflow.server.errors import ApiError, as_api_error
+from dagflow.server.gate import Gate, refuse
 from dagflow.server.idempotency import name_of, take_up, with_names, with_seed
-from dagflow.server.metrics import CONTENT_TYPE, Metrics
+from dagflow.server.keys import Keys
+from dagflow.server.metrics import CONTENT_TYPE, Counting, Metrics
+from dagflow.server.page import page
+from dagflow.server.protocol import ADMITTED
 from dagflow.server.replies import ChatReply, CompletionReply, Reply, Usage
+from dagflow.server.structure import Limits
 from dagflow.sessions.answers import Request as Wanted
 from dagflow.sessions.defaults import served_defaults
 from dagflow.sessions.deployment import Deployment
 from dagflow.sessions.kept import close
 
-_PAGE = Path(__file__).with_name("page.html")
 _CLIENT_LEFT = 499
+# A longer body is validated in a thread, one at a time: it takes milliseconds.
+_SHORT_BYTES = 2**13
+# Tokens of all prompts of one request, unless one alone may have more.
+_MOST_PROMPT_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -44,15 +59,21 @@ class ServerSettings:
     ----------
     api_keys : tuple of str
         Empty for everybody.
+    allow_hosts : tuple of str
+        Names that clients call the server by, besides those that it knows; see `known_hosts`.
+    allow_origins : tuple of str
+        Whose pages may ask, besides its own; see `Gate`.
     max_running : int
         Requests that are answered at a time.
     max_queue : int
         Requests that may wait; those beyond are answered 429.
     """
 
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_running: int = 8
     max_queue: int = 64
+    allow_hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
 
 
 @dataclass
@@ -72,6 +93,9 @@ class Service:
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings.max_running, self.settings.max_queue)
+        self.keys = Keys(self.settings.api_keys)
+        self.bodies = Budget()
+        self._validating = asyncio.Semaphore(1)
         self.live: set[Answers] = set()
         self.is_ending = False
         self.created = int(time.time())
@@ -82,20 +106,47 @@ class Service:
         self.defaults = served_defaults(generation)
         self._default_new_tokens: int | None = generation.get("max_new_tokens")
 
-    def check_key(self, request: Request) -> None:
-        """Raise 401 unless the request has one of the keys."""
-        if not self.settings.api_keys:
-            return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode()
-        known = [hmac.compare_digest(given, one.encode()) for one in self.settings.api_keys]
-        if scheme.lower() != "bearer" or not any(known):
-            message = "The API key is wrong or missing: send it as 'Authorization: Bearer KEY'."
-            raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    def admit(self, request: Request) -> tuple[str, int]:
+        """Return whose a request is and how many bytes its body has, if that may be read.
+
+        Raises
+        ------
+        ApiError
+            401, 413, 415, or 429 if too many wait already.
+        """
+        owner = self.keys.owner(request.headers)
+        length = check_head(request)
+        try:
+            self.admission.check()
+        except QueueFull:
+            raise self._queue_full() from None
+        setattr(request.state, ADMITTED, True)
+        return owner, length
+
+    def _queue_full(self) -> ApiError:
+        message = (
+            f"{self.admission.num_running} requests are being answered and "
+            f"{self.admission.num_waiting} wait: try again later."
+        )
+        retry = {"Retry-After": str(self.metrics.retry_seconds)}
+        return ApiError(429, message, "queue_full", headers=retry)
+
+    async def parse(self, kind: type[Body], text: bytearray) -> Body:
+        """Return a request's body, checked."""
+        longest = self.deployment.max_tokens
+        num_tokens = max(longest, min(MAX_CHOICES * longest, _MOST_PROMPT_TOKENS))
+        limits = Limits(num_values=Limits.num_values + num_tokens)
+        if len(text) <= _SHORT_BYTES:
+            body = parse(kind, text, limits)
+        else:
+            async with self._validating:
+                body = await asyncio.to_thread(parse, kind, text, limits)
+        self.check_model(body.model)
+        return body
 
     def check_model(self, name: str) -> None:
         if name != self.name:
-            message = f"There is no model {name!r}; this server has {self.name!r}."
+            message = f"There is no model {name[:100]!r}; this server has {self.name!r}."
             raise ApiError(404, message, "model_not_found", "model")
 
     def describe(self) -> dict[str, Any]:
@@ -126,21 +177,26 @@ class Service:
             "missing": reasons,
         }
 
-    def wanted_of_chat(self, body: ChatBody) -> list[Wanted]:
+    def wanted_of_chat(self, body: ChatBody, owner: str) -> list[Wanted]:
         messages = [message.plain for message in body.messages]
         prompt, stops = to_prompt(self.tokenizer, messages, self.deployment.max_tokens)
-        return self._wanted(body, [prompt], (*body.stops, *stops), "messages")
+        return self._wanted(body, [prompt], (*body.stops, *stops), "messages", owner)
 
-    def wanted_of_completion(self, body: CompletionBody) -> list[Wanted]:
+    def wanted_of_completion(self, body: CompletionBody, owner: str) -> list[Wanted]:
         if not body.prompts or len(body.prompts) * body.n > MAX_CHOICES:
             message = (
                 f"prompts times n is from 1 to {MAX_CHOICES}; found {len(body.prompts) * body.n}."
             )
             raise ApiError(400, message, "invalid_value", "prompt")
-        return self._wanted(body, body.prompts, body.stops, "prompt")
+        return self._wanted(body, body.prompts, body.stops, "prompt", owner)
 
     def _wanted(
-        self, body: Common, prompts: Sequence[str | list[int]], stops: tuple[str, ...], param: str
+        self,
+        body: Common,
+        prompts: Sequence[str | list[int]],
+        stops: tuple[str, ...],
+        param: str,
+        owner: str,
     ) -> list[Wanted]:
         found = []
         limit = self.deployment.max_tokens
@@ -160,6 +216,7 @@ class Service:
                         max_new_tokens=body.max_new_tokens or default,
                         stop=stops,
                         logprobs=body.num_logprobs,
+                        owner=owner,
                         **sampling,
                     )
                     for sampling in body.sampling(self.vocabulary, self.defaults)
@@ -180,12 +237,7 @@ class Service:
         try:
             await self.admission.enter()
         except QueueFull:
-            message = (
-                f"{self.admission.num_running} requests are being answered and "
-                f"{self.admission.num_waiting} wait: try again later."
-            )
-            retry = {"Retry-After": str(self.metrics.retry_seconds)}
-            raise ApiError(429, message, "queue_full", headers=retry) from None
+            raise self._queue_full() from None
         try:
             records = await take_up(self.deployment, wanted)
         except BaseException:
@@ -217,6 +269,29 @@ class Service:
         """Return under which name the answer to a request is kept, if it is."""
         return name_of(request) if self.deployment.is_keeping else None
 
+    async def respond(
+        self,
+        request: Request,
+        kind: type[Body],
+        wanted_of: Callable[[Body, str], list[Wanted]],
+        reply: type[Reply],
+    ) -> Response:
+        """Admit a request, read its body, and answer it.
+
+        Parameters
+        ----------
+        wanted_of : callable
+            Says which answers a body of somebody wants.
+        """
+        (owner, length), key = self.admit(request), self.key_of(request)
+        with self.bodies.share() as share:
+            share.hold(length)
+            text = await read_body(request, share=share)
+            body = with_seed(await self.parse(kind, text), key)
+            del text
+            wanted = await asyncio.to_thread(wanted_of, body, owner)
+            return await self.answer(request, body, wanted, reply, key)
+
     async def answer(
         self,
         request: Request,
@@ -244,14 +319,21 @@ class Service:
             answers.cancel()
 
 
-def make_app(service: Service) -> ASGIApp:
-    """Return the application that serves a deployment."""
-    # FastAPI's own pages about an interface load scripts from elsewhere.
-    app = FastAPI(openapi_url=None)
+def make_app(service: Service, hosts: frozenset[str] | None = None) -> ASGIApp:
+    """Return the application that serves a deployment.
+
+    Parameters
+    ----------
+    hosts : frozenset of str, optional
+        By which names it goes; by all that it is called if it isn't said. See `known_hosts`.
+    """
+    # FastAPI's own pages about an interface load scripts from elsewhere, and its redirections lead to
+    # whichever host a request names.
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
 
     @app.get("/", response_class=HTMLResponse)
-    async def page() -> Response:
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
+    async def index() -> Response:
+        return page()
 
     @app.get("/health")
     async def health() -> Response:
@@ -266,36 +348,28 @@ def make_app(service: Service) -> ASGIApp:
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        service.check_key(request)
+        service.keys.owner(request.headers)
         return {"object": "list", "data": [service.describe()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:
-        service.check_key(request)
+        service.keys.owner(request.headers)
         service.check_model(name)
         return service.describe()
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        service.check_key(request)
-        key = service.key_of(request)
-        body = with_seed(parse(ChatBody, await read_body(request)), key)
-        service.check_model(body.model)
-        wanted = await asyncio.to_thread(service.wanted_of_chat, body)
-        return await service.answer(request, body, wanted, ChatReply, key)
+        return await service.respond(request, ChatBody, service.wanted_of_chat, ChatReply)
 
     @app.post("/v1/completions")
     async def completion(request: Request) -> Response:
-        service.check_key(request)
-        key = service.key_of(request)
-        body = with_seed(parse(CompletionBody, await read_body(request)), key)
-        service.check_model(body.model)
-        wanted = await asyncio.to_thread(service.wanted_of_completion, body)
-        return await service.answer(request, body, wanted, CompletionReply, key)
+        of_body = service.wanted_of_completion
+        return await service.respond(request, CompletionBody, of_body, CompletionReply)
 
     @app.exception_handler(HTTPException)
     async def no_such_thing(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}."
+        # Not `request.url`: that is made of a Host, which may be anything.
+        message = f"{request.method[:100]} {request.scope['path'][:100]}: {error.detail}."
         return refuse(ApiError(error.status_code, message, headers=error.headers))
 
     @app.exception_handler(ApiError)
@@ -308,28 +382,19 @@ def make_app(service: Service) -> ASGIApp:
     async def nobody_listens(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=_CLIENT_LEFT)
 
-    return _Counting(app, service.metrics)
+    origins = service.settings.allow_origins
+    friendly: ASGIApp = app
+    if origins:
+        friendly = CORSMiddleware(
+            app,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+            allow_private_network=True,
+        )
+    return Counting(Gate(friendly, hosts, origins), service.metrics)
 
 
 def _ending() -> ApiError:
     return ApiError(503, "The server is being ended.", "unavailable")
-
-
-def refuse(error: ApiError) -> Response:
-    return JSONResponse(error.body, error.status, error.headers)
-
-
-class _Counting:
-    """An application whose responses are counted."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self._metrics.responses[message["status"]] += 1
-            await send(message)
-
-        await self._app(scope, receive, counted)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
 from dagflow.server.conversation import Message
 from dagflow.server.errors import ApiError
+from dagflow.server.structure import Limits, check_structure
+from dagflow.sessions.sampling import LEAST_REPETITION_PENALTY
 
 MAX_CHOICES = 16
 _COMPLETION_TOKENS, _CHAT_TOKENS = 16, 1024
@@ -43,6 +45,10 @@ _Item = TypeVar("_Item")
 _List = Annotated[list[_Item], Field(fail_fast=True)]
 _Prompts = Annotated[_List[_Item], Field(max_length=MAX_CHOICES)]
 _MOST_BIASES = 4096
+_MOST_MODEL_CHARACTERS = 1000
+# Of what a request holds, in a message.
+_MOST_SHOWN = 100
+_MOST_DIGITS = 18
 
 _OF_SAMPLING = (
     "temperature",
@@ -59,7 +65,7 @@ _Tokens = Annotated[_List[int], Field(min_length=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -67,7 +73,9 @@ class _Strict(BaseModel):
         names = given if isinstance(given, dict) else ()
         for name in names:
             if name not in cls.model_fields:
-                raise PydanticCustomError("unknown", "There is no option {name}", {"name": name})
+                raise PydanticCustomError(
+                    "unknown", "There is no option {name}", {"name": _short(name)}
+                )
         return given
 
 
@@ -77,9 +85,17 @@ class StreamOptions(_Strict):
 
 
 class Common(_Strict):
-    """What both kinds of requests may hold."""
+    """What both kinds of requests may hold.
 
-    model: str
+    Attributes
+    ----------
+    long_option : str
+        The one that makes a body long.
+    """
+
+    long_option: ClassVar[str]
+
+    model: str = Field(max_length=_MOST_MODEL_CHARACTERS)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stop: _Stop | Annotated[_List[_Stop], Field(max_length=16)] = []
     stream: bool = False
@@ -90,7 +106,7 @@ class Common(_Strict):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    repetition_penalty: float = Field(default=1.0, ge=LEAST_REPETITION_PENALTY, le=10)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: Annotated[dict[str, _Bias], Field(max_length=_MOST_BIASES)] = {}
@@ -135,6 +151,8 @@ class Common(_Strict):
 class CompletionBody(Common):
     """Of POST /v1/completions."""
 
+    long_option = "prompt"
+
     prompt: str | _Prompts[str] | _Tokens | _Prompts[_Tokens]
     logprobs: int | None = Field(default=None, ge=0, le=5)
 
@@ -177,6 +195,8 @@ class ChatMessage(_Strict):
 class ChatBody(Common):
     """Of POST /v1/chat/completions."""
 
+    long_option = "messages"
+
     messages: Annotated[_List[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
@@ -198,7 +218,7 @@ class ChatBody(Common):
 Body = TypeVar("Body", bound=Common)
 
 
-def parse(kind: type[Body], text: bytes) -> Body:
+def parse(kind: type[Body], text: bytes | bytearray, limits: Limits | None = None) -> Body:
     """Return a body.
 
     Raises
@@ -206,12 +226,11 @@ def parse(kind: type[Body], text: bytes) -> Body:
     ApiError
         400; names the option.
     """
+    check_structure(text, limits or Limits(), kind.long_option)
     try:
-        found = from_json(text)
+        found = from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"The body is no valid JSON: {error}.", "invalid_json") from error
-    if not isinstance(found, dict):
-        raise ApiError(400, "The body is no JSON object.", "invalid_json")
     given = {name: value for name, value in found.items() if value is not None}
     for name in _IGNORED & given.keys():
         del given[name]
@@ -220,7 +239,8 @@ def parse(kind: type[Body], text: bytes) -> Body:
             raise ApiError(400, f"This server has no {name!r}.", "unsupported_parameter", name)
     for name in given:
         if name not in kind.model_fields:
-            raise ApiError(400, f"There is no option {name!r}.", "unknown_parameter", name)
+            shown = _short(name)
+            raise ApiError(400, f"There is no option {shown!r}.", "unknown_parameter", shown)
     try:
         return kind.model_validate(given)
     except ValidationError as error:
@@ -228,14 +248,19 @@ def parse(kind: type[Body], text: bytes) -> Body:
 
 
 def _option_error(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     name = str(first["loc"][0])
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(_short(str(part)) for part in first["loc"])
     return ApiError(400, f"{where}: {first['msg']}.", "invalid_value", name)
 
 
 def _token_id(text: str, vocabulary: int) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < vocabulary):
-        message = f"logit_bias: {text!r} is no token; the vocabulary has {vocabulary}."
+    is_number = text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+    if not (is_number and int(text) < vocabulary):
+        message = f"logit_bias: {_short(text)!r} is no token; the vocabulary has {vocabulary}."
         raise ApiError(400, message, "invalid_value", "logit_bias")
     return int(text)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."

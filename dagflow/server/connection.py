@@ -11,45 +11,68 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from dagflow.server.budget import Budget, Share
 from dagflow.server.errors import ApiError
 
 T = TypeVar("T")
 
-MAX_BODY_BYTES = 10 * 2**20
-# A client that is still sending doesn't read: what is too long is read on for a while, unkept.
-_MAX_READ_BYTES = 4 * MAX_BODY_BYTES
-# Who neither sends nor reads for so long is dropped.
+# Who doesn't read for so long is dropped.
 PATIENCE_SECONDS = 60.0
+MAX_BODY_BYTES = 10 * 2**20
+# All of a body must have come by then, however its bytes are spread.
+BODY_SECONDS = 30.0
+_JSON = "application/json"
 
 
-async def read_body(request: Request, patience_seconds: float = PATIENCE_SECONDS) -> bytes:
+def check_head(request: Request) -> int:
+    """Return how many bytes a body says that it has; refuse one before it is read.
+
+    JSON must say that it is: browsers let every page send what says nothing, to any server.
+
+    Raises
+    ------
+    ApiError
+        413 if it is too long, 415 if it isn't JSON.
+    """
+    length = int(request.headers.get("content-length", 0))  # which the HTTP parser has checked
+    if length > MAX_BODY_BYTES:
+        raise _too_long()
+    kind = request.headers.get("content-type", "").partition(";")[0].strip()
+    if kind.lower() != _JSON:
+        found = f"found {kind[:100]!r}" if kind else "the request has none"
+        message = f"The body's Content-Type must be {_JSON}; {found}."
+        raise ApiError(415, message, "unsupported_media_type")
+    return length
+
+
+async def read_body(
+    request: Request, patience_seconds: float = BODY_SECONDS, share: Share | None = None
+) -> bytearray:
     """Return a request's body.
 
     Raises
     ------
     ApiError
-        413 if it is too long, 408 if the client stops in the middle.
+        413 if it is too long, 408 if it hasn't come in time, 429 if there is no room for it now.
     """
-    parts: list[bytes] = []
-    size = 0
-    coming = aiter(request.stream())
-    while True:
-        try:
-            part = await asyncio.wait_for(anext(coming), patience_seconds)
-        except StopAsyncIteration:
-            break
-        except TimeoutError:
-            message = f"Nothing of the body has come for {patience_seconds:g} s."
-            raise ApiError(408, message, "request_timeout") from None
-        size += len(part)
-        if size <= MAX_BODY_BYTES:
-            parts.append(part)
-        elif size > _MAX_READ_BYTES:
-            break
-    if size > MAX_BODY_BYTES:
-        limit = f"{MAX_BODY_BYTES // 2**20} MiB"
-        raise ApiError(413, f"The body is longer than {limit}.", "request_too_large")
-    return b"".join(parts)
+    held = share or Share(Budget())
+    body = bytearray()
+    try:
+        async with asyncio.timeout(patience_seconds):
+            async for part in request.stream():
+                if len(body) + len(part) > MAX_BODY_BYTES:
+                    raise _too_long()
+                held.hold(len(body) + len(part))
+                body += part
+    except TimeoutError:
+        message = f"No more than {len(body)} bytes of the body has come in {patience_seconds:g} s."
+        raise ApiError(408, message, "request_timeout") from None
+    return body
+
+
+def _too_long() -> ApiError:
+    limit = f"{MAX_BODY_BYTES // 2**20} MiB"
+    return ApiError(413, f"The body is longer than {limit}.", "request_too_large")
 
 
 async def while_connected(receive: Receive, doing: Coroutine[Any, Any, T]) -> T:

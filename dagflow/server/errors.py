@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from dagflow.errors import (
     BatchInvalid,
+    DagflowError,
     LeaseLost,
     RequestTooLarge,
     SessionInUse,
     SettingsInvalid,
+    StoreUnreachable,
     TransientError,
 )
 
+logger = logging.getLogger(__name__)
+
 _RETRY_SECONDS = 5
+_STORE = "What answers are kept in can't be reached now, or another server has it."
 
 
 class ApiError(Exception):
@@ -72,5 +78,11 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(409, "The answer is being made just now.", "in_progress", headers=headers)
     if isinstance(error, TransientError | LeaseLost):
         headers = {"Retry-After": str(_RETRY_SECONDS)}
-        return ApiError(503, f"{type(error).__name__}: {error}", "unavailable", headers=headers)
-    return ApiError(500, f"{type(error).__name__}: {error}", "failed")
+        # Where a store is is nothing that clients should know.
+        why = _STORE if isinstance(error, LeaseLost | StoreUnreachable) else str(error)
+        return ApiError(503, f"{type(error).__name__}: {why}", "unavailable", headers=headers)
+    if isinstance(error, DagflowError):
+        return ApiError(500, f"{type(error).__name__}: {error}", "failed")
+    logger.error("A request has failed.", exc_info=error)
+    message = f"{type(error).__name__}: the server's log says more."
+    return ApiError(500, message, "failed")

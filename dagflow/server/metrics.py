@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from dagflow.server.bridge import Ending
 from dagflow.sessions.pool import CacheState
 
@@ -82,3 +84,19 @@ class Metrics:
             f"dagflow_request_seconds_count {self.requests.total()}",
         ]
         return "\n".join(lines) + "\n"
+
+
+class Counting:
+    """An application whose responses are counted."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.responses[message["status"]] += 1
+            await send(message)
+
+        await self._app(scope, receive, counted)

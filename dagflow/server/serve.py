@@ -15,13 +15,16 @@ from dagflow.errors import SettingsInvalid
 from dagflow.run.clusters import ClusterSettings
 from dagflow.server.app import ServerSettings, Service, make_app
 from dagflow.server.connection import PATIENCE_SECONDS
+from dagflow.server.gate import is_loopback, known_hosts
 from dagflow.server.opening import open_model, public_name
+from dagflow.server.protocol import BACKLOG, Connection
 from dagflow.sessions.defaults import shown
 from dagflow.sessions.deployment import Deployment
 from dagflow.sessions.models import Model
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _LAST_WORDS_SECONDS = 3
+# Connections that the system keeps until they are accepted.
+_QUEUED = 2048
 
 
 class _Server(uvicorn.Server):
@@ -30,6 +33,11 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(_QUEUED)  # asyncio has taken how many it accepts at a time for it
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.end()
@@ -88,8 +96,14 @@ def serve(
         ) as deployment:
             service = Service(deployment, public_name(model), settings)
             config = uvicorn.Config(
-                make_app(service),
-                log_level="warning",
+                make_app(service, known_hosts(host, listening, settings.allow_hosts)),
+                http=Connection,
+                ws="none",
+                proxy_headers=False,
+                server_header=False,
+                backlog=BACKLOG,
+                # Warnings are of what strangers send.
+                log_level="error",
                 lifespan="off",
                 timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
             )
@@ -102,7 +116,7 @@ def serve(
             )
             for said in describe(found, service.defaults):
                 note(said)
-            if host not in _LOOPBACK and not settings.api_keys:
+            if not (settings.api_keys or is_loopback(listening)):
                 note(
                     "Whoever reaches this machine can use the model: --api-key KEY keeps others out."
                 )
@@ -156,7 +170,7 @@ def listen(host: str, port: int, patience_seconds: float = PATIENCE_SECONDS) -> 
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=_QUEUED)
     except OSError as error:
         raise SettingsInvalid(
             f"Can't listen at {host}:{port} ({error.strerror or error}): choose another --port or --host."

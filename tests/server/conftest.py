@@ -32,7 +32,7 @@ def served(model_folder: Path) -> Iterator[Served]:
         as_people_start_it(arguments, log) as (url, process),
         ended_without_a_word(process, log),
     ):
-        headers = {"Authorization": f"Bearer {KEYS[0]}"}
+        headers = {"Authorization": f"Bearer {KEYS[0]}", "Content-Type": "application/json"}
         with (
             httpx.Client(base_url=url, headers=headers, timeout=60) as http,
             OpenAI(base_url=f"{url}/v1", api_key=KEYS[1], max_retries=0, timeout=60) as openai,
@@ -63,6 +63,7 @@ def swarmed(model_folder: Path, workers: Client) -> Iterator[Swarmed]:
     arguments += ["--max-queue", "256", "--no-prefix-reuse"]
     log = model_folder.parent / "swarmed.log"
     with started(arguments, log) as (url, process), ended_without_a_word(process, log):
-        with httpx.Client(base_url=url, timeout=60) as http:
+        headers = {"Content-Type": "application/json"}
+        with httpx.Client(base_url=url, headers=headers, timeout=60) as http:
             yield Swarmed(http, workers, process.pid)
         kill_group(process, signal.SIGINT)

@@ -51,6 +51,7 @@ def test_a_client_that_never_reads_holds_nobody_up(served: Served) -> None:
     host, port = served.url.removeprefix("http://").split(":")
     body = json.dumps({"model": "tiny", "prompt": "A", "stream": True, "max_tokens": 500})
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\n"
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect((host, int(port)))

@@ -57,7 +57,8 @@ def test_two_hundred_who_never_read_hold_nobody_up_and_cost_little(swarmed: Swar
     url = swarmed.http.base_url
     body = json.dumps({**LONG, "max_tokens": 8, "logprobs": 5}).encode()
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: {url.host}\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"POST /v1/completions HTTP/1.1\r\nHost: {url.host}\r\nContent-Length: {len(body)}\r\n"
+        "Content-Type: application/json\r\n\r\n"
     )
     process = psutil.Process(swarmed.pid)
     before = process.memory_info().rss
