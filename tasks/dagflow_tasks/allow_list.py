@@ -15,8 +15,8 @@ from importlib.resources import files
 import torch
 
 FILE = "allowed_operators.toml"
-FUNCTIONAL, VIEWS, IN_PLACE, RANDOM, PRIVATE, INTO = (
-    *("functional", "views", "in_place", "random", "private", "into"),
+FUNCTIONAL, VIEWS, IN_PLACE, RANDOM, PRIVATE, INTO, SELECTING = (
+    *("functional", "views", "in_place", "random", "private", "into", "selecting"),
 )
 
 # What an argument may be. Not among them: storages, streams, files, objects of torch's own classes.
@@ -31,7 +31,7 @@ def allowed() -> Mapping[str, str]:
     """Return the section of each operator in the list, by the name that programs give it."""
     body = tomllib.loads((files("dagflow_tasks") / FILE).read_text("utf-8"))
     names = dict.fromkeys(body[FUNCTIONAL]["operators"], FUNCTIONAL)
-    for section in (VIEWS, IN_PLACE, RANDOM, PRIVATE, INTO):
+    for section in (VIEWS, IN_PLACE, RANDOM, PRIVATE, INTO, SELECTING):
         names |= dict.fromkeys(body[section], section)
     return {name_in_programs(name): section for name, section in names.items()}
 
@@ -58,7 +58,8 @@ def unlike(section: str, operator: torch._ops.OpOverload) -> str:
     for result in schema.returns:
         if str(result.type) not in ("Tensor", "List[Tensor]"):
             return f"it returns a {result.type}"
-    if torch.Tag.dynamic_output_shape in operator.tags and operator not in _SHAPED_BY_ARGUMENTS():
+    is_dynamic = torch.Tag.dynamic_output_shape in operator.tags and section != SELECTING
+    if is_dynamic and operator not in _SHAPED_BY_ARGUMENTS():
         return "the size of its result depends on the data"
     return _SECTIONS[section](operator)
 
@@ -127,6 +128,10 @@ def _is_private(operator: torch._ops.OpOverload) -> bool:
     return name.startswith("_") and not name.startswith("__")  # `__and__` is Python's &
 
 
+def _selecting(operator: torch._ops.OpOverload) -> str:
+    return "it is private" if _is_private(operator) else _shares_nothing(operator)
+
+
 _SECTIONS: Mapping[str, Callable[[torch._ops.OpOverload], str]] = {
     FUNCTIONAL: _functional,
     VIEWS: _views,
@@ -134,6 +139,7 @@ _SECTIONS: Mapping[str, Callable[[torch._ops.OpOverload], str]] = {
     RANDOM: _random,
     PRIVATE: _private,
     INTO: _into,
+    SELECTING: _selecting,
 }
 
 
