@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import math
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -32,6 +33,7 @@ from dagflow_tasks.decoding import ALL, LAST, NOTHING, TOKENS, Part
 from dagflow_tasks.recurrence import RECURRENT
 from dagflow_tasks.results import TensorDict
 
+_LOGGER = logging.getLogger(__name__)
 _CHUNK_TOKENS = 256
 _LAST_WORDS_SECONDS = 5.0
 _NO_ROOM = (
@@ -136,6 +138,8 @@ class Engine:
         Tells people what happens; says nothing unless it is set.
     num_fed : int
         How often tokens were sent through the stages.
+    num_refused : int
+        How often workers have refused somebody who said to be the driver, or a stage.
     pace : Pace
     """
 
@@ -153,6 +157,7 @@ class Engine:
         self.name = uuid.uuid4().hex[:8]
         self.cut = cut_at_layers(model.dag, num_stages)
         self.num_fed = 0
+        self.num_refused = 0
         self.pool: CachePool[Live] = CachePool(
             prefix_reuse, self._share, self._take_over, self._drop
         )
@@ -311,12 +316,26 @@ class Engine:
                 if name in self._forgetting:
                     self._forgetting[name].places.discard((message["stage"], address))
                     self._forgotten(name)
+        elif kind == "refused":
+            self._tell_of_stranger(message["peer"], message["role"], address)
         elif kind == "unreached":
             self.placement.give_up(message["address"], "can't be reached by another")
         elif kind == "failed":
             for name in message["sessions"]:
                 if name in self._live:
                     self._give_up(self._live[name], TaskFailed(message["why"]))
+
+    def _tell_of_stranger(self, peer: str, role: str, worker: str) -> None:
+        """Somebody has told a worker to be the driver, or a stage, and couldn't prove it."""
+        self.num_refused += 1
+        if self.num_refused & (self.num_refused - 1):
+            return  # told of at the 1st, 2nd, 4th, 8th, ...: a stranger mustn't fill the log
+        what = (
+            f"{peer} told the worker {worker} to be the {role} of this deployment and was refused: it "
+            f"has no part in it ({self.num_refused} so far)."
+        )
+        _LOGGER.warning(what)
+        self.note(what)
 
     def _answer(self, parts: Sequence[Part], logits: torch.Tensor) -> None:
         row = 0

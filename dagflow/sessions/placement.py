@@ -31,6 +31,7 @@ from dagflow.sessions.memory import (
     together,
 )
 from dagflow.sessions.models import Model
+from dagflow.sessions.proofs import DRIVER, Issuer, introduced
 from dagflow.sessions.service import SessionWorker, StageSpec, open_stage, take_part
 from dagflow_tasks.results import TensorDict
 
@@ -100,6 +101,7 @@ class Placement:
         self._cache_bytes = cache_bytes
         self._hear, self._lost, self._came = hear, lost, came
         self._note, self._spawn = note, spawn
+        self._issuer = Issuer()
         self._membership = Membership(client)
         self._memory: dict[str, WorkerMemory] = {}
         # Open stages, and those that are being opened, by stage and address.
@@ -240,11 +242,14 @@ class Placement:
 
     async def _connect(self, address: str) -> None:
         """Hold a connection to a worker, if it can be reached."""
-        hello = {"deployment": self._name, "role": "driver"}
+        known = self._issuer.credentials(address)
+        arguments = connection_arguments(self._client)
         try:
-            ready = self._client.run(take_part, self._name, workers=[address], asynchronous=True)
+            ready = self._client.run(
+                take_part, self._name, known, workers=[address], asynchronous=True
+            )
             self._memory.update(await asyncio.wait_for(ready, _CONNECT_SECONDS))
-            link = await Link.open(address, connection_arguments(self._client), hello)
+            link = await introduced(address, arguments, self._name, DRIVER, known)
             # Before it knows the driver it opens no stage; its task would overtake a slow connection.
             await asyncio.wait_for(link.receive(), _CONNECT_SECONDS)
         except (OSError, ValueError):

@@ -25,6 +25,7 @@ from dagflow.run.workers import describe
 from dagflow.sessions.links import OPERATION, CommClosedError, Link, Message
 from dagflow.sessions.memory import WorkerMemory
 from dagflow.sessions.models import ModelRef, read_stage
+from dagflow.sessions.proofs import DRIVER, STAGE, Credentials, introduced, is_proven, may_send
 from dagflow_tasks.decoding import DecoderStage, Part, join, keep_from, select, split_logits
 from dagflow_tasks.device import current_device
 from dagflow_tasks.program import StageProgram
@@ -66,13 +67,20 @@ def open_stage(spec: StageSpec) -> int:
     return _hub(get_worker()).open(spec)
 
 
-def take_part(deployment: str, dask_worker: Any = None) -> WorkerMemory:
-    """Have a worker listen to drivers, and say what memory it has for a deployment.
+def take_part(deployment: str, credentials: Credentials, dask_worker: Any = None) -> WorkerMemory:
+    """Have a worker listen to a deployment's driver, and say what memory it has for it.
 
     dask sets plugins up some time after a worker has joined.
+
+    Raises
+    ------
+    PermissionError
+        If another driver of that deployment is there.
     """
     limit = int(describe(dask_worker)["memory_bytes"])
-    return WorkerMemory(limit, _hub(dask_worker).taken_bytes(deployment))
+    hub = _hub(dask_worker)
+    hub.expect(deployment, credentials)
+    return WorkerMemory(limit, hub.taken_bytes(deployment))
 
 
 def cache_bytes(deployment: str, dask_worker: Any = None) -> dict[int, tuple[int, int]]:
@@ -117,9 +125,16 @@ class _Hub:
         self._stages: dict[tuple[str, int], _Running] = {}
         self._links: dict[tuple[str, str], asyncio.Task[Link]] = {}
         self.drivers: dict[str, Link] = {}
+        self._known: dict[str, Credentials] = {}
         # Of its own: dask's threads may be busy with training.
         self.computing = ThreadPoolExecutor(1, "dagflow-sessions")
         add_handler(worker, OPERATION, self._serve)
+
+    def expect(self, deployment: str, credentials: Credentials) -> None:
+        """Take what a deployment's driver will prove itself with."""
+        if self._known.get(deployment, credentials) != credentials and deployment in self.drivers:
+            raise PermissionError(f"The deployment {deployment} has another driver.")
+        self._known[deployment] = credentials
 
     def open(self, spec: StageSpec) -> int:
         key = (spec.deployment, spec.stage)
@@ -162,6 +177,7 @@ class _Hub:
 
     def _forget(self, deployment: str) -> None:
         """A driver has left: its stages and connections go, too."""
+        self._known.pop(deployment, None)
         for key in [key for key in self._stages if key[0] == deployment]:
             self._stages.pop(key).stop()
         for name, address in [key for key in self._links if key[0] == deployment]:
@@ -171,11 +187,16 @@ class _Hub:
         """Take messages from one connection until it ends."""
         link = Link(comm)
         try:
-            if role == "driver":
+            known = self._known.get(deployment)
+            if not await is_proven(link, self.address, deployment, role, known):
+                await self._refuse(link, comm.peer_address, deployment, role)
+            if role == DRIVER:
                 self.drivers[deployment] = link
                 await link.send({"kind": "welcome"})  # stages may be opened for it now
             while True:
                 message = await link.receive()
+                if not may_send(role, message, deployment):
+                    await self._refuse(link, comm.peer_address, deployment, role)
                 if message["kind"] == "ping":
                     await link.send({"kind": "pong"})
                 elif message["kind"] == "lost":
@@ -190,6 +211,12 @@ class _Hub:
             if self.drivers.get(deployment) is link:
                 del self.drivers[deployment]
                 self._forget(deployment)
+
+    async def _refuse(self, link: Link, peer: str, deployment: str, role: str) -> None:
+        """Hang up on somebody who isn't who that says, and tell the deployment's driver."""
+        link.close()
+        await self.tell_driver(deployment, {"kind": "refused", "peer": peer, "role": str(role)})
+        raise CommClosedError(f"{peer} isn't a {role} of the deployment {deployment}.")
 
     def _shut(self, key: tuple[str, int], opening: str) -> None:
         """Forget a stage, unless it has been opened again."""
@@ -231,14 +258,19 @@ class _Hub:
     async def _link(self, key: tuple[str, str]) -> Link:
         known = self._links.get(key)
         if known is None:
-            hello = {"deployment": key[0], "role": "stage"}
-            known = asyncio.ensure_future(Link.open(key[1], self._arguments, hello))
+            known = asyncio.ensure_future(self._introduced(*key))
             self._links[key] = known
         if not known.done():
             await asyncio.wait([known])
         if known.cancelled():
             raise CommClosedError(f"The worker {key[1]} was given up.")
         return known.result()
+
+    async def _introduced(self, deployment: str, address: str) -> Link:
+        credentials = self._known.get(deployment)
+        if credentials is None:
+            raise CommClosedError("The driver has left.")
+        return await introduced(address, self._arguments, deployment, STAGE, credentials)
 
     def _hang_up(self, deployment: str, address: str) -> None:
         """Wait no longer for a worker that may never read again what is sent to it."""
