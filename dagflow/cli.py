@@ -416,10 +416,11 @@ def list_runs(root: str) -> None:
     from rich.console import Console
 
     from dagflow.run.runs import runs_table, summarise_runs
+    from dagflow_storage import shown_url
 
     with Console(stderr=True).status("") as status:
         found = summarise_runs(root, status.update)
-    click.echo(runs_table(found) if found else f"There are no runs below {root}.")
+    click.echo(runs_table(found) if found else f"There are no runs below {shown_url(root)}.")
 
 
 @runs.command()

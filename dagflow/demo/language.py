@@ -15,7 +15,7 @@ from dagflow.demo.run import run_demo
 from dagflow.demo.text import ByteTokenizer, find_files, python_library, tokens_of
 from dagflow.errors import SettingsInvalid
 from dagflow.sessions.foreign_code import reason, refuse_kernels
-from dagflow_storage import RunDirectory, Store
+from dagflow_storage import RunDirectory, Store, shown_url
 
 
 def train_language_model(
@@ -79,7 +79,7 @@ def train_language_model(
     )
     if result.losses:
         print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} in {result.step} steps")
-    print(f"look at the run: dagflow inspect {store}")
+    print(f"look at the run: dagflow inspect {shown_url(store)}")
     if model is not None:
         target = Path(model).name + "-trained"
         network.load_state_dict(result.state_dict())
@@ -97,7 +97,9 @@ def resume_run(store: str, scheduler: str | None) -> None:
     """
     run = RunDirectory(Store(store))
     if not run.exists():
-        raise SettingsInvalid(f"There is no run at {store}. `dagflow runs ls` lists runs.")
+        raise SettingsInvalid(
+            f"There is no run at {shown_url(store)}. `dagflow runs ls` lists runs."
+        )
     origin = dict(run.facts().get("origin") or {})
     command = origin.pop("command", None)
     if command == "demo":
@@ -106,8 +108,8 @@ def resume_run(store: str, scheduler: str | None) -> None:
         train_language_model(origin.pop("files"), store=store, scheduler=scheduler, **origin)
     else:
         raise SettingsInvalid(
-            f"The run at {store} was begun by a Python program, and only that knows its data: call "
-            f"dagflow.train there again with store={store!r}."
+            f"The run at {shown_url(store)} was begun by a Python program, and only that knows its "
+            f"data: call dagflow.train there again with store={shown_url(store)!r}."
         )
 
 

@@ -14,7 +14,7 @@ import dagflow
 from dagflow.demo.gpt import GPT, mean_loss, sample
 from dagflow.demo.text import ByteTokenizer, TokenIds, find_files, python_library, tokens_of
 from dagflow.errors import NotFound, SettingsInvalid
-from dagflow_storage import JSON, Store, TokenArray, write_tokens
+from dagflow_storage import JSON, Store, TokenArray, shown_url, write_tokens
 
 FOLDER = "runs/demo"
 PROMPT = b"    def __init__(self"
@@ -162,7 +162,7 @@ def _write_tokens(store: Store, corpus: _Corpus) -> None:
         return
     if found != corpus.name:
         raise SettingsInvalid(
-            f"{store.url} is learning from {found}, you ask for {corpus.name}: use another folder, "
+            f"{store} is learning from {found}, you ask for {corpus.name}: use another folder, "
             "or --fresh to start afresh here"
         )
 
@@ -197,8 +197,8 @@ def _outcome(model: GPT, losses: Sequence[float], corpus: _Corpus) -> str:
 
 
 def _option(folder: str) -> str:
-    return "" if folder == FOLDER else f" --folder {folder}"
+    return "" if folder == FOLDER else f" --folder {shown_url(folder)}"
 
 
 def _how_to_look(folder: str) -> str:
-    return f"Look at the run: dagflow inspect {folder}"
+    return f"Look at the run: dagflow inspect {shown_url(folder)}"

@@ -210,7 +210,7 @@ def _frozen(client: Client) -> list[str]:
 def _refuse_process_local(store: Store, client: Client) -> None:
     if store.is_process_local:
         raise SettingsInvalid(
-            f"The store {store.url} lives in this process's memory, and the workers of "
+            f"The store {store} lives in this process's memory, and the workers of "
             f"{client.scheduler.address} can't reach it. Use a folder they share or an s3:// URL; "
             "memory:// works with the embedded cluster."
         )

@@ -20,7 +20,7 @@ from dagflow.run.generators import (
     pass_over_indices,
 )
 from dagflow.run.seen import SeenBatches
-from dagflow_storage import TokenArray, write_tokens
+from dagflow_storage import TokenArray, shown_url, write_tokens
 from dagflow_tasks.results import TensorDict
 from dagflow_tasks.tasks import tensors_of
 
@@ -48,6 +48,12 @@ class TokenDataset:
     seed: int = 0
     shifted: bool = True
 
+    def __repr__(self) -> str:
+        return (
+            f"TokenDataset({shown_url(self.url)!r}, batch_size={self.batch_size}, "
+            f"sequence_length={self.sequence_length}, seed={self.seed}, shifted={self.shifted})"
+        )
+
     @staticmethod
     def write(
         url: str,
@@ -68,8 +74,8 @@ class TokenDataset:
         window = self.sequence_length + (1 if self.shifted else 0)
         if len(array) < window:
             raise BatchInvalid(
-                f"{self.url} holds {len(array)} tokens; a window of {window} doesn't fit. Use a shorter "
-                "sequence_length or more text."
+                f"{shown_url(self.url)} holds {len(array)} tokens; a window of {window} doesn't fit. "
+                "Use a shorter sequence_length or more text."
             )
         places = len(array) - window + 1
         offsets = np.array([_draw(self.seed, step, row) % places for row in range(begin, end)])

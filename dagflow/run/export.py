@@ -171,11 +171,11 @@ def num_tensors(url: str, step: int | None) -> int:
 def _weights(store: Store, step: int | None) -> tuple[_Weights, str | None]:
     run = RunDirectory(store)
     if not run.exists():
-        raise NotFound(f"{store.url} holds no run of dagflow: there is no run.json.")
+        raise NotFound(f"{store} holds no run of dagflow: there is no run.json.")
     steps = list_snapshots(store)
     if step is None:
         if not steps:
-            raise NotFound(f"{store.url} has no complete snapshot.")
+            raise NotFound(f"{store} has no complete snapshot.")
         step = steps[-1]
     snapshot = Snapshot.open(store, step)
     stored = {name: (role, name) for role in (PARAMETER, BUFFER) for name in snapshot.names(role)}
@@ -194,7 +194,7 @@ def _weights(store: Store, step: int | None) -> tuple[_Weights, str | None]:
     missing = [name for name in facts[STATE_DICT_NAMES] if name not in stored]
     if missing:
         raise NotFound(
-            f"The snapshot of step {step} in {store.url} lacks {len(missing)} of the model's "
+            f"The snapshot of step {step} in {store} lacks {len(missing)} of the model's "
             f"tensors, {missing[0]!r} the first: is it of another model? `dagflow runs verify` says."
         )
     return _Weights(snapshot, {name: stored[name] for name in facts[STATE_DICT_NAMES]}), None

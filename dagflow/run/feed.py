@@ -22,6 +22,7 @@ from dagflow.run.dask_internals import Task, TaskRef
 from dagflow.run.data import BatchStream, TokenDataset, num_rows, read_rows, split_rows
 from dagflow.run.graph import Key, StepGraph, task
 from dagflow.run.seen import SeenBatches
+from dagflow_storage import shown_url
 from dagflow_tasks.journal import JOURNAL, EntryKey, Sent
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.references import Microbatch
@@ -237,7 +238,7 @@ class TokenFeed(Feed):
             self._amount,
             "tokens",
             {
-                "tokens": self._dataset.url,
+                "tokens": shown_url(self._dataset.url),
                 "seed": self._dataset.seed,
                 "rows": self._dataset.batch_size,
             },

@@ -13,7 +13,7 @@ from dagflow.graph.dag import FORMAT as DAG_FORMAT
 from dagflow.graph.dag import OperatorDag, dtype_bytes
 from dagflow.graph.show import amount
 from dagflow.run.runs import open_store
-from dagflow_storage import RunDirectory, Snapshot, Store, list_snapshots
+from dagflow_storage import RunDirectory, Snapshot, Store, list_snapshots, shown_url
 from dagflow_tasks.program import StageProgram
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -31,11 +31,11 @@ def describe_run(url: str) -> str:
     store = open_store(url)
     run = RunDirectory(store)
     if not run.exists():
-        raise NotFound(f"{url} holds no run of dagflow: there is no run.json.")
+        raise NotFound(f"{shown_url(url)} holds no run of dagflow: there is no run.json.")
     settings = run.settings()
     metrics = run.read_metrics()
     steps = list_snapshots(store)
-    lines = [f"run {run.run_id} in {store.url}", *_settings_lines(settings)]
+    lines = [f"run {run.run_id} in {store}", *_settings_lines(settings)]
     if metrics:
         lines += _progress_lines(metrics)
     lines.append(f"snapshots: {', '.join(map(str, steps)) or 'none'}")

@@ -18,6 +18,7 @@ from dagflow_storage import (
     collect_garbage,
     differences,
     list_snapshots,
+    shown_url,
     size_bytes,
     verify_snapshot,
 )
@@ -133,7 +134,9 @@ def verify_run(url: str, on_object: Callable[[str], None] = lambda _: None) -> V
     """
     store = open_store(url)
     if not _is_run(store):
-        raise NotFound(f"{url} holds no run of dagflow: there is neither run.json nor a snapshot.")
+        raise NotFound(
+            f"{shown_url(url)} holds no run of dagflow: there is neither run.json nor a snapshot."
+        )
     run = RunDirectory(store)
     damages, settings, run_id = _verify_run_file(run)
     try:
@@ -184,7 +187,9 @@ def collect(
     """
     store = open_store(url)
     if not RunDirectory(store).exists():
-        raise NotFound(f"{url} holds no run of dagflow: there is no run.json. Nothing was deleted.")
+        raise NotFound(
+            f"{shown_url(url)} holds no run of dagflow: there is no run.json. Nothing was deleted."
+        )
     return collect_garbage(store, nobody_writes=nobody_writes, dry_run=dry_run, on_delete=on_delete)
 
 
@@ -221,7 +226,9 @@ def samples_of(url: str, step: int | None = None) -> list[dict[str, Any]]:
     found = [row for row in rows if row["step"] == step]
     if not found:
         known = f"steps {rows[0]['step']} to {rows[-1]['step']}" if rows else "no step"
-        raise NotFound(f"the ledger of {url} knows nothing of step {step}: it has {known}")
+        raise NotFound(
+            f"the ledger of {shown_url(url)} knows nothing of step {step}: it has {known}"
+        )
     return found
 
 

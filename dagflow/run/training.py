@@ -113,7 +113,7 @@ class TrainResult:
     losses: list[float]
     step: int
     plan: Plan
-    store: str
+    store: str = field(repr=False)  # the next one shows it, without what nobody should see
     _store: Store
     _aliases: dict[str, str]
     _names: tuple[str, ...]
@@ -582,7 +582,7 @@ class _Session:
             raise BatchInvalid(
                 "The data is an iterator, which can be read once, and the batches since the "
                 f"snapshot of step {start} are gone. Call train again with a new iterator and "
-                f"store={self.run.store.url!r}, or pass a list, a DataLoader or a dataset."
+                f"store={str(self.run.store)!r}, or pass a list, a DataLoader or a dataset."
             )
         self.stream.seek(start, self.seen)
         return StreamFeed(
@@ -611,7 +611,7 @@ class _Session:
             self.line.note(f"{error} The newest snapshot and the journal are what there is.")
         self.line.close()
         self.line.note(
-            f"Stopped after step {done}. Call train again with store={self.run.store.url!r} "
+            f"Stopped after step {done}. Call train again with store={str(self.run.store)!r} "
             "to go on from here."
         )
 
@@ -679,17 +679,17 @@ def _open_run(
     if not run.exists():
         facts = model_facts(names, _aliases(dag))
         run.create(wanted, {**facts, "origin": dict(config.origin) if config.origin else None})
-        line.note(f"Writing to {store.url}.")
+        line.note(f"Writing to {store}.")
         return run
     difference = _differences(run.settings(), wanted, dag, store)
     if difference and not config.force:
         raise StoreHoldsAnotherRun(
-            f"{store.url} holds a run with other settings, which change what is computed:\n  "
+            f"{store} holds a run with other settings, which change what is computed:\n  "
             + "\n  ".join(difference)
             + "\nUse another store=, the old settings, or Config(force=True) to go on regardless."
         )
     newest = (list_snapshots(store) or [0])[-1]
-    line.note(f"Resuming {store.url} from the snapshot of step {newest}.")
+    line.note(f"Resuming {store} from the snapshot of step {newest}.")
     return run
 
 

@@ -33,7 +33,7 @@ def open_model(model: str, store: str, weights: str | None = None, check: bool =
     except NotFound as error:
         known = ", ".join(sorted(place.list("models"))) or "none"
         raise SettingsInvalid(
-            f"There is no folder {model!r}, and {store} has no model of this name; it has: {known}."
+            f"There is no folder {model!r}, and {place} has no model of this name; it has: {known}."
         ) from error
     stored = found.description["weights"]
     if weights not in (None, stored):

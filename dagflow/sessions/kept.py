@@ -124,7 +124,7 @@ def named(keeper: Keeper, model: Model, requests: Sequence[Request]) -> list[Req
         difference = settings_diff(theirs, json.loads(json.dumps(wanted)))
         if difference:
             raise StoreHoldsAnotherRun(
-                f"{keeper.store.url} holds the answers of another call of generate:\n  "
+                f"{keeper.store} holds the answers of another call of generate:\n  "
                 + "\n  ".join(shortened(difference))
                 + "\nUse another store=, or the same model, prompts and options as before."
             )
@@ -157,7 +157,7 @@ def _check_same(keeper: Keeper, name: str, found: StoredSequence, head: dict[str
     difference = settings_diff(theirs, {part: head[part] for part in parts})
     if difference:
         raise StoreHoldsAnotherRun(
-            f"{keeper.store.url} keeps something else under the name {name!r}:\n  "
+            f"{keeper.store} keeps something else under the name {name!r}:\n  "
             + "\n  ".join(shortened(difference))
             + "\nUse another name, ask the same as before, or forget what is there."
         )

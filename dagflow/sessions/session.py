@@ -199,7 +199,7 @@ def _new_record(deployment: Deployment, name: str) -> Record:
     if record.found is not None:
         record.close()
         raise SettingsInvalid(
-            f"{keeper.store.url} keeps something of the name {name!r} already: go on with it "
+            f"{keeper.store} keeps something of the name {name!r} already: go on with it "
             f"(Session.resume(deployment, {name!r})), or forget it (deployment.forget({name!r}))."
         )
     return record

@@ -35,6 +35,7 @@ from dagflow_storage.lease import Lease, hold_lease
 from dagflow_storage.listing import FoundObject, size_bytes, walk
 from dagflow_storage.location import ConditionMissing, ProbeReport, Store
 from dagflow_storage.manifest import ShardRecord, StoredObject
+from dagflow_storage.redaction import shown_url
 from dagflow_storage.retention import (
     Retention,
     SnapshotFacts,
@@ -126,6 +127,7 @@ __all__ = [
     "read_arrays",
     "set_aside_newer",
     "settings_diff",
+    "shown_url",
     "size_bytes",
     "verify_snapshot",
     "walk",

@@ -1,7 +1,7 @@
 """The one place where what a file system raises becomes an error of our tree."""
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,33 +102,64 @@ _HINTS = {
 
 
 @contextmanager
-def reading(where: str) -> Iterator[None]:
+def reading(where: str, hide: Callable[[str], str] = str) -> Iterator[None]:
     """Raise an error of our tree for what goes wrong while reading `where`.
 
-    `NotFound`, `StoreNotReadable`, `CredentialsExpired`, or `StoreUnreachable`.
+    `NotFound`, `StoreNotReadable`, `CredentialsExpired`, or `StoreUnreachable`. What `hide` takes out
+    of a text is neither in its message nor in what it was raised from.
     """
     try:
         yield
+    except DagflowError:
+        raise
     except Exception as error:
-        if not _is_from_the_store(error):
-            raise
         if isinstance(error, _ABSENT_TYPES):
-            raise NotFound(f"nothing is stored at {where}") from error
-        raise _translated(error, f"could not read {where}", StoreNotReadable) from error
+            found: DagflowError = NotFound(f"nothing is stored at {where}")
+        elif _is_from_the_store(error):
+            found = _translated(error, f"could not read {where}", StoreNotReadable, hide)
+        elif _tells(error, hide):
+            found = PermanentError(hide(f"could not read {where}: {_what_was_said(error)}"))
+        else:
+            raise
+        raise found from (None if _tells(error, hide) else error)
 
 
 @contextmanager
-def writing(where: str) -> Iterator[None]:
+def writing(where: str, hide: Callable[[str], str] = str) -> Iterator[None]:
     """Raise an error of our tree for what goes wrong while writing `where`.
 
-    `StoreNotWritable`, `CredentialsExpired`, or `StoreUnreachable`.
+    `StoreNotWritable`, `CredentialsExpired`, or `StoreUnreachable`. See `reading` for `hide`.
     """
     try:
         yield
+    except DagflowError:
+        raise
     except Exception as error:
-        if not _is_from_the_store(error):
+        if _is_from_the_store(error):
+            found: DagflowError = _translated(
+                error, f"could not write {where}", StoreNotWritable, hide
+            )
+        elif _tells(error, hide):
+            found = PermanentError(hide(f"could not write {where}: {_what_was_said(error)}"))
+        else:
             raise
-        raise _translated(error, f"could not write {where}", StoreNotWritable) from error
+        raise found from (None if _tells(error, hide) else error)
+
+
+def _tells(error: BaseException, hide: Callable[[str], str]) -> bool:
+    """Whether an error, or one that it came from, says something that is to be hidden."""
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        said = f"{one} {one!r}"
+        if hide(said) != said:
+            return True
+        waiting += [one.__cause__, one.__context__]
+    return False
 
 
 def is_lost_race(error: Exception) -> bool:
@@ -149,8 +180,10 @@ def is_unsupported(error: Exception) -> bool:
     return _status(error) == 501 or (isinstance(error, OSError) and error.errno == errno.ENOSYS)
 
 
-def _translated(error: Exception, what: str, refusal: type[PermanentError]) -> DagflowError:
-    said = f"{what}: {_what_was_said(error)}"
+def _translated(
+    error: Exception, what: str, refusal: type[PermanentError], hide: Callable[[str], str]
+) -> DagflowError:
+    said = hide(f"{what}: {_what_was_said(error)}")
     if _is_expired(error):
         return CredentialsExpired(f"{said} (the credentials expired or are not valid: renew them)")
     if _is_refusal(error):
@@ -159,8 +192,6 @@ def _translated(error: Exception, what: str, refusal: type[PermanentError]) -> D
 
 
 def _is_from_the_store(error: Exception) -> bool:
-    if isinstance(error, DagflowError):
-        return False
     library = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or library in _CLIENT_LIBRARIES
 

@@ -177,7 +177,7 @@ class FlatArray:
         """Put one chunk; the last one may be short. Safe to call from several threads."""
 
         def attempt() -> None:
-            with writing(f"{self._where}/c/{number}"):
+            with writing(f"{self._where}/c/{number}", self._store.hide):
                 size_bytes, checksum = self._chunks.write(number, data)
             self._store.written(f"{self._path}/c/{number}", size_bytes, checksum)
 
@@ -273,7 +273,7 @@ class FlatArray:
 
         def read(number: int) -> None:
             try:
-                with reading(f"{self._where}/c/{number}"):
+                with reading(f"{self._where}/c/{number}", self._store.hide):
                     self._chunks.read(number, by_chunk[number])
             except NotFound as error:
                 raise _MissingChunk("it is missing") from error

@@ -448,7 +448,7 @@ class _LeaseFiles:
         except ValueError as error:
             raise DamagedData(
                 f"{path} in {self._folder!r} is no file of a lease: {error}. If no driver uses "
-                f"this store, delete {self._folder.url}"
+                f"this store, delete {self._folder}"
             ) from error
 
 

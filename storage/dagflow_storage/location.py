@@ -7,6 +7,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from dagflow_storage.errors import (
     StoreNotWritable,
     StoreUnreachable,
 )
+from dagflow_storage.redaction import hidden, keep_requests_out_of_logs, shown_url
 from dagflow_storage.retries import Clock, Retries, RetryPolicy
 
 T = TypeVar("T")
@@ -95,8 +97,18 @@ class Store:
 
     @property
     def url(self) -> str:
-        """The URL; for a folder its absolute path."""
+        """The URL as it is opened, secrets included; for a folder its absolute path."""
         return self._url
+
+    @cached_property
+    def shown(self) -> str:
+        """The URL for people to read: without the names and secrets that may be in it."""
+        return shown_url(self._url)
+
+    def hide(self, text: str) -> str:
+        """A text about this store, without the names and secrets that it was opened with."""
+        configured = fsspec.config.conf.get(_protocol(self._url), {})
+        return hidden(text, self._url, {**configured, **self._options})
 
     @property
     def is_process_local(self) -> bool:
@@ -269,7 +281,7 @@ class Store:
         def attempt() -> bool:
             nonlocal lost_answers
             try:
-                with writing(self._shown(path)):
+                with writing(self._shown(path), self.hide):
                     created = create()
                 return created or (lost_answers > 0 and self._holds(path, data))
             except StoreUnreachable:
@@ -280,21 +292,21 @@ class Store:
 
     def _holds(self, path: str, data: bytes) -> bool:
         try:
-            with reading(self._shown(path)):
+            with reading(self._shown(path), self.hide):
                 return self.backend().read(_clean(path)) == data
         except NotFound:
             return False
 
     def _reading(self, path: str, operation: Callable[[], T]) -> T:
         def attempt() -> T:
-            with reading(self._shown(path)):
+            with reading(self._shown(path), self.hide):
                 return operation()
 
         return self._retries.run(attempt)
 
     def _writing(self, path: str, operation: Callable[[], T]) -> T:
         def attempt() -> T:
-            with writing(self._shown(path)):
+            with writing(self._shown(path), self.hide):
                 return operation()
 
         return self._retries.run(attempt)
@@ -311,7 +323,10 @@ class Store:
         return hash(self._identity())
 
     def __repr__(self) -> str:
-        return f"Store({_without_secrets(self._url)!r})"
+        return f"Store({self.shown!r})"
+
+    def __str__(self) -> str:
+        return self.shown
 
     def _identity(self) -> tuple[str, str]:
         return self._url, json.dumps(self._options, sort_keys=True, default=repr)
@@ -322,14 +337,15 @@ class Store:
         return f"{self._url}{path}" if self._url.endswith("/") else f"{self._url}/{path}"
 
     def _shown(self, path: str) -> str:
-        return _without_secrets(self._join(path))
+        return f"{self.shown}/{path}" if path else self.shown
 
     def _filesystem(self, url: str) -> tuple[Any, str]:
+        keep_requests_out_of_logs()
         options = limited_options(url, self._options, self._retries.policy)
         try:
             filesystem, root = fsspec.core.url_to_fs(url, **options)
         except ImportError as error:
-            raise PermanentError(f"{self!r} needs a package: {error}") from error
+            raise PermanentError(f"{self!r} needs a package: {self.hide(str(error))}") from error
         if _protocol(url) in _S3_PROTOCOLS:
             # The loop around ours would multiply the time that a hang takes.
             filesystem.retries = 1
@@ -361,11 +377,12 @@ def limited_options(url: str, options: Mapping[str, Any], policy: RetryPolicy) -
 def _normalised(url: str) -> str:
     if _is_folder(url):
         if re.match(r"[a-z][a-z0-9]+:/+[^/]", url) and "://" not in url:
-            raise ValueError(f"{url!r} is neither a path nor a URL: a URL has '://'")
+            scheme = url.partition(":")[0]  # what follows may be somebody's key
+            raise ValueError(f"'{scheme}:...' is neither a path nor a URL: a URL has '://'")
         return str(LocalFileSystem._strip_protocol(url))
     protocol = _protocol(url)
     if protocol not in {*fsspec.available_protocols(), *fsspec.registry}:
-        raise ValueError(f"fsspec knows no protocol {protocol!r} (in {_without_secrets(url)})")
+        raise ValueError(f"fsspec knows no protocol {protocol!r} (in {shown_url(url)})")
     root = f"{protocol}://"
     return url if url == root else url.rstrip("/")
 
@@ -394,8 +411,3 @@ def _required(path: str) -> str:
     if not cleaned:
         raise ValueError("a path inside the store is needed, not the store itself")
     return cleaned
-
-
-def _without_secrets(url: str) -> str:
-    url = re.sub(r"://[^/@]*@", "://***@", url)
-    return re.sub(r"\?.*", "?***", url)
