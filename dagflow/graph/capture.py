@@ -214,8 +214,8 @@ def _warnings(trace: Trace, model: torch.nn.Module) -> Iterator[str]:
         )
     for line, module in trace.apart.items():
         yield (
-            f"Module {module or 'the model itself'!r} loops over the experts that were hit ({line}), "
-            "whose parameters are tensors of their own. Where no token of a whole batch goes to an "
+            f"Module {module or 'the model itself'!r} loops over those of its experts that have rows "
+            f"({line}), and each has parameters of its own. Where no token of a whole batch goes to an "
             "expert, torch's optimizers pass it over; here its gradient is zero, so that momentum and "
             "weight decay move it. If that matters, keep the experts' weights in one tensor, as "
             "transformers does (num_experts, ...)."

@@ -6,10 +6,15 @@ of its expert, of which there may be none (`dagflow.graph.data_sizes`). That it 
 made sure of in two ways. The loop's code has no other effects than writes into tensors in place; and
 all that is written in place, in the modules that it calls as well, is written at the rows that the
 round has selected. What a round selects is empty by construction if its expert wasn't hit.
+
+Loops over all experts that ask whether there are rows (``if rows.numel() > 0``) are captured in the same
+way: there are, says the trace, and without any the rest of the round changes nothing.
 """
 
 from __future__ import annotations
 
+import ast
+import dis
 import sys
 import threading
 import types
@@ -24,11 +29,11 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from dagflow.errors import CaptureFailed
-from dagflow.graph.loop_bodies import changes_only_rows, loop_at
+from dagflow.graph.loop_bodies import changes_only_rows, is_inside, loop_around, loop_at
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _HITS = "_dagflow_hits"
@@ -42,26 +47,61 @@ class _Hits:
     version: int
 
 
-@dataclass
+@dataclass(eq=False)
 class _Round:
     """A round of a loop that is being traced.
 
     Attributes
     ----------
-    expert
-    is_hit
-        Whether the expert was hit: a tensor of one number.
     symbols
         Numbers of rows that were selected in this round, as torch calls them.
     parameters
         Those that were computed with.
     """
 
-    expert: int
-    is_hit: torch.Tensor
-    line: str
     symbols: set[sympy.Symbol] = field(default_factory=set)
     parameters: dict[int, torch.nn.Parameter] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Hit(_Round):
+    """A round for an expert, with a tensor of one number that says whether it was hit."""
+
+    expert: int = 0
+    is_hit: torch.Tensor = field(default_factory=torch.Tensor)
+
+
+@dataclass(eq=False)
+class _Loop:
+    """A loop that is being traced.
+
+    Attributes
+    ----------
+    frame, code
+        Of the function that it is in, and the statement.
+    is_over_all
+        Whether it goes through all experts by itself, and nobody says when it ends.
+    rounds
+        So far. The last one is under way.
+    """
+
+    frame: types.FrameType
+    code: ast.For
+    is_over_all: bool = False
+    rounds: list[_Round] = field(default_factory=list)
+
+    @property
+    def line(self) -> str:
+        return f"{self.frame.f_code.co_filename}:{self.code.lineno}"
+
+    def is_under_way(self) -> bool:
+        """Tell whether what is called now is called in the loop."""
+        if not self.is_over_all:
+            return True
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None and is_inside(frame, self.code)
 
 
 class ExpertLoops:
@@ -80,71 +120,82 @@ class ExpertLoops:
 
     def __init__(self, module: Callable[[], str]) -> None:
         self._module = module
-        self._rounds: list[_Round] = []
+        self._loops: list[_Loop] = []
         self.apart: dict[str, str] = {}
 
     def iterated(self, name: str, args: Any) -> Any | None:
         """Return what a loop over the experts that were hit goes through instead, if it is one."""
-        if name not in ("unbind", "tolist") or not args:
+        frame = _iterating() if name == "unbind" and hasattr(args[0], _HITS) else None
+        return None if frame is None else self._over_all(args[0], frame, as_numbers=False)
+
+    def _over_all(
+        self, listed: torch.Tensor, frame: types.FrameType, as_numbers: bool
+    ) -> Any | None:
+        """Return what goes through all experts instead of a list of those that were hit."""
+        hits: _Hits | None = getattr(listed, _HITS, None)
+        code = loop_at(frame, of_list=as_numbers)
+        if hits is None or hits.vector._version != hits.version:
             return None
-        hits: _Hits | None = getattr(args[0], _HITS, None)
-        frame = _frame_of_model()
-        if hits is None or frame is None or (name == "unbind" and not _is_iterating()):
+        if code is None or not changes_only_rows(code, frame):
             return None
-        loop = loop_at(frame)
-        if loop is None or not changes_only_rows(loop, frame) or not _is_unwritten(hits):
-            return None
-        line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        return _Experts(lambda: self._all(hits.vector, line, name == "tolist", args[0].dim()))
+        loop = _Loop(frame, code)
+        return _Experts(lambda: self._all(loop, hits.vector, as_numbers, listed.dim()))
 
     def _all(
-        self, vector: torch.Tensor, line: str, as_numbers: bool, dims: int
+        self, loop: _Loop, vector: torch.Tensor, as_numbers: bool, dims: int
     ) -> Iterator[torch.Tensor | int]:
         """Go through all experts: one-element tensors as rows of `nonzero`, or numbers."""
-        used: list[dict[int, torch.nn.Parameter]] = []
+        self._loops.append(loop)
         for expert in range(vector.shape[0]):
-            self._rounds.append(_Round(expert, vector[expert] != 0, line))
+            loop.rounds.append(_Hit(expert=expert, is_hit=vector[expert] != 0))
             number: Any = expert if dims == 1 else [expert]
             yield number if as_numbers else torch.tensor(number)
-            used.append(self._rounds.pop().parameters)
-        if len(used) > 1 and any(p.requires_grad for own in _differing(used) for p in own.values()):
-            self.apart.setdefault(line, self._module())
+        self._end(loop)
+
+    def _end(self, loop: _Loop) -> None:
+        self._loops.remove(loop)
+        own = [p for used in _differing([r.parameters for r in loop.rounds]) for p in used.values()]
+        if len(loop.rounds) > 1 and any(p.requires_grad for p in own):
+            self.apart.setdefault(loop.line, self._module())
+
+    @property
+    def _rounds(self) -> list[_Round]:
+        """The rounds that are under way, outermost first."""
+        for loop in [loop for loop in self._loops if not loop.is_under_way()]:
+            self._end(loop)
+        return [loop.rounds[-1] for loop in self._loops if loop.rounds]
 
     def arguments(self, name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Return the arguments with which a call does nothing for an expert that wasn't hit."""
-        if not self._rounds:
+        hits = [r for r in (self._rounds if self._loops else ()) if isinstance(r, _Hit)]
+        if not hits:
             return args, kwargs
         if name == "__getitem__":
-            return (args[0], self._existing(*args)), kwargs
-        return self._selecting(name, args, kwargs)
+            return (args[0], self._existing(args[0], args[1], hits[-1])), kwargs
+        more = {key: value for key, value in kwargs.items() if key in _NO_MASK}
+        given = [*args, *(value for key, value in kwargs.items() if key not in _NO_MASK)]
+        if name not in _SELECT or len(given) != 1:
+            return args, kwargs
+        for hit in hits:
+            given[0] = given[0] * hit.is_hit
+        return tuple(given), more
 
-    def _existing(self, table: torch.Tensor, index: Any) -> Any:
+    def _existing(self, table: torch.Tensor, index: Any, hit: _Hit) -> Any:
         """Return an index into experts' weights: some masks have a place for what is no expert.
 
         There the model's own code fails; the graph asserts that it isn't hit.
         """
         if isinstance(index, tuple) and index:
-            return (self._existing(table, index[0]), *index[1:])
+            return (self._existing(table, index[0], hit), *index[1:])
         number = index.constant if isinstance(index, FakeTensor) and not index.dim() else index
-        current, size = self._rounds[-1], table.shape[0] if table.dim() else None
+        size = table.shape[0] if table.dim() else None
         if isinstance(number, bool) or not isinstance(number, (int, torch.Tensor)):
             return index
-        if not isinstance(size, int) or int(number) != current.expert or current.expert < size:
+        if not isinstance(size, int) or int(number) != hit.expert or hit.expert < size:
             return index
-        text = f"{current.line}: there is no expert {current.expert}"
-        torch._assert_async(current.is_hit.logical_not(), text)
+        text = f"{self._loops[-1].line}: there is no expert {hit.expert}"
+        torch._assert_async(hit.is_hit.logical_not(), text)
         return 0
-
-    def _selecting(
-        self, name: str, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        more = {key: value for key, value in kwargs.items() if key in _NO_MASK}
-        given = [*args, *(value for key, value in kwargs.items() if key not in _NO_MASK)]
-        if name not in _SELECT or len(given) != 1:
-            return args, kwargs
-        for current in self._rounds:
-            given[0] = given[0] * current.is_hit
-        return tuple(given), more
 
     def check(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Refuse what a round would write for an expert that wasn't hit.
@@ -153,25 +204,27 @@ class ExpertLoops:
         ------
         CaptureFailed
         """
-        if not self._rounds:
+        rounds = self._rounds if self._loops else []
+        if not rounds:
             return
-        current = self._rounds[-1]
         leaves = pytree.tree_leaves((args, dict(kwargs)))
-        current.parameters |= {id(t): t for t in leaves if isinstance(t, torch.nn.Parameter)}
+        rounds[-1].parameters |= {id(t): t for t in leaves if isinstance(t, torch.nn.Parameter)}
         target = _written(name, args, kwargs)
         if target is None or self._is_selected(target) or self._is_at_rows(name, args, kwargs):
             return
         raise CaptureFailed(
-            f"Module {self._module()!r} loops over the experts that were hit ({current.line}), and "
-            f"{name} writes what is no row of an expert's tokens. A graph has the rounds of all experts, "
-            "so that one without a token must change nothing. What to do: write at the rows that "
-            "torch.where or nonzero has selected in the same round, or loop over all experts, with "
-            "range()."
+            f"Module {self._module()!r} loops over the experts that were hit "
+            f"({self._loops[-1].line}), and {name} writes what is no row of an expert's tokens. A graph "
+            "has the rounds of all experts, so that one without a token must change nothing. What to do: "
+            "write at the rows that torch.where or nonzero has selected in the same round; or loop over "
+            "all experts, with range(), and don't ask whether there are rows."
         )
 
+    def _selected(self) -> set[sympy.Symbol]:
+        return set().union(*(current.symbols for current in self._rounds))
+
     def _is_selected(self, tensor: torch.Tensor) -> bool:
-        own = set().union(*(current.symbols for current in self._rounds))
-        return bool(own & unknown_sizes(tensor))
+        return bool(self._selected() & unknown_sizes(tensor))
 
     def _is_at_rows(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
         position = _INDEX.get(name.removesuffix("_") if name[:2] != "__" else name)
@@ -187,35 +240,60 @@ class ExpertLoops:
     def note(self, name: str, args: Any, result: Any) -> None:
         """Remember what is a list of experts that were hit, and what a round has selected."""
         found = [t for t in pytree.tree_leaves(result) if isinstance(t, FakeTensor)]
-        if self._rounds and name in _SELECT:
+        rounds = self._rounds if self._loops and name in _SELECT else []
+        if rounds and isinstance(rounds[-1], _Hit):  # a loop over all asks about its own
             given = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
             before = set().union(*map(unknown_sizes, given))
-            self._rounds[-1].symbols |= set().union(*map(unknown_sizes, found)) - before
+            rounds[-1].symbols |= set().union(*map(unknown_sizes, found)) - before
         source = args[0] if args and isinstance(args[0], FakeTensor) else None
         if source is None or len(found) != 1:
             return
         if name == "nonzero" and source.dim() == 1 and isinstance(source.shape[0], int):
             setattr(found[0], _HITS, _Hits(source, source._version))
-        elif name in _RESHAPE and hasattr(source, _HITS) and _are_as_many(source, found[0]):
+        elif name in _RESHAPE and hasattr(source, _HITS) and _is_same_list(args, found[0]):
             setattr(found[0], _HITS, getattr(source, _HITS))
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Let a round know that it has rows: without any, what it goes on to do changes nothing."""
+    def followed(self) -> Iterator[None]:
+        """See what torch functions don't show: lists of numbers, and questions about sizes."""
         thread, original = threading.get_ident(), ShapeEnv.evaluate_sym_node
+        to_list = FakeTensor.tolist
+
+        def tolist(tensor: FakeTensor) -> Any:
+            frame = _frame_of_model() if threading.get_ident() == thread else None
+            experts = None if frame is None else self._over_all(tensor, frame, as_numbers=True)
+            return to_list(tensor) if experts is None else experts
 
         def evaluate(environment: ShapeEnv, node: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._rounds and threading.get_ident() == thread:
-                own = set().union(*(current.symbols for current in self._rounds))
-                unknown = node.expr.free_symbols & own
-                if len(unknown) == 1:
-                    answer = _if_there_are_rows(node.expr, unknown.pop())
-                    if answer is not None:
-                        return answer
-            return original(environment, node, *args, **kwargs)
+            answer = None
+            if threading.get_ident() == thread:
+                answer = self._answer(node.expr)
+            return original(environment, node, *args, **kwargs) if answer is None else answer
 
-        with patch.object(ShapeEnv, "evaluate_sym_node", evaluate):
+        with (
+            patch.object(ShapeEnv, "evaluate_sym_node", evaluate),
+            patch.object(FakeTensor, "tolist", tolist),
+        ):
             yield
+
+    def _answer(self, question: Any) -> Any:
+        """Let a round know that it has rows: without any, what it goes on to do changes nothing."""
+        unknown = {s for s in question.free_symbols if symbol_is_type(s, SymT.UNBACKED_INT)}
+        answer = _if_there_are_rows(question, unknown)
+        if answer is None or unknown <= self._selected():
+            return answer
+        frame = _frame_that_asks()
+        code = None if frame is None else loop_around(frame)
+        if frame is None or code is None or not changes_only_rows(code, frame):
+            return None
+        loop = next((known for known in self._loops if known.frame is frame), None)
+        if loop is None:
+            loop = _Loop(frame, code, is_over_all=True)
+            self._loops.append(loop)
+        if loop.code is not code or not loop.is_over_all:
+            return None  # it asks about rows that this round hasn't selected
+        loop.rounds.append(_Round(unknown))
+        return answer
 
 
 class _Experts:
@@ -260,15 +338,16 @@ _NO_WRITES = frozenset(("requires_grad_", "detach_", "retain_grad_"))
 
 def unknown_sizes(tensor: torch.Tensor) -> set[sympy.Symbol]:
     """Return the symbols of the numbers that depend on data and that a traced tensor has as sizes."""
-    sizes = [size for size in tensor.shape if isinstance(size, torch.SymInt)]
+    sizes: list[Any] = [size for size in tensor.shape if isinstance(size, torch.SymInt)]
     symbols = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
     return {symbol for symbol in symbols if symbol_is_type(symbol, SymT.UNBACKED_INT)}
 
 
-def _if_there_are_rows(question: Any, rows: sympy.Symbol) -> Any:
+def _if_there_are_rows(question: Any, unknown: set[sympy.Symbol]) -> Any:
     """Return the answer to a question that says no more than whether there are rows; else None."""
-    if question.free_symbols != {rows}:
+    if len(unknown) != 1 or question.free_symbols != unknown:
         return None
+    (rows,) = unknown
     answers = {question.subs(rows, number) for number in (1, 2, 3, 1 << 20)}
     if len(answers) != 1 or question.subs(rows, 0) in answers:
         return None
@@ -276,14 +355,13 @@ def _if_there_are_rows(question: Any, rows: sympy.Symbol) -> Any:
     return answer if answer in (sympy.true, sympy.false) else None
 
 
-def _are_as_many(source: torch.Tensor, result: torch.Tensor) -> bool:
-    numbers: list[Any] = [source.numel(), result.numel()]
-    first, second = (n.node.expr if isinstance(n, torch.SymInt) else n for n in numbers)
-    return bool(first == second) and result.dim() in (1, 2)
-
-
-def _is_unwritten(hits: _Hits) -> bool:
-    return hits.vector._version == hits.version
+def _is_same_list(args: Any, result: torch.Tensor) -> bool:
+    """Tell whether a tensor has the numbers of another one that it was made of, in their order."""
+    source, *more = args
+    is_as_long = bool(statically_known_true(source.numel() == result.numel()))
+    is_same_kind = result.dtype == source.dtype and result.dim() in (1, 2)
+    by_tensors = any(isinstance(part, torch.Tensor) for part in pytree.tree_leaves(more))
+    return is_as_long and is_same_kind and not by_tensors
 
 
 def _differing(
@@ -295,15 +373,19 @@ def _differing(
         yield {key: parameter for key, parameter in own.items() if key not in others}
 
 
-def _is_iterating() -> bool:
-    """Tell whether the torch function that is called now is what a `for` asks for."""
+_OWN_FOLDER = str(Path(__file__).parent)
+
+
+def _iterating() -> types.FrameType | None:
+    """Return the frame whose `for` asks a tensor for its rows, if that is what is being called."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename.startswith(_OWN_FOLDER):
         frame = frame.f_back
-    return frame is not None and frame.f_code is torch.Tensor.__iter__.__code__
-
-
-_OWN_FOLDER = str(Path(__file__).parent)
+    if frame is None or frame.f_code is not torch.Tensor.__iter__.__code__ or frame.f_back is None:
+        return None
+    asking = frame.f_back
+    operation = dis.opname[asking.f_code.co_code[asking.f_lasti]]
+    return asking if operation == "GET_ITER" else None  # and not what `enumerate` or `zip` asks for
 
 
 def _frame_of_model() -> types.FrameType | None:
@@ -312,3 +394,15 @@ def _frame_of_model() -> types.FrameType | None:
     while frame is not None and frame.f_code.co_filename.startswith((_TORCH_FOLDER, _OWN_FOLDER)):
         frame = frame.f_back
     return frame
+
+
+def _frame_that_asks() -> types.FrameType | None:
+    """Return the frame of code that asks for a truth by itself, and not in an operator's name."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((_TORCH_FOLDER, *_ASKED)):
+        frame = frame.f_back
+    is_own = frame is None or frame.f_code.co_filename.startswith(_OWN_FOLDER)
+    return None if is_own else frame
+
+
+_ASKED = (__file__, str(Path(__file__).with_name("sizes.py")))

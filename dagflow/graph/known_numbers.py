@@ -63,6 +63,12 @@ def _forget(tracer: Any, constants: Sequence[torch.Tensor]) -> None:
             slot.constant = None
 
 
+def is_known_number(tensor: Any) -> bool:
+    """Tell whether a trace knows what is in a tensor of one number."""
+    is_traced = isinstance(tensor, fake_tensor.FakeTensor)
+    return is_traced and not tensor.dim() and tensor.constant is not None
+
+
 def whole_numbers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return copies of a model's buffers that hold one whole number each."""
     return {

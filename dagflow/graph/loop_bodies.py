@@ -28,15 +28,41 @@ _MUTATORS = (
 )
 
 
-def loop_at(frame: types.FrameType) -> ast.For | None:
-    """Return the loop whose list a frame is evaluating, if it is one."""
+def loop_at(frame: types.FrameType, *, of_list: bool) -> ast.For | None:
+    """Return the loop whose list a frame is evaluating, if it is one.
+
+    Parameters
+    ----------
+    of_list
+        Whether it is to be one over what ``tolist()`` returns, and nothing that is made of that.
+    """
     line = frame.f_lineno
     found = [
         s
         for s in statements(frame.f_code.co_filename)
         if isinstance(s, ast.For) and s.iter.lineno <= line <= (s.iter.end_lineno or line)
     ]
-    return found[0] if len(found) == 1 else None
+    if len(found) != 1 or any(isinstance(n, _HIDDEN_LOOPS) for n in ast.walk(found[0].iter)):
+        return None
+    match found[0].iter:
+        case ast.Call(func=ast.Attribute(attr="tolist")):
+            return found[0] if of_list else None
+    return None if of_list else found[0]
+
+
+_HIDDEN_LOOPS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def loop_around(frame: types.FrameType) -> ast.For | None:
+    """Return the innermost loop whose body a frame is in."""
+    loops = [s for s in statements(frame.f_code.co_filename) if isinstance(s, ast.For)]
+    around = [loop for loop in loops if is_inside(frame, loop)]
+    return max(around, key=lambda loop: loop.lineno, default=None)
+
+
+def is_inside(frame: types.FrameType, loop: ast.For) -> bool:
+    """Tell whether a frame of the loop's function is in its body."""
+    return loop.body[0].lineno <= frame.f_lineno <= (loop.body[-1].end_lineno or 0)
 
 
 def changes_only_rows(loop: ast.For, frame: types.FrameType) -> bool:

@@ -31,7 +31,7 @@ from dagflow.graph.checks import is_asked_for, passed
 from dagflow.graph.demands import Demands
 from dagflow.graph.effects import Snapshot
 from dagflow.graph.expert_loops import ExpertLoops
-from dagflow.graph.known_numbers import make_known
+from dagflow.graph.known_numbers import is_known_number, make_known
 from dagflow.graph.known_values import KnownValues
 from dagflow.graph.leftovers import Left
 from dagflow.graph.sizes import Decision, symbolic_mathematics, watch_decisions
@@ -174,6 +174,8 @@ class _Follower(TorchFunctionMode):
         if experts is not None:
             return experts
         args, kwargs = self._loops.arguments(self.trace.operator, args, kwargs)
+        if self.trace.operator == "__format__" and is_known_number(args[0]):
+            return format(args[0].constant.item(), *args[1:])  # a module's name, above all
         if self.trace.operator == "item" and is_asked_for(args[0], sys._getframe(1)):
             return args[0]
         if self.trace.operator == "__bool__":
@@ -457,7 +459,7 @@ def follow(
             symbolic_mathematics() as trace.mathematics,
             unmapped(lambda: trace.module),
             watch_decisions(OWN_FILES) as trace.decisions,
-            loops.answering(),
+            loops.followed(),
         ):
             yield trace
     finally:

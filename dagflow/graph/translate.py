@@ -30,6 +30,7 @@ from dagflow.graph.data_sizes import (
     are_of_data,
     number_in_tensor,
     puts_at_rows,
+    selects_rows,
     takes_numbers_in_tensors,
 )
 from dagflow.graph.flops import is_view, operator_flops
@@ -159,6 +160,7 @@ class _Translator:
         for node in self.exported.graph.nodes:
             if node.op == "call_function":
                 self._call(node, "", _Setting())
+        self._without_unread_rows()
         self._read_from_copies()
         self.nodes = early(self.nodes)
         loss = self._loss()
@@ -311,12 +313,8 @@ class _Translator:
         op = "getitem" if node.target is operator.getitem else str(node.target)
         op = TRACED_AS.get(op, op)
         self.origin = origin = _origin(node, op)
-        if not is_allowed(op):
-            raise CaptureFailed(
-                f"The model calls {op}, which is not on the allow-list of operators that workers "
-                f"run. {origin} What to do: write it with public functions of torch that return new "
-                "tensors; if it is one, it belongs into dagflow_tasks/allowed_operators.toml."
-            )
+        if not is_allowed(op) and not selects_rows(op):
+            raise _not_allowed(op, origin)
         self.of_data.learn(node)
         given = self._with_tensors(node.args) if takes_numbers_in_tensors(op) else node.args
         args = tuple(self._argument(argument, origin) for argument in given)
@@ -329,8 +327,34 @@ class _Translator:
         self.environment[node] = name
         flags = (setting.grad, setting.autocast, origin.module, setting.autocast_dtype)
         self.nodes.append(Node(name, op, args, kwargs, *flags))
-        self.info[name] = self._info(node, outputs, origin)
+        known = is_allowed(op)
+        unread = OperatorInfo(outputs, 0, 0, origin.source)
+        self.info[name] = self._info(node, outputs, origin) if known else unread
         self._check_rows(self.nodes[-1], origin)
+
+    def _without_unread_rows(self) -> None:
+        """Leave out what data selects and nobody reads: lists of experts that were hit, above all.
+
+        Raises
+        ------
+        CaptureFailed
+            If something is selected by an operator that isn't allowed.
+        """
+        kept: list[Node] = []
+        read: set[str] = set()
+        for node in reversed(self.nodes):
+            is_index = node.name in self.selected and all(
+                "int" in dtype for dtype, _ in self.info[node.name].outputs
+            )
+            known = is_allowed(node.op)
+            if is_index and node.name not in read and not (known and mutated_arguments(node)):
+                del self.info[node.name]
+                continue
+            if not known:
+                raise _not_allowed(node.op, self.selected[node.name])
+            read.update(node.references())
+            kept.append(node)
+        self.nodes = kept[::-1]
 
     def _with_tensors(self, arguments: Any) -> Any:
         """Return arguments with numbers that are read out of tensors as these tensors."""
@@ -484,6 +508,14 @@ class _Translator:
             if not self.scalar or not self.info[name].outputs[0][1]:
                 return name
         raise CaptureFailed("The model's result isn't computed by any operator: is it a constant?")
+
+
+def _not_allowed(op: str, origin: _Origin) -> CaptureFailed:
+    return CaptureFailed(
+        f"The model calls {op}, which is not on the allow-list of operators that workers "
+        f"run. {origin} What to do: write it with public functions of torch that return new "
+        "tensors; if it is one, it belongs into dagflow_tasks/allowed_operators.toml."
+    )
 
 
 def _depends_on_data(number: str, origin: _Origin) -> CaptureFailed:

@@ -143,7 +143,9 @@ class DagAnalysis:
         spans = [
             (self.position[name], self.last_reader[name])
             for name, info in self.dag.info.items()
-            if name in self.last_reader and are_of_data(info.outputs)
+            if name in self.last_reader
+            and name not in self.free_of_parameters
+            and are_of_data(info.outputs)
         ]
         for node in self.dag.nodes:
             if node.op == "getitem":
