@@ -331,8 +331,8 @@ def serve(
 
     Ctrl-C ends it. Keys that the command line shouldn't show go into DAGFLOW_API_KEYS.
     """
-    from dagflow.server.app import ServerSettings
     from dagflow.server.serve import serve as serve_model
+    from dagflow.server.service import ServerSettings
 
     os.environ.pop(_API_KEYS, None)  # processes that are started need no keys
     settings = ServerSettings(api_key, max_running, max_queue, allow_host, allow_origin)

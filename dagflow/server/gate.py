@@ -70,10 +70,19 @@ class Gate:
         As `known_hosts` returns them.
     origins : iterable of str
         Whose pages may ask, as ``https://example.org``; ``*`` for all.
+    body_seconds : float
+        As long from a request's beginning, what is left of its body is read on.
     """
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None, origins: Iterable[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: frozenset[str] | None,
+        origins: Iterable[str],
+        body_seconds: float = BODY_SECONDS,
+    ) -> None:
         self._app = app
+        self._body_seconds = body_seconds
         self._hosts = hosts
         self._origins = frozenset(origins)
 
@@ -83,7 +92,7 @@ class Gate:
             self._check(Headers(scope=scope))
         except ApiError as error:
             app = refuse(error)
-        unwanted = _Unwanted(scope, receive, send)
+        unwanted = _Unwanted(scope, receive, send, self._body_seconds)
         await app(scope, unwanted.receive, unwanted.send)
 
     def _check(self, headers: Headers) -> None:
@@ -120,7 +129,7 @@ class _Unwanted:
     A connection that is closed while its client is sending is reset, and the answer with it.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, seconds: float) -> None:
         headers = Headers(scope=scope)
         self._is_coming = (
             "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
@@ -128,7 +137,7 @@ class _Unwanted:
         # Who waits to be asked for it sends nothing when it has been answered.
         self._is_asked_for = "expect" not in headers
         self._receive, self._send = receive, send
-        self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+        self._deadline = asyncio.get_running_loop().time() + seconds
 
     async def receive(self) -> Message:
         self._is_asked_for = True

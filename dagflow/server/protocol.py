@@ -18,8 +18,6 @@ from dagflow.server.errors import ApiError
 if sys.platform != "win32":
     import resource
 
-# All of a request's head must have come by then, however its bytes are spread.
-HEAD_SECONDS = 10.0
 # How long a client may still send before its connection is closed.
 _LINGER_SECONDS = 2.0
 _MOST_CONNECTIONS = 4096
@@ -46,14 +44,21 @@ class Connection(H11Protocol):
     One that waits for a request, or whose request hasn't been admitted (whose key isn't known to be
     right), costs its client nothing: when there are too many, those that have waited longest make
     room for others.
+
+    Attributes
+    ----------
+    head_seconds : float
+        In which all of a request's head must have come, however its bytes are spread.
     """
+
+    head_seconds = 10.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = None
         self._is_over = False
         self._since = self.loop.time()
-        self._wait(HEAD_SECONDS)
+        self._wait()
         if len(self.connections) > most_connections():
             self._make_room()
 
@@ -68,7 +73,7 @@ class Connection(H11Protocol):
         if self._is_asking:
             self._stop_waiting()
         elif self._timer is None:
-            self._wait(HEAD_SECONDS)
+            self._wait()
 
     def on_response_complete(self) -> None:
         self._since = self.loop.time()
@@ -92,8 +97,8 @@ class Connection(H11Protocol):
         is_admitted: bool = self.scope is not None and self.scope["state"].get(ADMITTED, False)
         return self._is_asking and not self._is_over and is_admitted
 
-    def _wait(self, seconds: float) -> None:
-        self._timer = self.loop.call_later(seconds, self._give_up)
+    def _wait(self) -> None:
+        self._timer = self.loop.call_later(self.head_seconds, self._give_up)
 
     def _stop_waiting(self) -> None:
         if self._timer is not None:
@@ -103,7 +108,9 @@ class Connection(H11Protocol):
     def _give_up(self) -> None:
         self._timer = None
         if self.conn.trailing_data[0]:
-            self._refuse(ApiError(408, f"The request's head hasn't come in {HEAD_SECONDS:g} s."))
+            self._refuse(
+                ApiError(408, f"The request's head hasn't come in {self.head_seconds:g} s.")
+            )
         else:
             self.transport.close()
 

@@ -13,11 +13,12 @@ import uvicorn
 
 from dagflow.errors import SettingsInvalid
 from dagflow.run.clusters import ClusterSettings
-from dagflow.server.app import ServerSettings, Service, make_app
+from dagflow.server.app import make_app
 from dagflow.server.connection import PATIENCE_SECONDS
 from dagflow.server.gate import is_loopback, known_hosts
 from dagflow.server.opening import open_model, public_name
 from dagflow.server.protocol import BACKLOG, Connection
+from dagflow.server.service import ServerSettings, Service
 from dagflow.sessions.defaults import shown
 from dagflow.sessions.deployment import Deployment
 from dagflow.sessions.models import Model
@@ -95,18 +96,6 @@ def serve(
             draft=small,
         ) as deployment:
             service = Service(deployment, public_name(model), settings)
-            config = uvicorn.Config(
-                make_app(service, known_hosts(host, listening, settings.allow_hosts)),
-                http=Connection,
-                ws="none",
-                proxy_headers=False,
-                server_header=False,
-                backlog=BACKLOG,
-                # Warnings are of what strangers send.
-                log_level="error",
-                lifespan="off",
-                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
-            )
             place = f"[{host}]" if ":" in host else host
             url = f"http://{place}:{listening.getsockname()[1]}"
             count, room = len(deployment.engine.cut), deployment.caches.capacity_tokens
@@ -120,7 +109,33 @@ def serve(
                 note(
                     "Whoever reaches this machine can use the model: --api-key KEY keeps others out."
                 )
-            _Server(config, service).run(sockets=[listening])
+            server_of(service, host, listening).run(sockets=[listening])
+
+
+def server_of(
+    service: Service, host: str, listening: socket.socket, http: type[Connection] = Connection
+) -> uvicorn.Server:
+    """Return what serves a deployment at a socket; its `run` takes that.
+
+    Parameters
+    ----------
+    host : str
+        What it was told to listen at.
+    """
+    hosts = known_hosts(host, listening, service.settings.allow_hosts)
+    config = uvicorn.Config(
+        make_app(service, hosts),
+        http=http,
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
+        # Warnings are of what strangers send.
+        log_level="error",
+        lifespan="off",
+        timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+    )
+    return _Server(config, service)
 
 
 def describe(model: Model, defaults: Mapping[str, Any]) -> list[str]:
