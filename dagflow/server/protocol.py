@@ -84,7 +84,8 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what isn't HTTP; called where the parser's error is handled."""
-        status = int(getattr(sys.exception(), "error_status_hint", 0) or 400)
+        hint = getattr(sys.exception(), "error_status_hint", 400)
+        status = 431 if hint == 431 else 400  # it isn't the server that fails
         self._refuse(ApiError(status, "This is no request of HTTP/1.1, or its head is too long."))
 
     @property

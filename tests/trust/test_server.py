@@ -18,6 +18,7 @@ import httpx
 import psutil
 import pytest
 from door import KEYS, SHORT, Door, answer, head, opened
+from hostile_requests import attack_all
 from local import wait_until
 
 from dagflow.errors import DagflowError, SettingsInvalid
@@ -469,6 +470,16 @@ def test_what_is_no_request_is_refused_in_the_same_form(
     assert found == status
     assert sorted(body["error"]) == ["code", "message", "param", "type"]
     assert body["error"]["type"] == "invalid_request_error"
+
+
+def test_hostile_requests_are_answered_and_streams_go_on(door: Door) -> None:
+    """A short run of `hostile_requests`, which has the long one."""
+    found = asyncio.run(attack_all(door.port, 400, seed=1))
+    assert not found.wrong
+    assert found.num_requests == 400
+    assert found.num_streams
+    wait_until(lambda: not door.service.bodies.taken_bytes, "the bodies are given up")
+    assert door.ask().status_code == 200
 
 
 def test_there_are_descriptors_left_for_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
