@@ -34,13 +34,13 @@ def exploding(factor: float) -> Example:
 
 def test_scaled_training_is_close_to_full_precision(client: Client, tmp_path: Path) -> None:
     of = example()
-    data = batches(of, 8)
+    data = batches(of, 5)
     wanted, _ = train_with_torch(of, data)
     run = tmp_path / "run"
     result = train(of, data, run, client=client, precision="fp16", num_stages=2)
     assert result.losses == pytest.approx(wanted, rel=2e-2)
     assert result.losses != pytest.approx(wanted, rel=1e-6)
-    assert decision(run, 8) == {"loss_scale": INITIAL_LOSS_SCALE, "good_steps": 8}
+    assert decision(run, 5) == {"loss_scale": INITIAL_LOSS_SCALE, "good_steps": 5}
     again = train(of, data, tmp_path / "four", client=client, precision="fp16", num_stages=4)
     assert_same_run(again, result)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from distributed import Client
 from small import LR, assert_same_run, batches, example, train, train_with_torch
-from zoo import Example
+from zoo import Example, normed
 
 import dagflow
 
@@ -23,7 +23,10 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3])
+# The same bits in every cut are other tests'.
+@pytest.mark.parametrize(
+    "num_stages", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3]
+)
 def test_twenty_losses_are_those_of_a_torch_loop(
     client: Client, tmp_path: Path, num_stages: int
 ) -> None:
@@ -73,7 +76,7 @@ def test_workers_make_weights_gradients_between_tasks(client: Client, tmp_path: 
 
 def test_tied_gpt2_has_torchs_losses_and_loads_back(client: Client, tmp_path: Path) -> None:
     of = example("gpt2")
-    data = batches(of, 20)
+    data = batches(of, 8)
     wanted, _ = train_with_torch(of, data)
     result = train(of, data, tmp_path / "run", client=client, num_stages=2)
     assert result.losses == pytest.approx(wanted, rel=1e-6)
@@ -87,7 +90,7 @@ def test_unevenly_padded_labels_average_over_the_counted_tokens(
     client: Client, tmp_path: Path
 ) -> None:
     of = example("gpt2")
-    data = batches(of, 6)
+    data = batches(of, 4)
     for step, batch in enumerate(data):
         labels = batch["labels"].clone()
         for row in range(len(labels)):
@@ -120,7 +123,7 @@ def test_dropout_runs_have_the_same_bits_every_time_and_in_every_cut(
 
 def test_every_operator_as_a_task_gives_the_same_bits(client: Client, tmp_path: Path) -> None:
     of = example(dropout=True)
-    data = batches(of, 3)
+    data = batches(of, 2)
     wanted = train(of, data, tmp_path / "stages", client=client, num_microbatches=2)
     config = dagflow.Config(granularity="operator")
     found = train(
@@ -131,7 +134,7 @@ def test_every_operator_as_a_task_gives_the_same_bits(client: Client, tmp_path: 
 
 
 def test_batch_norms_statistics_follow_the_microbatches(client: Client, tmp_path: Path) -> None:
-    of = example("resnet")
+    of = normed()
     data = batches(of, 4)
     wanted, weights = train_with_torch(of, data)
     whole = train(of, data, tmp_path / "whole", client=client, num_microbatches=1, num_stages=2)
@@ -152,7 +155,7 @@ def test_batches_that_microbatches_do_not_divide_keep_their_mean(
     client: Client, tmp_path: Path, rows: int
 ) -> None:
     of = example()
-    data = batches(of, 5, rows=rows)
+    data = batches(of, 3, rows=rows)
     wanted, _ = train_with_torch(of, data)
     result = train(of, data, tmp_path / "run", client=client, num_microbatches=4)
     assert result.losses == pytest.approx(wanted, rel=1e-6)
@@ -171,7 +174,7 @@ def test_batches_of_different_sizes_train_one_after_the_other(
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_optimizers_are_torchs(client: Client, tmp_path: Path, name: str) -> None:
     of = example()
-    data = batches(of, 10)
+    data = batches(of, 5)
     optimizer = OPTIMIZERS[name]
 
     def make(parameters: Any) -> torch.optim.Optimizer:
@@ -218,7 +221,7 @@ def test_bf16_is_close_to_autocast_and_the_same_in_every_cut(
     client: Client, tmp_path: Path
 ) -> None:
     of = example()
-    data = batches(of, 10)
+    data = batches(of, 5)
     wanted, _ = train_with_torch(of, data, autocast=torch.bfloat16)
     full, _ = train_with_torch(of, data)
     found = train(of, data, tmp_path / "two", client=client, precision="bf16", num_stages=2)

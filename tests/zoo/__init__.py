@@ -184,6 +184,32 @@ def resnet() -> Example:
     return Example(ResNetForImageClassification(config), _images)
 
 
+class Normed(nn.Module):
+    """Two convolutions with batch norms and a residual connection: what a ResNet is, captured in no time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.norms[0](self.first(images)))
+        hidden = hidden + torch.relu(self.norms[1](self.second(hidden)))
+        output: torch.Tensor = self.head(hidden.mean((2, 3)))
+        return output
+
+
+def normed() -> Example:
+    """Return a small model with batch norms, in training mode; tests of kinds of models have resnet."""
+    torch.manual_seed(0)
+
+    def batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(rows, 3, 8, 8), torch.arange(rows) % 5
+
+    return Example(Normed(), batch, nn.functional.cross_entropy)
+
+
 class LstmTagger(nn.Module):
     """Two stacked LSTMs with a residual connection."""
 
