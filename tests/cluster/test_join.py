@@ -13,10 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from chaos import scheduling, warm
 from click.testing import CliRunner
 from distributed import Client, Nanny
 from local import local_cluster, wait_until
-from processes import BIN, kill_group, own_scheduler, start, swarm
+from processes import BIN, Copy, kill_group, own_scheduler, start, swarm
 
 from dagflow.cli import main
 from dagflow.nanny import dask_teardown
@@ -41,9 +42,15 @@ def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def scheduler(port: int, log: Path) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
-    options = ["--host", "127.0.0.1", "--port", str(port), "--dashboard-address", "127.0.0.1:0"]
-    return ended(start([BIN / "dask", "scheduler", *options], log))
+@contextlib.contextmanager
+def scheduler(port: int, log: Path) -> Iterator[Copy]:
+    """Start a ``dask scheduler``, and kill it at the end of the block."""
+    process = Copy(warm.start(scheduling.scheduler, log, port))
+    try:
+        yield process
+    finally:
+        kill_group(process)
+        process.communicate()
 
 
 def connected(port: int) -> Client:
@@ -61,7 +68,7 @@ def all_gone(pids: set[int]) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_a_machine_comes_back_when_its_scheduler_does(tmp_path: Path) -> None:
+def test_a_machine_comes_back_when_its_scheduler_does_until_it_is_retired(tmp_path: Path) -> None:
     port = free_port()
     log = tmp_path / "join.log"
     command = [f"tcp://127.0.0.1:{port}" if part == "ADDRESS" else part for part in JOIN]
@@ -71,35 +78,45 @@ def test_a_machine_comes_back_when_its_scheduler_does(tmp_path: Path) -> None:
             with connected(port) as client:
                 client.wait_for_workers(1, timeout=60)
                 before = worker_pids(client)
-            first.kill()
+            kill_group(first)
         wait_until(lambda: all_gone(before), "the first worker has ended")
         wait_until(lambda: "went away; trying again in" in log.read_text(), "it says what happened")
         with scheduler(port, tmp_path / "second.log"), connected(port) as client:
             client.wait_for_workers(1, timeout=60)
             assert client.submit(sum, (1, 2, 3)).result(timeout=60) == 6
             pids = worker_pids(client)
-            kill_group(joined, signal.SIGINT)
+            client.retire_workers(list(scheduler_info(client)["workers"]))
             assert joined.wait(timeout=20) == 0
             wait_until(lambda: all_gone(pids), "no process is left", 5)
+    assert "let this machine go" in log.read_text()
 
 
-def test_what_only_a_leaving_machine_has_is_handed_over(tmp_path: Path) -> None:
-    with swarm({n: [*JOIN, "--name", n] for n in ("first", "second")}, tmp_path) as (
-        client,
-        workers,
-    ):
+def test_a_leaving_machine_hands_over_what_only_it_has_and_leaves_no_process(
+    tmp_path: Path,
+) -> None:
+    """Its nanny hears of it from `dagflow join`, or, with --once, like the worker from the terminal."""
+    commands = {"first": [*JOIN, "--name", "first"], "second": [*JOIN, "--name", "second", "--once"]}
+    with swarm(commands, tmp_path) as (client, workers):
+        pids = worker_pids(client)
         names = {info["name"]: a for a, info in scheduler_info(client)["workers"].items()}
         result = client.submit(list, range(3), workers=[names["first"]], key="unique")
         wait_until(lambda: result.status == "finished", "it is computed")
         assert client.who_has([result])["unique"] == (names["first"],)
-        began = time.monotonic()
-        kill_group(workers["first"], signal.SIGINT)
-        assert workers["first"].wait(timeout=30) == 0
-        assert time.monotonic() - began < 6
-        (other,) = scheduler_info(client)["workers"]
-        assert client.who_has([result])["unique"] == (other,)
-        assert other == names["second"]
+        leave_quickly(workers["first"])
+        assert list(scheduler_info(client)["workers"]) == [names["second"]]
+        assert client.who_has([result])["unique"] == (names["second"],)
         assert result.result(timeout=10) == [0, 1, 2]
+        leave_quickly(workers["second"])
+        wait_until(lambda: all_gone(pids), "no process is left", 5)
+    assert not [n for n in commands if "killing" in (tmp_path / f"{n}.log").read_text()]
+
+
+def leave_quickly(worker: subprocess.Popen[str]) -> None:
+    began = time.monotonic()
+    kill_group(worker, signal.SIGINT)
+    assert worker.wait(timeout=30) == 0
+    # dask's nanny kills what hasn't ended after eight seconds.
+    assert time.monotonic() - began < 6
 
 
 def test_a_worker_that_its_nanny_does_not_know_yet_hands_over_too(
@@ -132,21 +149,6 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
         wait_until(lambda: all_gone(pids), "no process is left", 5)
 
 
-def test_a_killed_parent_takes_the_worker_along(tmp_path: Path) -> None:
-    with swarm({"worker": JOIN}, tmp_path) as (client, workers):
-        pids = worker_pids(client)
-        workers["worker"].kill()
-        wait_until(lambda: all_gone(pids), "no process is left", 20)
-        assert scheduler_info(client)["workers"] == {}
-
-
-def test_a_retired_machine_stays_away(tmp_path: Path) -> None:
-    with swarm({"worker": JOIN}, tmp_path) as (client, workers):
-        client.retire_workers(list(scheduler_info(client)["workers"]))
-        assert workers["worker"].wait(timeout=20) == 0
-    assert "let this machine go" in (tmp_path / "worker.log").read_text()
-
-
 def test_a_machine_whose_time_is_over_has_left_for_good(tmp_path: Path) -> None:
     """However far its worker has come: on a busy machine it may be starting still."""
     log = tmp_path / "worker.log"
@@ -174,15 +176,19 @@ def test_leaving_while_the_worker_starts_is_as_quiet(tmp_path: Path) -> None:
     assert "Traceback" not in log.read_text()
 
 
-def test_a_removed_worker_comes_back(tmp_path: Path) -> None:
-    """As one does that was frozen for longer than the scheduler waits."""
-    with swarm({"worker": JOIN}, tmp_path) as (client, _):
+def test_a_removed_worker_comes_back_and_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    """It is removed as one is that was frozen for longer than the scheduler waits."""
+    with swarm({"worker": JOIN}, tmp_path) as (client, workers):
         before = worker_pids(client)
         (address,) = scheduler_info(client)["workers"]
         client.run_on_scheduler(remove, address)
         wait_until(lambda: all_gone(before), "the worker that was removed has ended")
         client.wait_for_workers(1, timeout=60)
-        assert not worker_pids(client) & before
+        pids = worker_pids(client)
+        assert not pids & before
+        workers["worker"].kill()
+        wait_until(lambda: all_gone(pids), "no process is left", 20)
+        assert scheduler_info(client)["workers"] == {}
 
 
 async def remove(address: str, dask_scheduler: object = None) -> None:
@@ -199,22 +205,9 @@ def test_once_ends_with_the_scheduler(tmp_path: Path) -> None:
         with connected(port) as client:
             client.wait_for_workers(1, timeout=60)
             worker_pids(client)
-        first.kill()
+        kill_group(first)
         assert joined.wait(timeout=30) == 0
     assert "trying again" not in log.read_text()
-
-
-def test_an_interrupted_dask_worker_with_the_preload_leaves_quickly(tmp_path: Path) -> None:
-    """A terminal interrupts the worker and its nanny alike."""
-    with swarm({"worker": [*JOIN, "--once"]}, tmp_path) as (client, workers):
-        pids = worker_pids(client)
-        began = time.monotonic()
-        kill_group(workers["worker"], signal.SIGINT)
-        assert workers["worker"].wait(timeout=30) == 0
-        # dask's nanny kills what hasn't ended after eight seconds.
-        assert time.monotonic() - began < 6
-        wait_until(lambda: all_gone(pids), "no process is left", 5)
-    assert "killing" not in (tmp_path / "worker.log").read_text()
 
 
 def test_join_gives_up_after_wait(tmp_path: Path) -> None:
