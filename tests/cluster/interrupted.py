@@ -1,7 +1,7 @@
 """A script that trains until it is interrupted; `test_interrupt.py` runs it.
 
-Arguments: the store, the number of steps, and after which step it interrupts itself and its
-callback hangs from then on (0: never).
+Arguments: the store, the number of steps, after which step it interrupts itself and its callback
+hangs from then on (0: never), and the number of workers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from small import batches, example, train  # noqa: E402
 import dagflow  # noqa: E402
 
 
-def main(store: str, steps: int, interrupted_after: int) -> None:
+def main(store: str, steps: int, interrupted_after: int, num_workers: int) -> None:
     def on_step(event: dagflow.StepEvent) -> None:
         print(f"step {event.step}", flush=True)
         if event.step == interrupted_after:
@@ -31,7 +31,7 @@ def main(store: str, steps: int, interrupted_after: int) -> None:
 
     torch.set_num_threads(1)
     of = example(dropout=True)
-    cluster = dagflow.ClusterSettings(num_workers=2, num_torch_threads=1)
+    cluster = dagflow.ClusterSettings(num_workers, num_torch_threads=1)
     train(
         of,
         batches(of, steps),
@@ -46,6 +46,6 @@ if __name__ == "__main__":
     # A shell starts background jobs with Ctrl-C ignored; a terminal's user has it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+        main(sys.argv[1], *map(int, sys.argv[2:]))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -24,9 +24,12 @@ STEPS = 30
 
 
 @contextmanager
-def training(folder: Path, interrupted_after: int = 0) -> Iterator[subprocess.Popen[str]]:
+def training(
+    folder: Path, interrupted_after: int = 0, num_workers: int = 1
+) -> Iterator[subprocess.Popen[str]]:
+    numbers = [str(number) for number in (STEPS, interrupted_after, num_workers)]
     script = [sys.executable, TESTS / "interrupted.py", folder / "run"]
-    process = start([*script, str(STEPS), str(interrupted_after)], folder / "stderr")
+    process = start([*script, *numbers], folder / "stderr")
     # A line that never comes must not hang the test.
     deadline = threading.Timer(120, kill_group, [process])
     deadline.start()
@@ -81,7 +84,7 @@ def test_ctrl_c_while_the_workers_start_is_as_quiet(tmp_path: Path) -> None:
 def test_ctrl_c_leaves_a_snapshot_no_processes_and_the_way_to_go_on(
     client: Client, tmp_path: Path
 ) -> None:
-    with training(tmp_path) as process:
+    with training(tmp_path, num_workers=2) as process:
         read_until(process, "step 7")
         kill_group(process, signal.SIGINT)
         process.communicate(timeout=60)
