@@ -13,7 +13,8 @@ class Record(dict[str, Any]):
 
     ``training`` and ``serving`` hold the verdict: right, refused, wrong (by how much), warned
     (wrong, as a warning says), refused needlessly (by the check before the first step), crash, late
-    (a batch was taken that the captured operators don't take), stopped (took too long), or not run.
+    (a batch was taken that the captured operators don't take), stopped (took too long, or too much
+    memory), or not run.
     """
 
     def __init__(self, group: str, name: str, report: Callable[[dict[str, Any]], None]) -> None:
@@ -29,6 +30,8 @@ class Record(dict[str, Any]):
         verdict = "refused" if isinstance(error, DagflowError) else "crash"
         if verdict == "refused" and type(error).__name__ == "TaskFailed":
             verdict = "late"
+        if _is_out_of_memory(error):
+            verdict = "stopped"
         cause = "cause" if what == "training" else "serving_cause"
         self.note(**{what: verdict, cause: f"{type(error).__name__}: {short(error)}"})
         if isinstance(error, ResultsDiffer):
@@ -65,3 +68,8 @@ def short(error: object) -> str:
     if isinstance(error, Exception) and not isinstance(error, DagflowError):
         text = f"{type(error).__name__}: {text}"
     return " ".join(text.splitlines()[0].split())[:300]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether a model met the limit that the zoo sets to its process."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
