@@ -118,7 +118,7 @@ def reading(where: str, hide: Callable[[str], str] = str) -> Iterator[None]:
         elif _is_from_the_store(error):
             found = _translated(error, f"could not read {where}", StoreNotReadable, hide)
         elif _tells(error, hide):
-            found = PermanentError(hide(f"could not read {where}: {_what_was_said(error)}"))
+            found = PermanentError(f"could not read {where}: {_what_was_said(error, hide)}")
         else:
             raise
         raise found from (None if _tells(error, hide) else error)
@@ -140,7 +140,7 @@ def writing(where: str, hide: Callable[[str], str] = str) -> Iterator[None]:
                 error, f"could not write {where}", StoreNotWritable, hide
             )
         elif _tells(error, hide):
-            found = PermanentError(hide(f"could not write {where}: {_what_was_said(error)}"))
+            found = PermanentError(f"could not write {where}: {_what_was_said(error, hide)}")
         else:
             raise
         raise found from (None if _tells(error, hide) else error)
@@ -183,7 +183,7 @@ def is_unsupported(error: Exception) -> bool:
 def _translated(
     error: Exception, what: str, refusal: type[PermanentError], hide: Callable[[str], str]
 ) -> DagflowError:
-    said = hide(f"{what}: {_what_was_said(error)}")
+    said = f"{what}: {_what_was_said(error, hide)}"
     if _is_expired(error):
         return CredentialsExpired(f"{said} (the credentials expired or are not valid: renew them)")
     if _is_refusal(error):
@@ -238,9 +238,9 @@ def _status(error: Exception) -> int | None:
     return status if 100 <= status < 600 else None
 
 
-def _what_was_said(error: Exception) -> str:
+def _what_was_said(error: Exception, hide: Callable[[str], str]) -> str:
     name, code = type(error).__name__, _code(error)
-    said = f"{name}: {error}" if str(error) else name
+    said = f"{name}: {hide(str(error))}" if str(error) else name
     if code and code not in said:
         said += f" [{code}]"
     hint = _HINTS.get(code) or _HINTS.get(name)
