@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -178,6 +179,13 @@ def join(
     only this machine has is handed over first; a second Ctrl-C leaves at once.
     Whoever runs the scheduler can run code here: join swarms of people you trust.
     """
+    import dask
+
+    from dagflow.run.join import TEMPORARY_VARIABLE, with_private_folder
+
+    # Where dask keeps its files, if the user's configuration says so; else a folder of our own.
+    if (configured := dask.config.get("temporary-directory", None)) is not None:
+        os.environ.setdefault(TEMPORARY_VARIABLE, str(configured))
     worker = [sys.executable, "-m", "dask", "worker", scheduler]
     worker += ["--nthreads", "1", "--nworkers", "1", "--memory-limit", memory_limit]
     worker += ["--name", name] if name else []
@@ -193,7 +201,10 @@ def join(
         os.execv(sys.executable, parent)
     from dagflow.run.allocator import with_allocator
 
-    os.execve(sys.executable, worker, with_allocator(os.environ))
+    # Nobody is left to delete it: an empty folder stays.
+    folder = tempfile.mkdtemp(prefix="dagflow-join-")
+    environment = with_private_folder(with_allocator(os.environ), folder)
+    os.execve(sys.executable, worker, environment)
 
 
 @main.command()

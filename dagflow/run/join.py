@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,12 +50,22 @@ from dagflow.run.supervision import (
 
 # Names the file in which a worker says that the scheduler has asked it to leave.
 FAREWELL_VARIABLE = "DAGFLOW_JOIN_FAREWELL"
+# dask's own: where its setting "temporary-directory" is given.
+TEMPORARY_VARIABLE = "DASK_TEMPORARY_DIRECTORY"
 LOOK_SECONDS = 5.0
 _PROTOCOLS = ("tcp", "tls", "ws", "wss", "ucx", "ucxx")
 # Ports that nobody can look at with a plain connection.
 _NOT_STREAMS = ("ucx", "ucxx")
 _STDIN = 0
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+def with_private_folder(environment: Mapping[str, str], folder: str) -> dict[str, str]:
+    """Return an environment in which dask keeps its files in a folder, unless it says where already.
+
+    dask imports modules from there, and takes a folder of /tmp that any account may have made first.
+    """
+    return {TEMPORARY_VARIABLE: folder, **environment}
 
 
 def scheduler_endpoint(address: str) -> tuple[str, str, int]:
@@ -181,7 +191,10 @@ class _Parent:
         self._worker = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=subprocess.PIPE,
-            env={**with_allocator(os.environ), FAREWELL_VARIABLE: str(self._farewell)},
+            env={
+                **with_private_folder(with_allocator(os.environ), str(self._farewell.parent)),
+                FAREWELL_VARIABLE: str(self._farewell),
+            },
             **options,
         )
         self._spawn(self._watch(self._worker))

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import dask
 import httpx
 import pytest
 from distributed import Client
@@ -24,6 +25,7 @@ from local_attacks import Place, as_nobody, bomb, is_let_in, listening, send, st
 
 from dagflow.run import unix_comm
 from dagflow.run.embedded import embedded_cluster
+from dagflow.run.join import TEMPORARY_VARIABLE, with_private_folder
 
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
@@ -139,6 +141,15 @@ def test_no_folder_that_others_can_write_to_is_on_the_path_of_modules(
     # Nor is one left on it that anybody could make again.
     assert sys.path == before
     assert not os.path.exists(folder)
+
+
+def test_a_volunteers_worker_keeps_its_files_in_a_folder_of_its_own() -> None:
+    environment = with_private_folder({"PATH": "/bin"}, "/tmp/dagflow-join-x")
+    asked = dask.config.collect_env(environment)
+    with dask.config.set(asked):
+        assert dask.config.get("temporary-directory") == "/tmp/dagflow-join-x"
+    own = {TEMPORARY_VARIABLE: "/scratch"}
+    assert with_private_folder(own, "/tmp/dagflow-join-x") == own
 
 
 def dashboard_of(client: Client) -> httpx.Client:
