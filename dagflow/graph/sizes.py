@@ -146,11 +146,11 @@ def _decider() -> tuple[Any, bool]:
 
 @cache
 def _is_torchs(file: str) -> bool:
-    # Through demands.py torch's own checks are called.
-    return file.startswith((_TORCH_FOLDER, "<")) or file == _DEMANDS
+    return file.startswith((_TORCH_FOLDER, "<")) or file in _PASSED
 
 
-_DEMANDS = str(Path(__file__).with_name("demands.py"))
+# Through demands.py torch's own checks are called, through expert_loops.py its questions come by.
+_PASSED = tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("demands", "expert_loops"))
 
 
 def _line(frame: Any, by_operator: bool, own_files: frozenset[str]) -> str:
