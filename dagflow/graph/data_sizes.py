@@ -27,7 +27,7 @@ _SELECTS = frozenset(
 )
 # By a mask, as their second argument or in it.
 _BY_MASK = frozenset(("aten.index.Tensor", "aten.masked_select.default"))
-_AT_ROWS = frozenset(("index_add", "index_put", "index_copy", "scatter_add"))
+_AT_ROWS = frozenset(("index_add", "index_put", "index_copy", "scatter_add", "masked_scatter"))
 _SPLIT = "aten.split_with_sizes.default"
 
 

@@ -129,6 +129,12 @@ class WritesByMask(Routed):
         return out
 
 
+class ScattersByMask(Routed):
+    def mixed(self, x: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        mask = index[:, 0] == 1
+        return x.masked_scatter(mask[:, None], self.experts[1](x[mask])) * weights.sum(-1, True)
+
+
 class SkipsExpertsWithoutRows(Routed):
     def mixed(self, x: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         out = torch.zeros_like(x)
@@ -152,6 +158,7 @@ KINDS = [
     SkipsExpertsWithOneRow,
     SplitsBySizes,
     WritesByMask,
+    ScattersByMask,
 ]
 
 
