@@ -96,6 +96,19 @@ def watch_decisions(own_files: frozenset[str]) -> Iterator[list[Decision]]:
         yield found
 
 
+def decided(flag: torch.SymBool, source: str) -> tuple[bool, Decision]:
+    """Return the answer to a question about sizes that the model's code has asked, as a decision of it.
+
+    Parameters
+    ----------
+    source
+        The line that leaves the answer to a function it calls.
+    """
+    expression, environment = flag.node.expr, flag.node.shape_env
+    answer = bool(flag)
+    return answer, Decision(environment, _holding(expression, answer), source)
+
+
 def what_fixed(symbol: Any, decisions: Sequence[Decision]) -> Decision | None:
     """Return the decision that fixed a size; None if it is open, or no line of the model's did.
 

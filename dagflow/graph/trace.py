@@ -31,6 +31,7 @@ from dagflow.graph.checks import is_asked_for, passed
 from dagflow.graph.demands import Demands
 from dagflow.graph.effects import Snapshot
 from dagflow.graph.expert_loops import ExpertLoops
+from dagflow.graph.flags import flags_of_sizes
 from dagflow.graph.known_numbers import is_known_number, make_known
 from dagflow.graph.known_values import KnownValues
 from dagflow.graph.leftovers import Left
@@ -58,6 +59,7 @@ OWN_FILES = frozenset(
         "examine",
         "expert_loops",
         "experts",
+        "flags",
         "known_numbers",
         "known_values",
         "leftovers",
@@ -460,6 +462,7 @@ def follow(
             unmapped(lambda: trace.module),
             watch_decisions(OWN_FILES) as trace.decisions,
             loops.followed(),
+            flags_of_sizes(trace.decisions, line_of_model),
         ):
             yield trace
     finally:

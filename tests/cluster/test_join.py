@@ -95,7 +95,10 @@ def test_a_leaving_machine_hands_over_what_only_it_has_and_leaves_no_process(
     tmp_path: Path,
 ) -> None:
     """Its nanny hears of it from `dagflow join`, or, with --once, like the worker from the terminal."""
-    commands = {"first": [*JOIN, "--name", "first"], "second": [*JOIN, "--name", "second", "--once"]}
+    commands = {
+        "first": [*JOIN, "--name", "first"],
+        "second": [*JOIN, "--name", "second", "--once"],
+    }
     with swarm(commands, tmp_path) as (client, workers):
         pids = worker_pids(client)
         names = {info["name"]: a for a, info in scheduler_info(client)["workers"].items()}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from dagflow.errors import BatchInvalid
 from dagflow.graph.batch import flatten_batch
@@ -85,7 +86,14 @@ def test_sizes_with_floats_are_computed_for_every_batch_as_python_does(
         assert found == wanted
 
 
+def attends(h: torch.Tensor) -> torch.Tensor:
+    """Leave it to the length whether attention is causal, as transformers' Moonshine does."""
+    is_causal = h.dim() == 3 and h.shape[1] > 7
+    return functional.scaled_dot_product_attention(h, h, h, is_causal=is_causal)
+
+
 DECIDED = [
+    (attends, 8, 7, r" > 7|7 < "),
     (lambda h: h[:, : int(h.shape[1] * 0.8)], 11, 12, r"trunc\(0.8\*float\("),
     (lambda h: h if h.shape[1] % 2 == 0 else h * 2, 12, 11, r"%2\) == 0"),
     (lambda h: h if h.shape[1] > 7 else h * 2, 8, 7, r" > 7|7 < "),
