@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -16,6 +17,11 @@ from dagflow.sessions.text import TokenTexts
 
 _DONE = "data: [DONE]\n\n"
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
+# Tokens and log-probabilities that are written in some milliseconds.
+_FEW_ENTRIES = 512
+# A body's choices, one's log-probabilities, and their lists.
+_DEPTH_OF_TOKENS = 5
+_ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 @dataclass
@@ -97,10 +103,17 @@ class Reply(ABC):
             "model": model,
         }
 
-    async def whole(self, tokens: AsyncIterator[Token]) -> dict[str, Any]:
-        """Return the answer when all of it is there."""
+    async def whole(self, tokens: AsyncIterator[Token]) -> bytes:
+        """Return the answer as JSON when all of it is there; of many numbers, written in a thread."""
+        num_entries = 0
         async for token in tokens:
             self._add(token)
+            num_entries += 1 if token.logprobs is None else 2 + len(token.logprobs.top)
+        if num_entries <= _FEW_ENTRIES:
+            return self._written()
+        return await asyncio.to_thread(self._written)
+
+    def _written(self) -> bytes:
         choices = [
             {
                 "index": index,
@@ -110,7 +123,8 @@ class Reply(ABC):
             }
             for index, choice in enumerate(self._choices)
         ]
-        return self._json(self.whole_object, choices, usage=self.usage.to_json())
+        found = self._json(self.whole_object, choices, usage=self.usage.to_json())
+        return _in_parts(found, _DEPTH_OF_TOKENS).encode()
 
     async def pieces(
         self, tokens: AsyncIterator[Token], *, include_usage: bool
@@ -192,8 +206,8 @@ class CompletionReply(Reply):
             if token.token is None or token.logprobs is None:
                 return None
             found["tokens"].append(self._texts[token.token])
-            found["token_logprobs"].append(max(token.logprobs.chosen, _LEAST_LOGPROB))
-            top = {self._texts[t]: max(value, _LEAST_LOGPROB) for t, value in token.logprobs.top}
+            found["token_logprobs"].append(_number(token.logprobs.chosen))
+            top = {self._texts[t]: _number(value) for t, value in token.logprobs.top}
             found["top_logprobs"].append(top)
             found["text_offset"].append(offset)
             offset += len(token.text)
@@ -228,7 +242,25 @@ class ChatReply(Reply):
         text = self._texts[token]
         # A token may be a part of a character; then its text isn't its bytes.
         data = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": data}
+        return {"token": text, "logprob": _number(logprob), "bytes": data}
+
+
+def _number(logprob: float) -> float:
+    """Return a log-probability as JSON can say it, also one that is no number."""
+    return max(_LEAST_LOGPROB, logprob)
+
+
+def _in_parts(value: Any, depth: int) -> str:
+    """Return JSON, written one part after the other down to a depth.
+
+    Python writes all of a value in one call, in which no other thread runs.
+    """
+    if depth and isinstance(value, dict):
+        pairs = (f"{_ENCODE(name)}:{_in_parts(part, depth - 1)}" for name, part in value.items())
+        return f"{{{','.join(pairs)}}}"
+    if depth and isinstance(value, list):
+        return f"[{','.join(_in_parts(part, depth - 1) for part in value)}]"
+    return _ENCODE(value)
 
 
 def _event(body: dict[str, Any]) -> str:

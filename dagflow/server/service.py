@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from dagflow.errors import RequestTooLarge
 from dagflow.server.admission import Admission, QueueFull
@@ -48,6 +48,8 @@ from dagflow.sessions.kept import close
 _SHORT_BYTES = 2**13
 # Tokens of all prompts of one request, unless one alone may have more.
 _MOST_PROMPT_TOKENS = 2**20
+# Of one request; each takes some hundred bytes until its client has read it.
+_MOST_LOGPROBS = 2**18
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,8 @@ class Service:
                 ]
             except RequestTooLarge as error:
                 raise ApiError(400, str(error), "context_length_exceeded", param) from error
+        if body.num_logprobs is not None:
+            _check_logprobs(sum(one.max_new_tokens for one in found), body.num_logprobs)
         return found
 
     async def begin(self, wanted: Sequence[Wanted], num_prompt_tokens: int) -> Answers:
@@ -316,9 +320,20 @@ class Service:
             return EventStream(pieces, answers.cancel)
         try:
             whole = saying.whole(answers.tokens())
-            return JSONResponse(await while_connected(request.receive, whole))
+            content = await while_connected(request.receive, whole)
+            return Response(content, media_type="application/json")
         finally:
             answers.cancel()
+
+
+def _check_logprobs(num_tokens: int, count: int) -> None:
+    """Refuse answers whose log-probabilities would take hundreds of megabytes."""
+    if num_tokens * (1 + count) > _MOST_LOGPROBS:
+        message = (
+            f"{num_tokens} tokens with {1 + count} log-probabilities each are more than "
+            f"{_MOST_LOGPROBS}: ask for fewer tokens, choices, or likely tokens."
+        )
+        raise ApiError(400, message, "invalid_value", "logprobs")
 
 
 def _ending() -> ApiError:

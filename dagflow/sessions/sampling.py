@@ -181,7 +181,7 @@ def _number(name: str, value: Any) -> int | float:
         as_float = float(value)
     except OverflowError:
         as_float = math.inf  # and refused
-    return value if type(value) is int and abs(value) <= LARGEST else as_float
+    return value if isinstance(value, int) and abs(value) <= LARGEST else as_float
 
 
 def _whole(name: str, value: Any) -> int:

@@ -121,8 +121,14 @@ class TokenTexts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._before: list[int] | None = None
+        self._known: dict[int, str] = {}
 
     def __getitem__(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = self._told(token)
+        return self._known[token]
+
+    def _told(self, token: int) -> str:
         if self._before is None:
             self._before = list(self._tokenizer("a", add_special_tokens=False)["input_ids"])[-1:]
         text = self._tokenizer.decode(self._before) if self._before else ""

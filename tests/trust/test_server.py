@@ -9,7 +9,7 @@ import re
 import socket
 import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from hashlib import sha256
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 from door import KEYS, SHORT, Door, answer, head, opened
 from hostile_requests import attack_all
 from local import wait_until
@@ -28,8 +29,10 @@ from dagflow.server.bodies import ChatBody, CompletionBody, parse
 from dagflow.server.errors import ApiError
 from dagflow.server.gate import known_hosts
 from dagflow.server.keys import Keys
+from dagflow.server.replies import CompletionReply, Usage
 from dagflow.server.serve import listen
 from dagflow.server.service import ServerSettings, Service
+from dagflow.sessions.answers import Logprobs, Token
 
 MEGABYTE = 2**20
 
@@ -389,6 +392,46 @@ def test_from_python_every_option_is_answered_or_refused(
     except DagflowError as error:
         refused = str(error)
     assert len(refused) < 500
+
+
+def test_many_log_probabilities_are_told_and_too_many_refused(door: Door) -> None:
+    body = {**SHORT, "prompt": [5, 6], "logprobs": 5, "max_tokens": 100, "temperature": 1, "n": 2}
+    found = door.ask(body=body).json()
+    pieces = [
+        json.loads(line.removeprefix("data: "))
+        for line in door.ask(body={**body, "stream": True, "seed": 1}).text.split("\n\n")[:-2]
+    ]
+    assert [len(choice["logprobs"]["top_logprobs"]) for choice in found["choices"]] == [100, 100]
+    again = door.ask(body={**body, "seed": 1}).json()  # the same, written in parts
+    for index in (0, 1):
+        streamed = [c["logprobs"] for p in pieces for c in p["choices"] if c["index"] == index]
+        whole = again["choices"][index]["logprobs"]
+        assert [t for one in streamed for t in one["tokens"]] == whole["tokens"]
+        assert [t for one in streamed for t in one["top_logprobs"]] == whole["top_logprobs"]
+    refused = door.ask(body={**body, "n": 16, "max_tokens": 4000})
+    assert (refused.status_code, code_of(refused)) == (400, "invalid_value")
+    assert refused.json()["error"]["param"] == "logprobs"
+
+
+def test_a_logit_that_is_no_number_is_told_as_the_least() -> None:
+    logits = torch.tensor([math.nan, math.inf, -math.inf, 0.0])
+
+    async def tokens() -> AsyncIterator[Token]:
+        yield Token(0, 3, "a", "length", Logprobs.of(logits, 3, 2))
+
+    reply = CompletionReply("tiny", _Nobody(), 1, Usage(1))
+    found = json.loads(asyncio.run(reply.whole(tokens())))
+    assert found["choices"][0]["logprobs"]["token_logprobs"] == [-9999.0]
+
+
+class _Nobody:
+    """A tokenizer of no words."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
+    def decode(self, tokens: list[int]) -> str:
+        return f"<{tokens}>"
 
 
 # Connections
