@@ -9,6 +9,7 @@ import asyncio
 import heapq
 import json
 import sys
+from contextlib import suppress
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -146,7 +147,7 @@ class Connection(H11Protocol):
             self.cycle.message_event.set()
         if self.transport.is_closing():
             return
-        if self.transport.can_write_eof():
+        with suppress(OSError):  # the client has left already
             self.transport.write_eof()
         self.flow.resume_reading()
         self._timer = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
