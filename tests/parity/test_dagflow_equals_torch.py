@@ -69,9 +69,9 @@ def train_with_dagflow(
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "resnet", "lstm", "two_branches"])
-def test_twenty_steps_of_four_microbatches_have_torchs_losses(name: str) -> None:
+def test_ten_steps_of_four_microbatches_have_torchs_losses(name: str) -> None:
     example = build_without_dropout(name)
-    data = batches(example, 20, 4)
+    data = batches(example, 10, 4)
     wanted, _ = train_with_torch(example, data)
     found, _ = train_with_dagflow(name, data, num_stages=3)
     assert found == pytest.approx(wanted, rel=1e-6)
@@ -80,12 +80,12 @@ def test_twenty_steps_of_four_microbatches_have_torchs_losses(name: str) -> None
 @pytest.mark.parametrize(
     "name", ["llama", "two_branches", pytest.param("t5", marks=pytest.mark.slow)]
 )
-def test_on_onednns_kernels_twenty_steps_have_torchs_losses(
+def test_on_onednns_kernels_ten_steps_have_torchs_losses(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_calls = count_onednn_layers(monkeypatch)
     example = build_without_dropout(name)
-    data = batches(example, 20, 4)
+    data = batches(example, 10, 4)
     wanted, _ = train_with_torch(example, data)
     found, _ = train_with_dagflow(name, data, num_stages=3)
     assert num_calls() > 0

@@ -127,13 +127,16 @@ def by_priority(run: InlineRun, graph: dict[Any, Any]) -> Iterator[tuple[Any, An
 class Interrupted:
     """A run whose second step stops after some of its tasks, and is taken up again."""
 
+    num_microbatches = 3  # the least that fill all stages
+
     def __init__(self, name: str, waiting: deque[Work]) -> None:
         self.waiting = waiting
         example = build(name)
         self.example: Example = example
-        self.run = run_inline(example, STAGES, 1, MICROBATCHES, dag=captured(name), journal=1)
+        dag = captured(name)
+        self.run = run_inline(example, STAGES, 1, self.num_microbatches, dag=dag, journal=1)
         torch.manual_seed(3)
-        batches = [example.batch(3) for _ in range(MICROBATCHES)]
+        batches = [example.batch(3) for _ in range(self.num_microbatches)]
         self.inputs = replace(self.run.inputs(1, batches), first=True)
 
     def execute(self, graph: dict[Any, Any], num_tasks: int | None = None) -> int:
