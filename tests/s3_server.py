@@ -61,9 +61,12 @@ class S3Server:
         return Store(f"s3://{bucket}/run", self.options, retry=retry)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def radosgw() -> Iterator[S3Server]:
-    """A real S3 server, one for all test processes; skips where there can be none."""
+    """A real S3 server, one for all test processes; skips where there can be none.
+
+    For as long as a module needs it: its daemons compute, idle or not.
+    """
     reason = radosgw_script.why_not()
     if reason:
         pytest.skip(reason)

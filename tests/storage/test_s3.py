@@ -77,7 +77,9 @@ class TestRadosgwThatFailsNowAndThen(StoreConformance):
 
 
 class TestMoto(StoreConformance):
-    """The mock."""
+    """The mock, which takes ten milliseconds to write an object: listings in pages are the real one's."""
+
+    num_children = 40
 
     @pytest.fixture
     def store(self, moto_store: Store) -> Store:
