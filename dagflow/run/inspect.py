@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from dagflow.graph.dag import OperatorDag, dtype_bytes
 from dagflow.graph.show import amount
 from dagflow.run.runs import open_store
 from dagflow_storage import RunDirectory, Snapshot, Store, list_snapshots, shown_url
+from dagflow_storage.bounded_json import load_json
 from dagflow_tasks.program import StageProgram
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -27,6 +27,8 @@ def describe_run(url: str) -> str:
     ------
     NotFound
         If there is no run.
+    DamagedData
+        If its run.json or metrics aren't those of one.
     """
     store = open_store(url)
     run = RunDirectory(store)
@@ -35,9 +37,14 @@ def describe_run(url: str) -> str:
     settings = run.settings()
     metrics = run.read_metrics()
     steps = list_snapshots(store)
-    lines = [f"run {run.run_id} in {store}", *_settings_lines(settings)]
-    if metrics:
-        lines += _progress_lines(metrics)
+    try:
+        lines = [f"run {run.run_id} in {store}", *_settings_lines(settings)]
+        if metrics:
+            lines += _progress_lines(metrics)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise DamagedData(
+            f"run.json or the metrics of {store!r} lack what a run's have: {type(error).__name__}: {error}"
+        ) from error
     lines.append(f"snapshots: {', '.join(map(str, steps)) or 'none'}")
     lines += [_snapshot_line(store, step) for step in steps]
     return "\n".join(lines)
@@ -104,8 +111,8 @@ def describe_file(path: Path, dot: str | None) -> str:
         If the file is neither.
     """
     try:
+        body = load_json(path)
         text = path.read_text(encoding="utf-8")
-        body = json.loads(text)
     except ValueError as error:
         raise ProgramInvalid(f"{path} isn't JSON: {error}.") from error
     if isinstance(body, dict) and body.get("format") == DAG_FORMAT:

@@ -37,7 +37,9 @@ class SeenBatches:
     def learn(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take what a ledger's rows say. Older dagflows wrote no fingerprints: these steps pass."""
         for row in rows:
-            if known := row["samples"].get("fingerprint"):
+            samples = row.get("samples")
+            known = samples.get("fingerprint") if isinstance(samples, dict) else None
+            if known and isinstance(known, str):
                 self._known[row["step"]] = known
 
     def check(self, step: int, position: tuple[int, int], batch: Any) -> str:

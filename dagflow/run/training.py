@@ -76,6 +76,7 @@ from dagflow_storage import (
     set_aside_newer,
     settings_diff,
 )
+from dagflow_storage.documents import sound
 from dagflow_storage.journal import trim_journal
 from dagflow_storage.lease import Waiting
 from dagflow_tasks.cache import CACHE
@@ -394,7 +395,7 @@ class _Session:
         assert self.plan is not None
         aliases = _aliases(self.dag)
         return TrainResult(
-            [row["loss"] for row in metrics if row["step"] <= step],
+            [row["loss"] for row in metrics if row["step"] <= step and "loss" in row],
             step,
             self.plan,
             self.run.store.url,
@@ -557,7 +558,8 @@ class _Session:
         if start - 1 in ledger.records:
             return ledger.records[start - 1].decision
         stored = Snapshot.open(self.run.store, start).meta.get("decision")
-        return Decision(**stored) if stored else None
+        with sound(f"the snapshot of step {start} in {self.run.store!r} is damaged"):
+            return Decision.from_json(stored) if stored else None
 
     def _tidy(self, ledger: Ledger, saving: Collection[int]) -> None:
         """After a snapshot: delete what no rebuilding will need."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dagflow.errors import SettingsInvalid
+from dagflow.errors import ProgramInvalid, SettingsInvalid
 from dagflow.graph.dag import OperatorDag
-from dagflow_storage import ShardRecord, Snapshot, Store
+from dagflow_storage import ShardRecord, Snapshot, Store, fields
+from dagflow_storage.bounded_json import load_json
 from dagflow_tasks.operators import dtype_of
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors, stream_tensors, write_tensors
@@ -99,6 +99,7 @@ class WeightFiles:
     def read(self, name: str) -> torch.Tensor:
         with _opened(self._file_of[name]) as opened:
             tensor: torch.Tensor = opened.get_tensor(name)
+            dtype_of(str(tensor.dtype).removeprefix("torch."))
             return tensor
 
     def agree(self, one: str, other: str) -> bool:
@@ -136,9 +137,11 @@ _INDEX = "model.safetensors.index.json"
 def _read_index(index: Path) -> dict[str, str]:
     """Return in which file each tensor is."""
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        named = {str(name): str(file) for name, file in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        document = fields.members(load_json(index), "it", "weight_map")
+        found = fields.members(document["weight_map"], "weight_map")
+        # Files of the folder and of no other: a name may not lead out of it.
+        named = {name: fields.name(file, f"the file of {name!r}") for name, file in found.items()}
+    except (ValueError, OSError) as error:
         raise SettingsInvalid(
             f"{index} is damaged, so nobody knows where the weights are ({type(error).__name__}: "
             f"{error}): fetch it again."
@@ -180,12 +183,25 @@ def _files_that_count(path: Path, named: Mapping[str, str]) -> list[Path]:
     return files
 
 
+# Besides the library's own error: a header of the right form with wrong types, a dtype that torch
+# lacks, or that no operator computes with.
+_UNREADABLE = (
+    SafetensorError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    ProgramInvalid,
+)
+
+
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(str(file), framework="pt") as opened:
             yield opened
-    except (SafetensorError, OSError) as error:
+    except _UNREADABLE as error:
         raise SettingsInvalid(
             f"{file} can't be read: it is truncated or damaged ({error}). Fetch it again."
         ) from error

@@ -241,8 +241,10 @@ def _dump_tensors(value: TensorDict, context: Any = None) -> tuple[Header, list[
     return {"tensors": headers}, frames
 
 
-def _load_tensors(header: Header, frames: list[Any]) -> TensorDict:
-    return TensorDict(unpack_tensors(header.get("tensors"), frames))
+def _load_tensors(header: Any, frames: list[Any]) -> TensorDict:
+    with _refusing_garbage("tensors"):
+        headers = fields.members(header, "a header", "tensors")["tensors"]
+    return TensorDict(unpack_tensors(headers, frames))
 
 
 def _dump_forward(result: ForwardResult, context: Any = None) -> tuple[Header, list[Any]]:
@@ -253,8 +255,8 @@ def _dump_forward(result: ForwardResult, context: Any = None) -> tuple[Header, l
     return header, frames
 
 
-def _load_forward(header: Header, frames: list[Any]) -> ForwardResult:
-    values = unpack_tensors(header.get("tensors"), frames)
+def _load_forward(header: Any, frames: list[Any]) -> ForwardResult:
+    values = _load_tensors(header, frames)
     with _refusing_garbage("a result"):
         chained = header.get("weights")
         weights = BackwardResult({}, **_unchained(chained)) if chained is not None else None
@@ -296,16 +298,15 @@ def _dump_backward(result: BackwardResult, context: Any = None) -> tuple[Header,
     return header, frames
 
 
-def _load_backward(header: Header, frames: list[Any]) -> BackwardResult:
+def _load_backward(header: Any, frames: list[Any]) -> BackwardResult:
     with _refusing_garbage("a result"):
-        count = len(fields.items(header.get("tensors"), "the headers"))
+        headers = fields.members(header, "a header", "tensors")["tensors"]
+        count = len(fields.items(headers, "the headers"))
         chained = _unchained(header)
         forward = header.get("forward")
-        if forward is not None:
-            fields.members(forward, "a forward's result")
-        elif count < len(frames):
+        if forward is None and count < len(frames):
             raise ValueError(f"there are {count} headers for {len(frames)} frames")
-    gradients = unpack_tensors(header["tensors"], frames[:count])
+    gradients = unpack_tensors(headers, frames[:count])
     there = _load_forward(forward, frames[count:]) if forward is not None else None
     return BackwardResult(gradients, None, **chained, forward=there)
 

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dagflow.errors import SettingsInvalid
+from dagflow_storage import fields
+from dagflow_storage.bounded_json import JsonLimits, load_json
 
 _FILE = "generation_config.json"
+# The largest configurations list every module of a quantised model.
+CONFIGURATION_LIMITS = JsonLimits(num_bytes=16 * 2**20, num_values=500_000)
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # What transformers samples with where the file doesn't say (GenerationConfig's own defaults).
 _WHEN_SAMPLING = {"temperature": 1.0, "top_k": 50}
@@ -53,9 +57,10 @@ def read_generation(model: Any, folder: Path | None) -> dict[str, Any]:
     found = getattr(model, "generation_config", None)
     if folder is not None and (folder / _FILE).is_file():
         try:
-            json.loads((folder / _FILE).read_text(encoding="utf-8"))
+            fields.members(load_json(folder / _FILE, CONFIGURATION_LIMITS), "it")
             found = GenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError, TypeError) as error:
+        # What transformers raises depends on what is wrong, and on its version.
+        except Exception as error:
             raise SettingsInvalid(
                 f"{folder / _FILE} can't be read: {error}. Mend it, or remove it: answers then end "
                 "and are chosen as config.json says."
@@ -67,6 +72,13 @@ def read_generation(model: Any, folder: Path | None) -> dict[str, Any]:
     if found is None:
         return {}
     given = json.loads(found.to_json_string(use_diff=True))
+    try:
+        _ids(given.get("eos_token_id"))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SettingsInvalid(
+            f"The model's generation configuration has no tokens for eos_token_id, but "
+            f"{fields.shown(given['eos_token_id'])}: mend {_FILE} or config.json."
+        ) from error
     return {n: v for n, v in given.items() if v is not None and n not in _OF_THE_FILE}
 
 

@@ -7,12 +7,13 @@ architecture of transformers that its ``model_type`` names, or not at all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dagflow.errors import SettingsInvalid
+from dagflow.sessions.defaults import CONFIGURATION_LIMITS
+from dagflow_storage.bounded_json import load_json
 
 _FILES = ("config.json", "tokenizer_config.json")
 # Of a configuration and those inside it: names of functions of transformers, or of repositories with
@@ -35,7 +36,7 @@ def refuse_kernels(folder: Path) -> None:
             )
 
 
-def reason(folder: Path, error: Exception) -> str:
+def reason(folder: Path, error: BaseException) -> str:
     """Say why transformers couldn't load something from a folder."""
     brought = {
         str(code)
@@ -54,8 +55,8 @@ def reason(folder: Path, error: Exception) -> str:
 
 def _read(file: Path) -> Any:
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return load_json(file, CONFIGURATION_LIMITS, finite=False)
+    except (OSError, ValueError):
         return {}  # whoever needs the file says so
 
 

@@ -7,12 +7,15 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any
 
 import torch
 
-from dagflow_storage import ArraySpec, NotFound, Store, write_arrays
+from dagflow_storage import ArraySpec, NotFound, Store, StoredArray, fields, write_arrays
+from dagflow_storage.arrays import check_places
+from dagflow_storage.bounded_json import parse_json
 from dagflow_tasks.state import to_array
 
 _LAYER = re.compile(r"^.*?\.\d+(?=\.)")
@@ -43,17 +46,26 @@ def _write_group(
 ) -> dict[str, Any]:
     digest, specs = _contents(names, read)
     index = f"weights/{digest}.json"
-    try:
-        known: dict[str, Any] = json.loads(store.read_bytes(index))
-        return known
-    except NotFound:
-        pass
+    # One that is damaged, or says something else of these tensors, is written anew.
+    with suppress(NotFound, ValueError):
+        known = parse_json(store.read_bytes(index))
+        _, arrays = checked_group(known)
+        if [ArraySpec(a.name, a.role, a.dtype, a.shape) for a in arrays] == specs:
+            return dict(known)
     path = f"weights/{digest}-{uuid.uuid4().hex[:8]}"
     arrays = write_arrays(store, path, specs, lambda name: to_array(read(name)))
     store.flush(path)
     group = {"path": path, "arrays": [array.to_json() for array in arrays]}
     store.write_bytes(index, json.dumps(group).encode())
     return group
+
+
+def checked_group(group: Any) -> tuple[str, list[StoredArray]]:
+    """Return where a group of tensors lies, and its arrays; raises ValueError if it isn't one."""
+    given = fields.members(group, "a group", "path", "arrays")
+    arrays = [StoredArray.from_json(array) for array in fields.items(given["arrays"], "arrays")]
+    check_places(arrays)
+    return fields.path(given["path"], "a group's path"), arrays
 
 
 def _contents(

@@ -127,6 +127,10 @@ class Keeper:
         self._is_awaited = False
         self._ending = False
 
+    def note(self, what: str) -> None:
+        """Tell people something of what is kept."""
+        self._note(what)
+
     # Taking sequences up, from any thread
 
     def names(self) -> list[str]:
@@ -373,7 +377,7 @@ class Keeper:
         except PermanentError:
             return False  # gone meanwhile, or a newer dagflow's
         was_there = steady_seconds() - self._came >= (self._keep_seconds or 0)
-        return found.head["kind"] == ANSWER and (found.end is not None or was_there)
+        return found.head.get("kind") == ANSWER and (found.end is not None or was_there)
 
 
 @contextmanager

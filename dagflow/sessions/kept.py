@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
-from dagflow.errors import SettingsInvalid, StoreHoldsAnotherRun
+from dagflow.errors import DamagedData, SettingsInvalid, StoreHoldsAnotherRun
 from dagflow.sessions.answers import Chosen, Logprobs, Request, Telling, Token
 from dagflow.sessions.keeping import ANSWER, Keeper, Record
 from dagflow.sessions.models import Model
-from dagflow_storage import StoredSequence, settings_diff
-from dagflow_storage.documents import encode_document, read_document
+from dagflow_storage import StoredSequence, fields, settings_diff
+from dagflow_storage.documents import encode_document, read_document, sound
 
 _CALL, _CALL_FORMAT = "generate.json", 1
 _PARALLEL_READS = 16
@@ -101,7 +102,13 @@ def note(record: Record, position: int, token: Token) -> None:
 def stored_answers(keeper: Keeper, model: Model) -> list[StoredAnswer]:
     """Return the model's answers that are kept and nobody is making, the oldest first."""
     found = keeper.stored().items()
-    answers = [_stored_answer(model, name, one) for name, one in found if _is_of(model, one)]
+    answers = []
+    for name, one in found:
+        if _is_of(model, one):
+            try:
+                answers.append(_stored_answer(model, name, one))
+            except DamagedData as error:
+                keeper.note(str(error))
     return sorted(answers, key=lambda answer: (answer.begun, answer.name))
 
 
@@ -121,6 +128,8 @@ def named(keeper: Keeper, model: Model, requests: Sequence[Request]) -> list[Req
     document = encode_document(_CALL_FORMAT, {"settings": wanted})
     if not keeper.store.create_bytes(_CALL, document):
         theirs = read_document(keeper.store, _CALL, _CALL_FORMAT).get("settings", {})
+        with sound(f"{_CALL} in {keeper.store!r} is that of no call"):
+            fields.members(theirs, "settings")
         difference = settings_diff(theirs, json.loads(json.dumps(wanted)))
         if difference:
             raise StoreHoldsAnotherRun(
@@ -171,17 +180,19 @@ def shortened(differences: Sequence[str]) -> list[str]:
 
 
 def _is_of(model: Model, found: StoredSequence) -> bool:
-    return (found.head["kind"], found.head["model"]) == (ANSWER, model.ref.name)
+    return (found.head.get("kind"), found.head.get("model")) == (ANSWER, model.ref.name)
 
 
 def _stored_answer(model: Model, name: str, found: StoredSequence) -> StoredAnswer:
-    request = Request.from_json(found.head["request"], name)
+    with _whole(f"what is kept as {name!r}"):
+        request = Request.from_json(found.head["request"], name)
+        begun = fields.number(found.head["begun"], "begun")
     telling = Telling(model, request, 0)
     said = [telling.say(one) for one in _chosen(found)]
     return StoredAnswer(
         name,
         request,
-        found.head["begun"],
+        begun,
         found.tokens,
         "".join(token.text for token in said),
         said[-1].finish_reason if said else None,
@@ -189,7 +200,19 @@ def _stored_answer(model: Model, name: str, found: StoredSequence) -> StoredAnsw
 
 
 def _chosen(found: StoredSequence) -> list[Chosen]:
-    return [
-        Chosen(token, None if detail is None else Logprobs.from_numbers(detail))
-        for token, detail in zip(found.tokens, found.details, strict=True)
-    ]
+    with _whole("what is kept of an answer"):
+        return [
+            Chosen(token, None if detail is None else Logprobs.from_numbers(detail))
+            for token, detail in zip(found.tokens, found.details, strict=True)
+        ]
+
+
+@contextmanager
+def _whole(what: str) -> Iterator[None]:
+    """Raise `DamagedData` for what the rows of an answer lack, though their checksums are right."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, SettingsInvalid) as error:
+        raise DamagedData(
+            f"{what} can't be read ({type(error).__name__}: {error}): forget it"
+        ) from error

@@ -15,7 +15,6 @@ answers, so a model in the store never changes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,9 +29,12 @@ from dagflow.graph.dag import OperatorDag
 from dagflow.graph.decoder import without_head
 from dagflow.run.arguments import shown
 from dagflow.sessions.defaults import sampling_defaults
+from dagflow.sessions.groups import checked_group
 from dagflow.sessions.text import Detokenizer
 from dagflow.sessions.tokenizing import encode_text, is_tokenizer, open_tokenizer
-from dagflow_storage import Store, StoredArray, read_arrays
+from dagflow_storage import Store, fields, read_arrays
+from dagflow_storage.bounded_json import parse_json
+from dagflow_storage.documents import sound
 from dagflow_tasks.decoding import DecoderStage
 from dagflow_tasks.packing import pack_linears
 from dagflow_tasks.program import StageProgram
@@ -72,15 +74,21 @@ class Model:
         ------
         NotFound
             If the store has none of this name.
+        DamagedData
+            If what it has describes no model.
         """
         store = store if isinstance(store, Store) else Store(str(store))
-        text = store.read_bytes(f"models/{name}/model.json")
-        return cls(ModelRef(store, name), json.loads(text))
+        path = f"models/{name}/model.json"
+        text = store.read_bytes(path)
+        with sound(f"{path} in {store!r} describes no model"):
+            return cls(ModelRef(store, name), _checked(parse_json(text, finite=False)))
 
     @cached_property
     def dag(self) -> OperatorDag:
-        text = self.ref.store.read_bytes(f"models/{self.ref.name}/decoder.json")
-        dag = OperatorDag.from_json(text.decode("utf-8"))
+        path = f"models/{self.ref.name}/decoder.json"
+        text = self.ref.store.read_bytes(path)
+        with sound(f"{path} in {self.ref.store!r} holds no operator DAG"):
+            dag = OperatorDag.from_json(text.decode("utf-8"))
         return dag if self.has_head else without_head(dag)
 
     def without_head(self) -> Model:
@@ -195,6 +203,24 @@ def _ids(given: Any) -> tuple[int, ...]:
         ) from None
 
 
+def _checked(description: Any) -> dict[str, Any]:
+    """Return what a store says of a model; raises ValueError if it can't be that."""
+    given = fields.members(description, "it", "config", "max_tokens", "groups", "end_tokens")
+    config = fields.members(given["config"], "config")
+    fields.integer(config.get("vocab_size") or 0, "vocab_size")
+    fields.integer(given["max_tokens"] or 0, "max_tokens")
+    fields.members(given.get("generation", {}), "generation")
+    for group in fields.items(given["groups"], "groups"):
+        checked_group(group)
+    for token in fields.items(given["end_tokens"], "end_tokens"):
+        fields.integer(token, "an end token")
+    for file in fields.items(given.get("tokenizer_files", []), "tokenizer_files"):
+        fields.path(file, "a file of the tokenizer")
+    for note in fields.items(given.get("notes", []), "notes"):
+        fields.text(note, "a note")
+    return dict(given)
+
+
 def read_stage(ref: ModelRef, program: StageProgram, device: torch.device) -> DecoderStage:
     """Read a stage's weights, and make it ready to take passes."""
     weights = read_weights(ref, program, device)
@@ -208,7 +234,7 @@ def read_weights(
     wanted = {use.parameter for use in program.parameters} | {u.buffer for u in program.buffers}
     found: dict[str, torch.Tensor] = {}
     for group in Model.open(ref.store, ref.name).description["groups"]:
-        arrays = [StoredArray.from_json(a) for a in group["arrays"]]
+        _, arrays = checked_group(group)
         here = [array for array in arrays if array.name in wanted]
         if here:
             dtypes = {array.name: array.dtype for array in here}

@@ -209,7 +209,7 @@ def _tokens_of(record: Record, deployment: Deployment) -> list[int]:
     """Return what a kept session was given."""
     found = record.found
     assert found is not None
-    kind, model = found.head["kind"], found.head["model"]
+    kind, model = found.head.get("kind"), found.head.get("model")
     if (kind, model) != (SESSION, deployment.model.ref.name):
         raise SettingsInvalid(
             f"{record.name!r} is kept as {kind} of the model {model}; to be resumed here it must be a "

@@ -19,10 +19,16 @@ import torch
 
 from dagflow.errors import SettingsInvalid
 from dagflow.run.weights import WeightFiles, empty_weights
+from dagflow.sessions.defaults import CONFIGURATION_LIMITS
 from dagflow.sessions.foreign_code import reason, refuse_kernels
+from dagflow_storage import fields
+from dagflow_storage.bounded_json import load_json
 
 _INDEX = "model.safetensors.index.json"
 _MOST_NAMES = 5
+_LAYERS = re.compile(r"(num|n)(_hidden|_encoder|_decoder)?_layers?|(encoder|decoder)_layers")
+_MOST_SIZE = 2**48
+_FEW = 1000  # layers, of models whose layers share their tensors
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,8 @@ def of_folder(folder: Path, dtype: torch.dtype) -> Source:
             f"{folder} is no model folder: it has no config.json. Expected a folder as transformers' "
             "save_pretrained writes it."
         )
-    config = _config(folder)
     files = WeightFiles(folder)
+    config = _config(folder, len(files.names()))
     model = _empty_model(folder, config, dtype)
     state = dict(model.state_dict(keep_vars=True))
     notes = _settle_ties(model, files, folder)
@@ -109,16 +115,29 @@ def _in_float32(model: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(model).cpu().float()
 
 
-def _config(folder: Path) -> Any:
+def _config(folder: Path, num_tensors: int) -> Any:
     from transformers import AutoConfig
 
     refuse_kernels(folder)
     try:
+        said = load_json(folder / "config.json", CONFIGURATION_LIMITS, finite=False)
+        _check_sizes(fields.members(said, "it"), num_tensors)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever is in the file, and whatever transformers says of it
         raise SettingsInvalid(
             f"{folder / 'config.json'} can't be read: {reason(folder, error)}."
         ) from error
+
+
+def _check_sizes(config: Mapping[str, Any], num_tensors: int) -> None:
+    """Raise ValueError for a model that nobody could build: its layers are made one by one."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_sizes(value, num_tensors)
+        elif type(value) is int and abs(value) > _MOST_SIZE:
+            raise ValueError(f"{key} is {fields.shown(value)}, more than any model has")
+        elif type(value) is int and _LAYERS.fullmatch(key) and value > max(num_tensors, _FEW):
+            raise ValueError(f"{key} is {value}, and the files hold {num_tensors} tensors")
 
 
 def _empty_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
@@ -129,7 +148,7 @@ def _empty_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
             return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=False
             )
-    except Exception as error:
+    except Exception as error:  # as for the configuration
         raise SettingsInvalid(
             f"{folder} holds no causal language model that transformers can build: "
             f"{reason(folder, error)}."
@@ -276,7 +295,7 @@ def _pretrained(folder: Path) -> tuple[Any, Mapping[str, Any]]:
     """Return the model as transformers loads it in float32, and what that says of missing tensors."""
     from transformers import AutoModelForCausalLM
 
-    config = _config(folder)
+    config = _config(folder, len(WeightFiles(folder).names()))
     kind: Any = AutoModelForCausalLM
     place: Path | None = folder
     given: dict[str, Any] = {"use_safetensors": True}
@@ -297,8 +316,10 @@ def _pretrained(folder: Path) -> tuple[Any, Mapping[str, Any]]:
                 trust_remote_code=False,
                 **given,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise SettingsInvalid(f"transformers can't load {folder}: {error}") from error
+    except Exception as error:  # as for the configuration
+        raise SettingsInvalid(
+            f"transformers can't load {folder}: {type(error).__name__}: {error}"
+        ) from error
     if hasattr(model.config, "transformers_weights"):
         del model.config.transformers_weights
     return model, info

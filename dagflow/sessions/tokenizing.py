@@ -10,6 +10,7 @@ from typing import Any
 
 from dagflow.errors import BatchInvalid, SettingsInvalid
 from dagflow.sessions.foreign_code import reason
+from dagflow_storage import fields
 
 # By how their names begin or end: the vocabularies of all tokenizers of transformers, and what is
 # beside them. Weights, code and texts for people aren't among them.
@@ -38,6 +39,7 @@ _BESIDE = (
     "processor_config.json",
 )
 _NO_VOCABULARY = ("special_tokens", "added_tokens", "chat_template", *_BESIDE)
+_MOST_BYTES = 2**29
 _TEMPLATES = "additional_chat_templates"
 _PACKAGES = {
     ".model": ("sentencepiece", "google.protobuf", "tiktoken"),
@@ -61,7 +63,28 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
         return {}
     found |= {name: folder / name for name in _BESIDE if (folder / name).is_file()}
     templates = sorted((folder / _TEMPLATES).glob("*.jinja"))
-    return found | {f"{_TEMPLATES}/{file.name}": file for file in templates}
+    found |= {f"{_TEMPLATES}/{file.name}": file for file in templates if file.is_file()}
+    _check_files(folder, found)
+    return found
+
+
+def _check_files(folder: Path, files: Mapping[str, Path]) -> None:
+    """Refuse what would be copied into the store, for all workers to read, and isn't the model's."""
+    root = folder.resolve()
+    # Hugging Face's cache keeps files apart: snapshots/REVISION/NAME links to ../../blobs/HASH.
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for name, file in files.items():
+        target = file.resolve()
+        if not any(target.is_relative_to(home) for home in homes):
+            raise SettingsInvalid(
+                f"{folder / name} is a link to {target}, outside of the model's folder: copy the file "
+                "there if it is part of the model."
+            )
+    size = sum(file.stat().st_size for file in files.values())
+    if size > _MOST_BYTES:
+        raise SettingsInvalid(
+            f"The tokenizer of {folder} has {size} bytes, more than {_MOST_BYTES}: {', '.join(files)}."
+        )
 
 
 def is_tokenizer(names: list[str]) -> bool:
@@ -88,7 +111,9 @@ def open_tokenizer(model: str, files: Mapping[str, bytes]) -> Any:
             # Whatever it raises (transformers, tokenizers and sentencepiece have errors of all kinds)
             # means that there is no tokenizer.
             tokenizer = AutoTokenizer.from_pretrained(temporary, trust_remote_code=False)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # panics of Rust code are no Exception
             raise SettingsInvalid(
                 f"The tokenizer of {model} can't be opened: {reason(Path(temporary), error)}. "
                 + _remedy(files)
@@ -108,8 +133,11 @@ def _inside(name: str, model: str) -> str:
     >>> _inside("additional_chat_templates/tools.jinja", "model")
     'additional_chat_templates/tools.jinja'
     """
-    file = name.removeprefix(f"{_TEMPLATES}/")
-    if not file or file != Path(file).name or "\\" in file or file.endswith(".py"):
+    try:
+        file = fields.name(name.removeprefix(f"{_TEMPLATES}/"), "it")
+    except ValueError:
+        file = ""
+    if not file or file.endswith(".py"):
         raise SettingsInvalid(
             f"The tokenizer of {model} can't be opened: {name!r} is no name of a tokenizer's file. "
             "Load the model again."

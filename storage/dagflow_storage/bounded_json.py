@@ -4,9 +4,11 @@ Python's own parser takes a text's word for everything: nesting as deep as its s
 as the text, and a hundred bytes of memory for each two bytes of ``[[],[],[]``.
 """
 
+import errno
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,6 +86,24 @@ def parse_json(
     except ValueError as error:
         raise JsonRefused(f"it is no JSON: {error}") from error
     return value
+
+
+def load_json(path: Path, limits: JsonLimits = DOCUMENT_LIMITS, *, finite: bool = True) -> Any:
+    """What a file says, whose size is looked at before it is read.
+
+    Raises
+    ------
+    JsonRefused
+        As for `parse_json`.
+    OSError
+        If it can't be read, or is no file.
+    """
+    size = path.stat().st_size
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "this is no file", str(path))
+    if size > limits.num_bytes:
+        raise JsonRefused(f"it has {size} bytes, more than {limits.num_bytes} aren't read")
+    return parse_json(path.read_bytes(), limits, finite=finite)
 
 
 def _outside_of_strings(data: bytes, limits: JsonLimits) -> bytes:

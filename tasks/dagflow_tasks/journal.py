@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from dagflow_storage import PermanentError, Store, TransientError
+from dagflow_storage import PermanentError, Store, TransientError, fields
+from dagflow_storage.documents import sound
 from dagflow_storage.journal import Entry, EntryKey, Segment, read_segments, write_segment
-from dagflow_tasks.layout import pack, unpack
+from dagflow_tasks.layout import checked_layout, pack, unpack
 from dagflow_tasks.references import StageRef
-from dagflow_tasks.results import JournalStats
+from dagflow_tasks.results import Decision, JournalStats
 from dagflow_tasks.state import from_array, to_array
 
 # Gathered before they are written. On S3 a segment costs two requests, whatever its size; in a folder
@@ -32,6 +33,14 @@ _SPOOL_BYTES = 512 << 20
 # The index of what is written is a cache of the store's listing; nobody asks for older steps often.
 _INDEXED_STEPS = 256
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
+
+# What entries say besides their tensors, by kind.
+_FACTS = {
+    "forward": ("finite",),
+    "backward": ("non_finite", "losses"),
+    "weights": ("non_finite", "losses"),
+    "update": ("non_finite", "decision"),
+}
 
 _Where = tuple[str, str, int]  # run, plan, step
 
@@ -304,13 +313,38 @@ def read_sent(
     NotFound, DamagedData, StoreUnreachable
     """
     facts = dict(segment.facts[key])
-    layouts = facts.pop("layouts", {})
+    with sound(f"what {segment.path} in {store!r} says of {key} is damaged"):
+        layouts = fields.members(facts.pop("layouts", {}), "layouts")
+        _check_facts(key.kind, facts)
     dtypes = segment.dtypes(key)
-    tensors = {
-        name: unpack(from_array(array, dtypes[name]), layouts.get(name))
-        for name, array in segment.read(store, key, names).items()
-    }
+    tensors = {}
+    for name, array in segment.read(store, key, names).items():
+        packed = from_array(array, dtypes[name])
+        with sound(f"how {name!r} lay, by {segment.path} in {store!r}, is damaged"):
+            layout = checked_layout(layouts.get(name), packed.shape, packed.dtype)
+        tensors[name] = unpack(packed, layout)
     return Sent(tensors, facts)
+
+
+def _check_facts(kind: str, facts: Mapping[str, Any]) -> None:
+    """Raise ValueError unless an entry says what `dagflow_tasks.replay.recall` asks of its kind."""
+    wanted = _FACTS.get(kind, ())
+    fields.members(facts, "it", *wanted)
+    for name, value in facts.items():
+        if name == "finite":
+            fields.flag(value, name)
+        elif name == "loss":
+            fields.number(value, name)
+        elif name == "losses":
+            for loss in fields.items(value, name):
+                fields.number(loss, "a loss")
+        elif name == "non_finite":
+            for index in fields.items(value, name):
+                fields.integer(index, "a micro-batch")
+        elif name == "decision" and value is not None:
+            Decision.from_json(value)
+    if "loss" in facts:
+        fields.members(facts, "it", "finite")
 
 
 JOURNAL = Journal()

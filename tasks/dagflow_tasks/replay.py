@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from dagflow_storage import DamagedData, NotFound, list_snapshots
+from dagflow_storage import DamagedData, NotFound, fields, list_snapshots
+from dagflow_storage.documents import sound
 from dagflow_storage.journal import read_segments
 from dagflow_tasks.cache import CACHE, state_lost
 from dagflow_tasks.errors import StateLost
@@ -71,20 +72,54 @@ class StepRecord:
         }
 
     @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> StepRecord:
-        step = int(body["step"])
-        microbatches = tuple(
-            Microbatch(step, index, weight, *(tuple(map(tuple, pairs)) for pairs in named))
-            for index, (weight, *named) in enumerate(body["microbatches"])
-        )
-        decision = body["decision"]
-        return cls(
-            step,
-            microbatches,
-            body["learning_rate_factor"],
-            Decision.from_json(decision) if decision is not None else None,
-            body["samples"],
-        )
+    def from_json(cls, body: Any) -> StepRecord:
+        """Return what a row of the ledger says.
+
+        Raises
+        ------
+        DamagedData
+        """
+        with sound("a row of the ledger is damaged"):
+            wanted = ("step", "microbatches", "learning_rate_factor", "decision", "samples")
+            given = fields.members(body, "it", *wanted)
+            step = fields.integer(given["step"], "step")
+            listed = enumerate(fields.items(given["microbatches"], "microbatches"))
+            decision = given["decision"]
+            return cls(
+                step,
+                tuple(_microbatch(step, index, item) for index, item in listed),
+                fields.number(given["learning_rate_factor"], "learning_rate_factor"),
+                Decision.from_json(decision) if decision is not None else None,
+                fields.members(given["samples"], "samples"),
+            )
+
+
+def _microbatch(step: int, index: int, item: Any) -> Microbatch:
+    weight, *named = fields.items(item, "a micro-batch") or [None]
+    if not 1 <= len(named) <= 2:
+        raise ValueError(f"a micro-batch has {len(named)} lists")
+    sizes, *numbers = ([_pair(pair) for pair in fields.items(n, "pairs")] for n in named)
+    for name, size in sizes:
+        fields.integer(size, f"the size {name!r}")
+    for name, number in (pair for pairs in numbers for pair in pairs):
+        _check_numbers(number, f"the number {name!r}")
+    return Microbatch(
+        step, index, fields.number(weight, "a weight"), tuple(sizes), *map(tuple, numbers)
+    )
+
+
+def _pair(pair: Any) -> tuple[str, Any]:
+    if len(fields.items(pair, "a pair")) != 2:
+        raise ValueError(f"a pair is {fields.shown(pair)}")
+    return fields.text(pair[0], "a name"), pair[1]
+
+
+def _check_numbers(value: Any, what: str) -> None:
+    if isinstance(value, list):
+        for item in value:
+            _check_numbers(item, what)
+    elif type(value) is not bool:
+        fields.number(value, what)
 
 
 def _pairs(named: Iterable[tuple[str, Any]]) -> list[list[Any]]:

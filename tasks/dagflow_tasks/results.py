@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dagflow_storage import fields
 from dagflow_tasks.references import StateRef
 
 Tensors = Mapping[str, torch.Tensor]
@@ -144,8 +145,19 @@ class Decision:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> Decision:
-        return cls(**body)
+    def from_json(cls, body: Any) -> Decision:
+        """Return what `to_json` was asked of; raises ValueError if it is none."""
+        given = fields.members(body, "a decision")
+        if unknown := given.keys() - cls.__dataclass_fields__.keys():
+            raise ValueError(f"a decision has {sorted(unknown)}")
+        return cls(
+            fields.number(given.get("norm", cls.norm), "norm"),
+            fields.number(given.get("coefficient", cls.coefficient), "coefficient"),
+            fields.flag(given.get("apply", cls.apply), "apply"),
+            fields.number(given.get("loss_scale", cls.loss_scale), "loss_scale"),
+            fields.integer(given.get("good_steps", cls.good_steps), "good_steps"),
+            fields.integer(given.get("skipped", cls.skipped), "skipped"),
+        )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from dagflow_storage import (
     ALIGNMENT_BYTES,
     ArraySpec,
+    DamagedData,
     NotFound,
     ShardRecord,
     Snapshot,
@@ -19,7 +20,8 @@ from dagflow_storage import (
     list_snapshots,
     write_shard,
 )
-from dagflow_tasks.errors import StateLost
+from dagflow_storage.documents import sound
+from dagflow_tasks.errors import ProgramInvalid, StateLost
 from dagflow_tasks.layout import with_strides
 from dagflow_tasks.operators import dtype_of
 from dagflow_tasks.optimizer import restore_slots, slots
@@ -63,6 +65,16 @@ def load_state(ref: StageRef, program: StageProgram, step: int, device: torch.de
             f"and the store has no snapshot of that step. {error}"
         ) from error
     owned = {use.parameter: use for use in program.owned_parameters}
+    for (role, name), shape in {
+        **{(PARAMETER, use.parameter): use.shape for use in owned.values()},
+        **{(BUFFER, use.buffer): use.shape for use in program.buffers},
+    }.items():
+        stored = snapshot.arrays.get((role, name))
+        if stored is not None and stored.shape != shape:
+            raise DamagedData(
+                f"the snapshot of step {step} has the {role} {name!r} with shape "
+                f"{list(stored.shape)}; stage {ref.stage} wants {list(shape)}"
+            )
     parameters = {
         name: with_strides(tensor.to(device), owned[name].strides).requires_grad_(
             owned[name].trainable
@@ -189,9 +201,30 @@ def from_array(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
 
     NumPy aligns to 16 bytes, torch to 64, and kernels may round differently on what isn't aligned to
     their vectors: a stage that was rebuilt must not.
+
+    Raises
+    ------
+    DamagedData
+        If the array can't be one of that dtype.
     """
+    with sound(f"an array of {array.dtype} is said to be {dtype[:80]!r}"):
+        wanted = _dtype_of_array(array, dtype)
     tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
     if tensor.data_ptr() % ALIGNMENT_BYTES:
         tensor = tensor.clone()
-    wanted = dtype_of(dtype)
     return tensor if _known_to_numpy(wanted) else tensor.view(wanted)
+
+
+def _dtype_of_array(array: np.ndarray[Any, Any], name: str) -> torch.dtype:
+    """Return the dtype that an array holds by name; ValueError if it can't."""
+    try:
+        wanted = dtype_of(name)
+    except ProgramInvalid as error:
+        raise ValueError(str(error)) from error
+    stand_in = wanted if _known_to_numpy(wanted) else _INTEGERS[wanted.itemsize]
+    if array.dtype.name != str(stand_in).removeprefix("torch."):
+        raise ValueError(f"that is stored as {stand_in}")
+    # Kernels count on 0 and 1: with others they may write past the end.
+    if wanted == torch.bool and array.size and array.view(np.uint8).max() > 1:
+        raise ValueError("its bytes are neither 0 nor 1")
+    return wanted
