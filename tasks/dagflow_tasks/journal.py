@@ -34,14 +34,6 @@ _SPOOL_BYTES = 512 << 20
 _INDEXED_STEPS = 256
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
 
-# What entries say besides their tensors, by kind.
-_FACTS = {
-    "forward": ("finite",),
-    "backward": ("non_finite", "losses"),
-    "weights": ("non_finite", "losses"),
-    "update": ("non_finite", "decision"),
-}
-
 _Where = tuple[str, str, int]  # run, plan, step
 
 
@@ -315,7 +307,7 @@ def read_sent(
     facts = dict(segment.facts[key])
     with sound(f"what {segment.path} in {store!r} says of {key} is damaged"):
         layouts = fields.members(facts.pop("layouts", {}), "layouts")
-        _check_facts(key.kind, facts)
+        _check_facts(facts)
     dtypes = segment.dtypes(key)
     tensors = {}
     for name, array in segment.read(store, key, names).items():
@@ -326,10 +318,8 @@ def read_sent(
     return Sent(tensors, facts)
 
 
-def _check_facts(kind: str, facts: Mapping[str, Any]) -> None:
-    """Raise ValueError unless an entry says what `dagflow_tasks.replay.recall` asks of its kind."""
-    wanted = _FACTS.get(kind, ())
-    fields.members(facts, "it", *wanted)
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """Raise ValueError unless what an entry says can be what tasks say; what is missing may be."""
     for name, value in facts.items():
         if name == "finite":
             fields.flag(value, name)
@@ -343,8 +333,6 @@ def _check_facts(kind: str, facts: Mapping[str, Any]) -> None:
                 fields.integer(index, "a micro-batch")
         elif name == "decision" and value is not None:
             Decision.from_json(value)
-    if "loss" in facts:
-        fields.members(facts, "it", "finite")
 
 
 JOURNAL = Journal()

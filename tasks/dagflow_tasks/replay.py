@@ -36,6 +36,13 @@ from dagflow_tasks.state import load_state
 from dagflow_tasks.tasks import backward, forward, forward_backward, update
 
 _FLUSH_SECONDS = 120.0
+# What entries say besides their tensors, by kind.
+_FACTS = {
+    "forward": ("finite",),
+    "backward": ("non_finite", "losses"),
+    "weights": ("non_finite", "losses"),
+    "update": ("non_finite", "decision"),
+}
 
 
 @dataclass(frozen=True)
@@ -405,6 +412,11 @@ def recall(
     """
     sent = _found(ref, step, EntryKey(kind, ref.stage, index), names)
     facts, place = sent.facts, (step, index)
+    missing = [name for name in _FACTS.get(kind, ()) if name not in facts]
+    if missing or ("loss" in facts and "finite" not in facts):
+        raise StateLost(
+            f"The journal of step {step} lacks {missing} of stage {ref.stage}'s {kind}."
+        )
     if kind == "forward":
         return ForwardResult(sent.tensors, None, facts["finite"], place)
     if kind == "backward":
@@ -425,7 +437,7 @@ def recall(
 def recall_decision(ref: StageRef, step: int) -> Decision:
     """Return what was decided on a step's gradients; every stage that has updated remembers."""
     facts = _found(ref, step, EntryKey("update", ref.stage, 0)).facts
-    if facts["decision"] is None:
+    if facts.get("decision") is None:
         raise state_lost(ref, "decision", (step, 0))
     return Decision.from_json(facts["decision"])
 

@@ -451,7 +451,7 @@ def test_configurations_that_no_model_has_are_refused(
 @pytest.mark.parametrize("said", ["x", [[]], ["x"], {"a": 1}, [1e999]], ids=str)
 def test_generation_configurations_that_end_answers_with_nothing_are_refused(said: Any) -> None:
     one = parser("generation")
-    with pytest.raises(SettingsInvalid, match="[mM]end"):
+    with pytest.raises(SettingsInvalid, match=r"[mM]end"):
         one.read(json.dumps({**json.loads(one.right), "eos_token_id": said}).encode())
 
 
