@@ -59,7 +59,7 @@ def unlike(section: str, operator: torch._ops.OpOverload) -> str:
         if str(result.type) not in ("Tensor", "List[Tensor]"):
             return f"it returns a {result.type}"
     is_dynamic = torch.Tag.dynamic_output_shape in operator.tags and section != SELECTING
-    if is_dynamic and operator not in _SHAPED_BY_ARGUMENTS():
+    if is_dynamic and operator not in _shaped_by_arguments():
         return "the size of its result depends on the data"
     return _SECTIONS[section](operator)
 
@@ -144,7 +144,7 @@ _SECTIONS: Mapping[str, Callable[[torch._ops.OpOverload], str]] = {
 
 
 @cache
-def _SHAPED_BY_ARGUMENTS() -> frozenset[torch._ops.OpOverload]:
+def _shaped_by_arguments() -> frozenset[torch._ops.OpOverload]:
     """Operators whose results depend on data for some arguments only.
 
     Capture refuses those: `x[mask]`, and `one_hot` without a number of classes.

@@ -330,9 +330,15 @@ def attend(
     -------
     Tensor (1, N, H, D)
     """
+    count = query.shape[2]
+    if not (key.shape[2] == value.shape[2] == count and key.shape[:2] == value.shape[:2]):
+        raise ValueError(
+            f"queries, keys and values must be of the same tokens, not {list(query.shape)}, "
+            f"{list(key.shape)} and {list(value.shape)}"
+        )
     spans = current_spans()
     if spans is None:
-        spans = [Span(None, 0, query.shape[2])]
+        spans = [Span(None, 0, count)]
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     begin = 0
     for span in spans:

@@ -14,6 +14,7 @@
         ├── OptimizerInvalid      no such optimizer, or no such option
         ├── WeightsNotFinite      an update made weights infinite or NaN: no snapshot of those
         └── TaskFailed            an operator of a stage raised: names stage, operator and module
+            └── LimitReached      a program would take more memory or time than this machine gives
 """
 
 from __future__ import annotations
@@ -68,3 +69,7 @@ class TaskFailed(PermanentError):
 
 class WeightsNotFinite(PermanentError):
     """A stage's weights are no longer finite; they are not put into a snapshot."""
+
+
+class LimitReached(TaskFailed):
+    """A program takes more time, or would take more memory, than a run may on this machine."""

@@ -1,9 +1,10 @@
 """What dagflow checks before it calls operators that don't check it themselves.
 
-torch trusts a model's own code: an operator may take strides, indices or weights as they come, and read or
-write whatever memory they lead to, or end the process. A program may come from anybody. Which operators need a
-fence was found by calling all that are allowed with hostile arguments: ``python -m tests.trust.hostile_calls``.
-A fence refuses with ValueError what no model asks for, and changes no bit of what it lets through.
+torch trusts a model's own code: an operator may take strides, indices or weights as they come, and read
+or write whatever memory they lead to, or end the process. A program may come from anybody. Which
+operators need a fence was found by calling all that are allowed with hostile arguments:
+``python -m tests.trust.hostile_calls``. A fence refuses with ValueError what no model asks for, and
+changes no bit of what it lets through.
 """
 
 from __future__ import annotations
@@ -175,6 +176,29 @@ def _within(tensor: torch.Tensor, least: int, most: int) -> bool:
     return bool(low >= least) and bool(high <= most)
 
 
+def _check_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> None:
+    """One value for each key: the kernel for CPUs counts one of them only."""
+    _demand(min(query.dim(), key.dim(), value.dim()) >= 2, "queries, keys and values are matrices")
+    _demand(key.shape[-2] == value.shape[-2], f"{key.shape[-2]} keys and {value.shape[-2]} values")
+    _demand(
+        query.shape[-1] == key.shape[-1], f"queries {query.shape[-1]}, keys {key.shape[-1]} wide"
+    )
+
+
+def _check_modes(interpolation_mode: int, padding_mode: int, **_: Any) -> None:
+    """With a mode that there isn't, nothing is written into the result."""
+    _demand(0 <= interpolation_mode <= 2, f"interpolation {interpolation_mode} of 0 to 2")
+    _demand(0 <= padding_mode <= 2, f"padding {padding_mode} of 0 to 2")
+
+
+def _check_weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0, **_: Any) -> None:
+    """One length for each slice of the weight; the kernel reads as many as it needs."""
+    _demand(v.numel() > 0, "a weight without elements")
+    _demand(-1 <= dim < v.dim(), f"dimension {dim} of {v.dim()}")
+    wanted = 1 if dim == -1 else v.shape[dim]
+    _demand(g.numel() == wanted, f"{g.numel()} lengths instead of {wanted}")
+
+
 def _check_fractions(random_samples: torch.Tensor, **_: Any) -> None:
     """Where windows begin follows from these; they are taken for numbers of [0, 1)."""
     good = (random_samples >= 0) & (random_samples < 1)
@@ -192,11 +216,15 @@ def _check_recurrent(gates: int, states: int) -> Operator:
         has_biases: bool,
         num_layers: int,
         bidirectional: bool,
+        batch_first: bool,
         **_: Any,
     ) -> None:
         hidden = list(hx) if isinstance(hx, (list, tuple)) else [hx]
         _demand(len(hidden) == states, f"{len(hidden)} states instead of {states}")
-        _demand(input.dim() == 3 and hidden[0].dim() == 3, "input and states of 3 dimensions")
+        _demand(
+            input.dim() == 3 and all(state.dim() == 3 for state in hidden) and input.numel() > 0,
+            "input and states have 3 dimensions, and none is empty",
+        )
         directions = 2 if bidirectional else 1
         kinds = 4 if has_biases else 2
         size = hidden[0].shape[2]
@@ -206,6 +234,12 @@ def _check_recurrent(gates: int, states: int) -> Operator:
             f"{len(params)} weights of {num_layers} layers in {directions} directions",
         )
         kinds += projected
+        batch = input.shape[0 if batch_first else 1]
+        layers = num_layers * directions
+        _demand(
+            all(state.numel() and state.shape[:2] == (layers, batch) for state in hidden),
+            f"states of {layers} layers and {batch} rows",
+        )
         width = input.shape[2]
         for layer in range(num_layers):
             for direction in range(directions):
@@ -289,6 +323,9 @@ _CHECKED: Mapping[str, Operator] = {
     "ctc_loss.IntList": _check_ctc,
     "fractional_max_pool2d": _check_fractions,
     "fractional_max_pool3d": _check_fractions,
+    **dict.fromkeys(("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), _check_modes),
+    "scaled_dot_product_attention": _check_attention,
+    "_weight_norm": _check_weight_norm,
     "lstm.input": _check_recurrent(4, 2),
     "gru.input": _check_recurrent(3, 1),
     "rnn_tanh.input": _check_recurrent(1, 1),

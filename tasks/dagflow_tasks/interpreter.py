@@ -8,16 +8,17 @@ in order; a value is dropped after its last reader, so that memory follows the p
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+from time import monotonic
 from typing import Any
 
 import torch
 
-from dagflow_tasks.errors import TaskFailed
+from dagflow_tasks.errors import LimitReached, TaskFailed
 from dagflow_tasks.operators import (
     ASSERTIONS,
     Argument,
@@ -33,6 +34,7 @@ from dagflow_tasks.operators import (
     storages,
 )
 from dagflow_tasks.program import StageProgram
+from dagflow_tasks.program_limits import DEFAULT_LIMITS, Limits, Watch
 from dagflow_tasks.weight_gradients import WeightGradients
 from dagflow_tasks.writes import parameter_writes
 
@@ -42,6 +44,8 @@ RANDOM_LOCK = threading.Lock()
 
 # Micro-batches have a few sizes, passes of sessions any: instructions are kept for the latest.
 _MOST_SIZES = 64
+# With how many forms of its inputs a program is known to take no more than it may.
+_MOST_FORMS = 4096
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -139,12 +143,19 @@ class Executable:
     device : torch.device
     precision : {"fp32", "bf16", "fp16"}
         Other than fp32, operators run under autocast with fp32 weights.
+    limits : Limits
+        Of the memory and the time that a run may take.
     """
 
     def __init__(
-        self, program: StageProgram, device: torch.device, precision: str = "fp32"
+        self,
+        program: StageProgram,
+        device: torch.device,
+        precision: str = "fp32",
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.program = program
+        self.limits = limits
         self.device = device
         self.precision = precision
         self.autocast_dtype = AUTOCAST_DTYPES.get(precision)
@@ -177,6 +188,9 @@ class Executable:
         # In the order of their last use.
         self._compiled: dict[tuple[int, ...], list[_Instruction]] = {}
         self._without_sizes: dict[str, _Instruction] = {}
+        self._inputs = tuple(i.value.name for i in program.inputs)
+        # What the program has been run with without taking too much.
+        self._watched: dict[Hashable, None] = {}
 
     @cached_property
     def _writes(self) -> Executable:
@@ -194,7 +208,7 @@ class Executable:
             nodes=tuple(nodes),
             loss=None,
         )
-        return Executable(program, self.device, self.precision)
+        return Executable(program, self.device, self.precision, self.limits)
 
     @torch.no_grad()
     def write_parameters(
@@ -247,20 +261,42 @@ class Executable:
         slots: list[Any] = [None] * len(self._slots)
         for name, value in (*self.constants.items(), *values.items()):
             slots[self._slots[name]] = value
+        form = self._form(values, sizes)
+        watch = None if form in self._watched else Watch(self.limits.memory_on(self.device))
+        if watch is not None:
+            watch.given(slots)
         for index in self._written_inputs:
             slots[index] = slots[index].clone()  # inputs belong to the caller
         untouched = _restored_generator(self.device) if self._draws else nullcontext()
+        deadline = self.limits.deadline()
         with self._autocast(), untouched:
             for instruction in instructions:
                 try:
-                    slots[instruction.output] = self._execute(instruction, slots, random, gradients)
+                    if monotonic() > deadline:
+                        raise LimitReached(f"{self.limits.seconds:.0f} seconds are over")
+                    slots[instruction.output] = self._execute(
+                        instruction, slots, random, gradients, watch
+                    )
                 except Exception as error:
-                    raise TaskFailed(self._describe(instruction, slots, error)) from error
+                    kind = LimitReached if isinstance(error, LimitReached) else TaskFailed
+                    raise kind(self._describe(instruction, slots, error)) from error
                 for index in instruction.free:
                     slots[index] = None
+        if watch is not None:
+            self._remember(form)
         names = [output.value.name for output in self.program.outputs]
         names += [self.program.loss] if self.program.loss else []
         return {name: slots[self._slots[name]] for name in names}
+
+    def _form(self, values: Mapping[str, Any], sizes: Mapping[str, int]) -> Hashable:
+        """Return what the memory that a run takes follows from."""
+        shapes = [getattr(values.get(name), "shape", None) for name in self._inputs]
+        return (*sizes.values(), *shapes, torch.is_grad_enabled())
+
+    def _remember(self, form: Hashable) -> None:
+        if len(self._watched) == _MOST_FORMS:
+            del self._watched[next(iter(self._watched))]
+        self._watched[form] = None
 
     def _execute(
         self,
@@ -268,8 +304,24 @@ class Executable:
         slots: list[Any],
         random: RandomAddress,
         gradients: WeightGradients | None,
+        watch: Watch | None,
     ) -> Any:
         arguments, keywords = instruction.filled(slots)
+        if watch is None:
+            return self._call(instruction, arguments, keywords, random, gradients)
+        watch.before(instruction.node.op, arguments, keywords)
+        result = self._call(instruction, arguments, keywords, random, gradients)
+        watch.after(result)
+        return result
+
+    def _call(
+        self,
+        instruction: _Instruction,
+        arguments: list[Any],
+        keywords: dict[str, Any],
+        random: RandomAddress,
+        gradients: WeightGradients | None,
+    ) -> Any:
         if instruction.plain:
             if gradients is not None and instruction.weights:
                 return gradients.run(instruction.function, arguments, keywords, instruction.weights)

@@ -99,7 +99,9 @@ def unpack(packed: torch.Tensor, layout: Layout | None) -> torch.Tensor:
     is_dense = _is_dense(once, strides)
     memory = packed.reshape(-1)
     if offset or not is_dense:
-        memory = packed.new_empty(offset + _span(once, strides))[offset:]
+        # Zeros between elements: programs may look there, and mustn't find what was there before.
+        make = packed.new_empty if is_dense else packed.new_zeros
+        memory = make(offset + _span(once, strides))[offset:]
         if is_dense:
             memory.copy_(packed.reshape(-1))
         else:
@@ -130,7 +132,8 @@ def with_strides(tensor: torch.Tensor, strides: Sequence[int] | None) -> torch.T
     if strides is None or tensor.stride() == tuple(strides) or not tensor.numel():
         return tensor
     once = _once_shape(tensor.shape, strides)
-    memory = tensor.new_empty(_span(once, strides))
+    make = tensor.new_empty if _is_dense(once, strides) else tensor.new_zeros  # as in `unpack`
+    memory = make(_span(once, strides))
     first = tensor.as_strided(once, tensor.stride())
     memory.as_strided(once, strides).copy_(first)
     return memory.as_strided(tensor.shape, strides)

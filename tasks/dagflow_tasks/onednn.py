@@ -98,9 +98,19 @@ def linear_packed(
         As `pack` returns it.
     bias : Tensor (N,), optional
     """
+    _check_layer(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
     if 0 < count < LEAST_ROWS:
         rows = torch.cat([rows] * -(-LEAST_ROWS // count))
     output = linear(rows, weight, bias)
     return output[:count].reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _check_layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Refuse what isn't one layer: the kernels take weights and bias for as large as they must be."""
+    fits = x.dim() and weight.dim() == 2 and x.shape[-1] == weight.shape[1] and weight.numel()
+    if bias is not None:
+        fits = fits and bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
+    if not fits or x.dtype != weight.dtype:
+        raise ValueError(f"{list(x.shape)} doesn't go through a layer of {list(weight.shape)}")

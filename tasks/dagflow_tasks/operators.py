@@ -401,6 +401,11 @@ _EXTENSIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+def own_operators() -> frozenset[str]:
+    """Return the operators that are functions of dagflow's, and no operators of torch's."""
+    return frozenset(_EXTENSIONS)
+
+
 @cache
 def resolve(op: str) -> Callable[..., Any]:
     """Return what an operator's name in a program stands for.

@@ -466,8 +466,19 @@ def check_form(name: Any, dtype: Any, shape: Sequence[Any], strides: Sequence[An
     dtype_of(dtype)
     numbers = [*shape, *(strides or ())]
     whole = all(type(number) is int and 0 <= number < LIMIT for number in numbers)
-    if not whole or (strides is not None and len(strides) != len(shape)):
+    if not whole or (strides is not None and not _is_near(shape, strides)):
         raise ProgramInvalid(
             f"The value {name!r} can't have the shape {list(shape)!r:.200} with strides "
             f"{strides!r:.200}."
         )
+
+
+# Elements that a tensor's strides may reach over: a slice of something wider leaves gaps.
+_WIDEST, _WIDER = 1 << 26, 64
+
+
+def _is_near(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    if len(strides) != len(shape):
+        return False
+    reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True) if size)
+    return reach < max(_WIDEST, _WIDER * math.prod(shape))

@@ -23,6 +23,7 @@ from .case import Case
 from .groups import GROUPS, cases_of
 from .judge import judge, warm_up
 from .markdown import write_markdown
+from .operators import record_operators, update
 from .pool import try_all
 from .table import causes, rows, totals
 
@@ -37,12 +38,17 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     warm_up()
-    for number, record in enumerate(try_all(left, judge, options.jobs, options.seconds), 1):
+    work = record_operators if options.operators else judge
+    for number, record in enumerate(try_all(left, work, options.jobs, options.seconds), 1):
         known[record["group"], record["name"]] = record
-        print(f"{number}/{len(left)} {rows([record])}", flush=True)
+        row = record["name"] if options.operators else rows([record])
+        print(f"{number}/{len(left)} {row}", flush=True)
         if options.json:
             _save(options.json, list(known.values()))
     records = list(known.values())
+    if options.operators:
+        print("\n".join(update(Path(options.operators), records)))
+        return
     print(f"\n{totals(records)}\n\n{causes(records)}")
     if options.markdown:
         write_markdown(Path(options.markdown), records)
@@ -57,6 +63,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="keep the results here, as they come")
     parser.add_argument("--resume", action="store_true", help="take what the file has as done")
     parser.add_argument("--markdown", metavar="FILE", help="put the table between its markers")
+    parser.add_argument(
+        "--operators", metavar="FILE", help="only capture, and add to this list what captures use"
+    )
     options = parser.parse_args()
     if options.resume and not options.json:
         parser.error("--resume needs --json FILE")
