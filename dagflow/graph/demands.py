@@ -65,7 +65,9 @@ class Demands:
                     self._note(number, args[0], lambda tensor, index=index: tensor[index])  # type: ignore[misc]
         elif name in ("__getitem__", "masked_select", "nonzero"):
             mask = args[0] if name == "nonzero" else _mask(args[1])
-            for size in result.shape if mask is not None else ():
+            # nonzero(as_tuple=True) returns one tensor for each dimension, all of one size.
+            selected = result[0] if isinstance(result, tuple) else result
+            for size in selected.shape if mask is not None else ():
                 if isinstance(size, torch.SymInt):
                     self._note(size, mask, torch.count_nonzero)
 
