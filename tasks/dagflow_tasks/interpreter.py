@@ -282,7 +282,7 @@ class Executable:
                     raise kind(self._describe(instruction, slots, error)) from error
                 for index in instruction.free:
                     slots[index] = None
-        if watch is not None:
+        if watch is not None and not watch.is_of_data:
             self._remember(form)
         names = [output.value.name for output in self.program.outputs]
         names += [self.program.loss] if self.program.loss else []

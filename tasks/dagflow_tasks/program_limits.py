@@ -2,8 +2,8 @@
 
 A program's first run with new sizes is watched: before each operator it is calculated what the result
 can take, and afterwards what is alive is counted, what autograd keeps included. Runs with the same sizes
-take the same, and aren't watched. A single operator isn't interrupted: what it works on is limited by
-the memory.
+take the same, and aren't watched, unless something is as large as its data says (selected rows). A single
+operator isn't interrupted: what it works on is limited by the memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from dagflow_tasks.errors import LimitReached
-from dagflow_tasks.result_bytes import most_bytes
+from dagflow_tasks.result_bytes import is_sized_by_data, most_bytes
 
 # A stage's part of a micro-batch takes seconds; whoever takes this long has been given up by the swarm.
 DEFAULT_SECONDS = 1800.0
@@ -95,9 +95,15 @@ class Watch:
     Parameters
     ----------
     limit_bytes : int
+
+    Attributes
+    ----------
+    is_of_data : bool
+        Whether a result was as large as its data said: another run may take more.
     """
 
     def __init__(self, limit_bytes: int) -> None:
+        self.is_of_data = False
         self._limit = limit_bytes
         self._alive = 0
         self._known: dict[int, Any] = {}
@@ -109,6 +115,7 @@ class Watch:
         ------
         LimitReached
         """
+        self.is_of_data = self.is_of_data or is_sized_by_data(op, arguments)
         most = most_bytes(op, arguments, keywords)
         if self._alive + most > self._limit:
             raise LimitReached(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dagflow_tasks.allow_list import IN_PLACE, VIEWS, allowed
+from dagflow_tasks.allow_list import IN_PLACE, SELECTING, VIEWS, allowed
 
 Rule = Callable[[Sequence[Any], Mapping[str, Any]], int]
 _META = torch.device("meta")
@@ -36,6 +36,19 @@ def most_bytes(op: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -
     if keywords:
         arguments = _in_order(op, arguments, keywords)
     return rule(arguments, keywords)
+
+
+def is_sized_by_data(op: str, arguments: Sequence[Any]) -> bool:
+    """Tell whether a call's result is as large as the data says: selected rows, repeats, classes."""
+    if op == "aten.index.Tensor":
+        indices = [index for index in arguments[1] if isinstance(index, torch.Tensor)]
+        return any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+    if op == "aten.one_hot.default":
+        return len(arguments) < 2 or arguments[1] < 0
+    return op in _REPEATS or allowed().get(op) == SELECTING
+
+
+_REPEATS = ("aten.repeat_interleave.Tensor", "aten.repeat_interleave.self_Tensor")
 
 
 def _in_order(op: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[Any]:

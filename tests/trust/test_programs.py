@@ -308,6 +308,21 @@ def test_memory_that_autograd_keeps_is_counted() -> None:
         run(*nodes, values={"x": torch.ones(1 << 22, requires_grad=True)})
 
 
+def test_what_data_makes_large_is_refused_in_a_later_run_of_the_same_sizes_too() -> None:
+    nodes = [
+        call("rows", "nonzero.default", ref("in.x")),
+        call("across", "t.default", ref("rows")),
+        call("y", "mul.Tensor", ref("rows"), ref("across")),
+    ]
+    executable = Executable(program(*nodes, inputs=("x",)), CPU, limits=SMALL)
+    few, many = torch.zeros(1 << 14), torch.ones(1 << 14)
+    few[3] = 1.0
+    found = executable.run({"in.x": few}, {"s0": 1}, RandomAddress(0, 0, 0))["y"]
+    assert found.tolist() == [[9]]
+    with pytest.raises(LimitReached, match="may take 2147 MB"):
+        executable.run({"in.x": many}, {"s0": 1}, RandomAddress(0, 0, 0))
+
+
 def test_a_program_ends_when_its_time_is_over() -> None:
     nodes = [call("n0", "zeros.default", [4])]
     nodes += [call(f"n{i}", "add.Tensor", ref(f"n{i - 1}"), 1.0) for i in range(1, 5)]
