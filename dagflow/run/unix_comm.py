@@ -96,6 +96,17 @@ class UnixConnector(Connector):  # type: ignore[misc]
         return UnixComm(stream, PREFIX + address, deserialize)
 
 
+class _Server(TCPServer):
+    """Hands each connection on."""
+
+    def __init__(self, take: Callable[[IOStream], Awaitable[None]]) -> None:
+        super().__init__(max_buffer_size=MAX_BUFFER_SIZE)
+        self._take = take
+
+    async def handle_stream(self, stream: IOStream, _: Any) -> None:
+        await self._take(stream)
+
+
 class UnixListener(BaseListener):  # type: ignore[misc]
     """Listens on a socket, in a folder that exists already; its name is a number that is free."""
 
@@ -115,15 +126,14 @@ class UnixListener(BaseListener):  # type: ignore[misc]
         self._comm_handler = comm_handler
         self._deserialize = deserialize
         self._allow_offload = allow_offload
-        self._server: TCPServer | None = None
+        self._server: _Server | None = None
 
     async def start(self) -> None:
         listening = socket.socket(socket.AF_UNIX)
         listening.setblocking(False)
         self._name = _bind(listening, self._folder)
         listening.listen(int(dask.config.get("distributed.comm.socket-backlog")))
-        self._server = TCPServer(max_buffer_size=MAX_BUFFER_SIZE)
-        self._server.handle_stream = self._take
+        self._server = _Server(self._take)
         self._server.add_socket(listening)
 
     def stop(self) -> None:
@@ -141,7 +151,7 @@ class UnixListener(BaseListener):  # type: ignore[misc]
     def contact_address(self) -> str:
         return self.listen_address
 
-    async def _take(self, stream: IOStream, _: Any) -> None:
+    async def _take(self, stream: IOStream) -> None:
         if self._server is None:
             # Accepted just before it was stopped: whoever waits for an answer would wait for ever.
             stream.close()
