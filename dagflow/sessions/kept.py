@@ -212,7 +212,14 @@ def _whole(what: str) -> Iterator[None]:
     """Raise `DamagedData` for what the rows of an answer lack, though their checksums are right."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, SettingsInvalid) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        SettingsInvalid,
+    ) as error:
         raise DamagedData(
             f"{what} can't be read ({type(error).__name__}: {error}): forget it"
         ) from error

@@ -9,7 +9,7 @@ import os
 import struct
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import blosc2  # type: ignore[import-untyped]
 import numpy as np
@@ -173,7 +173,7 @@ def check_packed(packed: "Bytes | bytes | memoryview", num_bytes: int) -> None:
     ------
     ValueError
     """
-    view = memoryview(packed)
+    view = memoryview(cast(bytes, packed))
     if view.nbytes < _HEADER.size:
         raise ValueError(f"{view.nbytes} bytes are too few for a blosc2 chunk")
     _, _, flags, typesize, raw, block, size, filters, _, setting, settings, *more = (

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dagflow_storage.bounded_json import JsonLimits, JsonRefused, parse_json
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid, ProgramTooNew
 from dagflow_tasks.layout import odd_strides, with_strides
 from dagflow_tasks.operators import Node, check_argument, dtype_of, is_allowed, multiplies
@@ -383,24 +384,14 @@ def _form(body: Mapping[str, Any]) -> dict[str, Any]:
 # The most that any part of a program has. Zoo's programs have up to a thousand nodes and half a megabyte;
 # a model of a hundred layers that is unrolled over hundreds of steps stays below these, too.
 MOST_NODES, MOST_DIMS = 200_000, 64
-MOST_CHARACTERS, MOST_ITEMS = 1 << 31, 16_000_000
+_LIMITS = JsonLimits(num_bytes=1 << 31, depth=256, num_values=16_000_000)
 
 
 def read_format(text: str, expected: str, version: int) -> dict[str, Any]:
-    """Parse JSON that begins with a format name and version, and refuse anything else.
-
-    How many lists, mappings and values there are is known before they are made: parsed, each takes some 60
-    bytes of memory for two characters.
-    """
-    items = sum(map(text.count, ",[{"))
-    if len(text) > MOST_CHARACTERS or items > MOST_ITEMS:
-        raise ProgramInvalid(
-            f"Not a {expected} file: {len(text)} characters with {items} values are more than the "
-            f"{MOST_CHARACTERS} characters or {MOST_ITEMS} values that one may have."
-        )
+    """Parse JSON that begins with a format name and version, and refuse anything else."""
     try:
-        body = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        body = parse_json(text, _LIMITS, finite=False)  # masks are filled with -inf
+    except JsonRefused as error:
         raise ProgramInvalid(f"Not a {expected} file: it isn't JSON ({error}).") from error
     found = body.get("format") if isinstance(body, dict) else None
     if found != expected:

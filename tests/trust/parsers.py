@@ -28,6 +28,7 @@ from dagflow.errors import (
     FormatTooNew,
     GarbageReceived,
     NotFound,
+    ProgramInvalid,
     SettingsInvalid,
     StoreUnreachable,
 )
@@ -65,6 +66,16 @@ from dagflow_storage.manifest import _checksum
 from dagflow_storage.rows import RowLog
 from dagflow_storage.sequences import _checksum as row_checksum
 from dagflow_tasks.journal import Sent, encode, read_sent
+from dagflow_tasks.operators import Node
+from dagflow_tasks.program import (
+    BufferUse,
+    Constant,
+    ParameterUse,
+    StageInput,
+    StageOutput,
+    StageProgram,
+    ValueSpec,
+)
 from dagflow_tasks.references import Microbatch
 from dagflow_tasks.replay import StepRecord
 from dagflow_tasks.results import BackwardResult, Decision, ForwardResult, TensorDict
@@ -471,6 +482,38 @@ def _token_data() -> Parser:
     return _of_documents("data of tokens", right, read, STORED, 1)
 
 
+# Programs
+
+
+def _program() -> Parser:
+    x, y = ValueSpec("x", "float32", ("s0", 3)), ValueSpec("y", "float32", ("s0", 2))
+    nodes = (
+        Node("t", "aten.t.default", ({"ref": "w"},)),
+        Node("m", "aten.mm.default", ({"ref": "x"}, {"ref": "t"})),
+        Node("y", "aten.add.Tensor", ({"ref": "m"}, {"ref": "c"}), {"alpha": 2}),
+        Node("z", "aten.expand.default", ({"ref": "y"}, [["mul", "s0", 1], 2]), {}, "a.b"),
+    )
+    program = StageProgram(
+        0,
+        2,
+        ("s0",),
+        (StageInput(x, None),),
+        (StageOutput(y, (1,), True),),
+        (ParameterUse("w", "layer.weight", "float32", (2, 3), True, 0),),
+        (BufferUse("b", "layer.mean", "float32", (2,), False, 0),),
+        (Constant.of("c", torch.ones(2)),),
+        nodes,
+        None,
+    )
+
+    def read(text: bytes) -> Any:
+        found = StageProgram.from_json(text.decode(errors="surrogateescape"))
+        return [constant.tensor() for constant in found.constants], found.to_json()
+
+    right = json.loads(program.to_json())
+    return _of_documents("programs", right, read, (ProgramInvalid,), 5)
+
+
 # Models, in the store and in folders
 
 
@@ -624,6 +667,7 @@ PARSERS: Mapping[str, Callable[[], Parser]] = {
         _lease,
         _run,
         _token_data,
+        _program,
         _model,
         _index,
         _safetensors,
