@@ -7,8 +7,9 @@ made sure of in two ways. The loop's code has no other effects than writes into 
 all that is written in place, in the modules that it calls as well, is written at the rows that the
 round has selected. What a round selects is empty by construction if its expert wasn't hit.
 
-Loops over all experts that ask whether there are rows (``if rows.numel() > 0``) are captured in the same
-way: there are, says the trace, and without any the rest of the round changes nothing.
+Loops over all experts that ask whether there are rows (``if rows.numel() > 0``, ``if mask.any()``) are
+captured in the same way: there are, says the trace, and without any what depends on the answer changes
+nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,14 +31,30 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
-from torch.utils._sympy.symbol import SymT, symbol_is_type
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dagflow.errors import CaptureFailed
-from dagflow.graph.loop_bodies import changes_only_rows, is_inside, loop_around, loop_at
+from dagflow.graph.loop_bodies import (
+    branch_at,
+    changes_only_rows,
+    lines_of,
+    loop_around,
+    loop_at,
+)
+from dagflow.graph.selections import (
+    INDEX,
+    NO_MASK,
+    RESHAPE,
+    SELECT,
+    if_there_are_rows,
+    is_same_list,
+    unknown_in,
+    unknown_sizes,
+    written,
+)
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
-_HITS = "_dagflow_hits"
+_HITS, _MASKED = "_dagflow_hits", "_dagflow_masked"
 
 
 @dataclass(frozen=True)
@@ -65,10 +83,23 @@ class _Round:
 
 @dataclass(eq=False)
 class _Hit(_Round):
-    """A round for an expert, with a tensor of one number that says whether it was hit."""
+    """A round for an expert, with a tensor of one number that says whether it was hit.
 
-    expert: int = 0
+    `masked` has what selects rows, by its identity and version, and what stands for it: nothing, if it
+    wasn't hit.
+    """
+
+    expert: int = -1
     is_hit: torch.Tensor = field(default_factory=torch.Tensor)
+    masked: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def of(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return a mask without any place if the expert wasn't hit; always the same tensor."""
+        key = id(mask), mask._version
+        if key not in self.masked:
+            self.masked[key] = mask, mask * self.is_hit
+            setattr(self.masked[key][1], _MASKED, True)
+        return self.masked[key][1]
 
 
 @dataclass(eq=False)
@@ -79,15 +110,15 @@ class _Loop:
     ----------
     frame, code
         Of the function that it is in, and the statement.
-    is_over_all
-        Whether it goes through all experts by itself, and nobody says when it ends.
+    lines
+        Which of its lines depend on an answer, if it goes through all experts by itself.
     rounds
         So far. The last one is under way.
     """
 
     frame: types.FrameType
     code: ast.For
-    is_over_all: bool = False
+    lines: range | None = None
     rounds: list[_Round] = field(default_factory=list)
 
     @property
@@ -95,13 +126,13 @@ class _Loop:
         return f"{self.frame.f_code.co_filename}:{self.code.lineno}"
 
     def is_under_way(self) -> bool:
-        """Tell whether what is called now is called in the loop."""
-        if not self.is_over_all:
-            return True
+        """Tell whether what is called now is called in the loop, where it depends on an answer."""
+        if self.lines is None:
+            return True  # who goes through the experts says when it ends
         frame: types.FrameType | None = sys._getframe(1)
         while frame is not None and frame is not self.frame:
             frame = frame.f_back
-        return frame is not None and is_inside(frame, self.code)
+        return frame is not None and frame.f_lineno in self.lines
 
 
 class ExpertLoops:
@@ -111,17 +142,13 @@ class ExpertLoops:
     ----------
     module
         Returns the path of the module that the trace is in.
-
-    Attributes
-    ----------
-    apart : dict of str to str
-        Modules whose experts have parameters of their own each, by the loop's line.
     """
 
     def __init__(self, module: Callable[[], str]) -> None:
         self._module = module
         self._loops: list[_Loop] = []
-        self.apart: dict[str, str] = {}
+        self._used: dict[str, list[dict[int, torch.nn.Parameter]]] = {}
+        self._modules: dict[str, str] = {}
 
     def iterated(self, name: str, args: Any) -> Any | None:
         """Return what a loop over the experts that were hit goes through instead, if it is one."""
@@ -154,9 +181,17 @@ class ExpertLoops:
 
     def _end(self, loop: _Loop) -> None:
         self._loops.remove(loop)
-        own = [p for used in _differing([r.parameters for r in loop.rounds]) for p in used.values()]
-        if len(loop.rounds) > 1 and any(p.requires_grad for p in own):
-            self.apart.setdefault(loop.line, self._module())
+        self._modules.setdefault(loop.line, self._module())
+        self._used.setdefault(loop.line, []).extend(r.parameters for r in loop.rounds)
+
+    def apart(self) -> dict[str, str]:
+        """Return the modules whose experts have parameters of their own each, by the loop's line."""
+        found = {}
+        for line, used in self._used.items():
+            own = [p for parameters in _differing(used) for p in parameters.values()]
+            if len(used) > 1 and any(p.requires_grad for p in own):
+                found[line] = self._modules[line]
+        return found
 
     @property
     def _rounds(self) -> list[_Round]:
@@ -170,15 +205,25 @@ class ExpertLoops:
         hits = [r for r in (self._rounds if self._loops else ()) if isinstance(r, _Hit)]
         if not hits:
             return args, kwargs
-        if name == "__getitem__":
-            return (args[0], self._existing(args[0], args[1], hits[-1])), kwargs
-        more = {key: value for key, value in kwargs.items() if key in _NO_MASK}
-        given = [*args, *(value for key, value in kwargs.items() if key not in _NO_MASK)]
-        if name not in _SELECT or len(given) != 1:
+        if name in ("__getitem__", "__setitem__", "index_put_") and len(args) > 1:
+            index = pytree.tree_map(partial(self._masked, hits), args[1])
+            if name == "__getitem__":
+                index = self._existing(args[0], index, hits[-1])
+            return (args[0], index, *args[2:]), kwargs
+        more = {key: value for key, value in kwargs.items() if key in NO_MASK}
+        given = [*args, *(value for key, value in kwargs.items() if key not in NO_MASK)]
+        if name not in SELECT or len(given) != 1:
             return args, kwargs
         for hit in hits:
-            given[0] = given[0] * hit.is_hit
+            given[0] = hit.of(given[0])
         return tuple(given), more
+
+    def _masked(self, hits: list[_Hit], part: Any) -> Any:
+        """Return what a mask in an index selects for experts that were hit."""
+        if isinstance(part, torch.Tensor) and part.dtype == torch.bool and part.dim():
+            for hit in hits:
+                part = hit.of(part)
+        return part
 
     def _existing(self, table: torch.Tensor, index: Any, hit: _Hit) -> Any:
         """Return an index into experts' weights: some masks have a place for what is no expert.
@@ -209,7 +254,7 @@ class ExpertLoops:
             return
         leaves = pytree.tree_leaves((args, dict(kwargs)))
         rounds[-1].parameters |= {id(t): t for t in leaves if isinstance(t, torch.nn.Parameter)}
-        target = _written(name, args, kwargs)
+        target = written(name, args, kwargs)
         if target is None or self._is_selected(target) or self._is_at_rows(name, args, kwargs):
             return
         raise CaptureFailed(
@@ -227,12 +272,12 @@ class ExpertLoops:
         return bool(self._selected() & unknown_sizes(tensor))
 
     def _is_at_rows(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
-        position = _INDEX.get(name.removesuffix("_") if name[:2] != "__" else name)
+        position = INDEX.get(name.removesuffix("_") if name[:2] != "__" else name)
         if position is None:
             return False
         index = args[position] if len(args) > position else dict(kwargs).get("index")
         return any(
-            self._is_selected(part)
+            self._is_selected(part) or hasattr(part, _MASKED)
             for part in pytree.tree_leaves(index)
             if isinstance(part, torch.Tensor)
         )
@@ -240,7 +285,8 @@ class ExpertLoops:
     def note(self, name: str, args: Any, result: Any) -> None:
         """Remember what is a list of experts that were hit, and what a round has selected."""
         found = [t for t in pytree.tree_leaves(result) if isinstance(t, FakeTensor)]
-        rounds = self._rounds if self._loops and name in _SELECT else []
+        selects = name in SELECT or name == "__getitem__"
+        rounds = self._rounds if self._loops and selects else []
         if rounds and isinstance(rounds[-1], _Hit):  # a loop over all asks about its own
             given = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
             before = set().union(*map(unknown_sizes, given))
@@ -250,7 +296,7 @@ class ExpertLoops:
             return
         if name == "nonzero" and source.dim() == 1 and isinstance(source.shape[0], int):
             setattr(found[0], _HITS, _Hits(source, source._version))
-        elif name in _RESHAPE and hasattr(source, _HITS) and _is_same_list(args, found[0]):
+        elif name in RESHAPE and hasattr(source, _HITS) and is_same_list(args, found[0]):
             setattr(found[0], _HITS, getattr(source, _HITS))
 
     @contextmanager
@@ -278,22 +324,45 @@ class ExpertLoops:
 
     def _answer(self, question: Any) -> Any:
         """Let a round know that it has rows: without any, what it goes on to do changes nothing."""
-        unknown = {s for s in question.free_symbols if symbol_is_type(s, SymT.UNBACKED_INT)}
-        answer = _if_there_are_rows(question, unknown)
+        unknown = unknown_in(question)
+        answer = if_there_are_rows(question, unknown)
         if answer is None or unknown <= self._selected():
             return answer
         frame = _frame_that_asks()
         code = None if frame is None else loop_around(frame)
         if frame is None or code is None or not changes_only_rows(code, frame):
             return None
-        loop = next((known for known in self._loops if known.frame is frame), None)
-        if loop is None:
-            loop = _Loop(frame, code, is_over_all=True)
-            self._loops.append(loop)
-        if loop.code is not code or not loop.is_over_all:
+        if any(loop.frame is frame and loop.code is not code for loop in self._loops):
+            return None
+        if any(loop.frame is frame and loop.lines is None for loop in self._loops):
             return None  # it asks about rows that this round hasn't selected
-        loop.rounds.append(_Round(unknown))
+        self._begin(frame, code, lines_of(code.body), _Round(unknown))
         return answer
+
+    def asked(self, tensor: Any, frame: types.FrameType) -> bool | None:
+        """Answer whether an expert was hit to a loop that passes over those that weren't.
+
+        Returns
+        -------
+        bool or None
+            None where a tensor's truth decides something else.
+        """
+        branch = branch_at(frame) if isinstance(tensor, FakeTensor) else None
+        if branch is None or tensor.constant is not None or tensor.numel() != 1:
+            return None
+        if not changes_only_rows(branch.loop, frame):
+            return None
+        is_hit = tensor.reshape(()).to(torch.bool)
+        is_hit = is_hit if branch.if_hit else is_hit.logical_not()
+        self._begin(frame, branch.loop, branch.lines, _Hit(is_hit=is_hit))
+        return branch.if_hit
+
+    def _begin(self, frame: types.FrameType, code: ast.For, lines: range, current: _Round) -> None:
+        known = [loop for loop in self._loops if loop.frame is frame and loop.lines == lines]
+        loop = known[0] if known else _Loop(frame, code, lines)
+        loop.rounds.append(current)
+        if not known:
+            self._loops.append(loop)
 
 
 class _Experts:
@@ -304,64 +373,6 @@ class _Experts:
 
     def __iter__(self) -> Iterator[Any]:
         return self._rounds()
-
-
-_SELECT = frozenset(("where", "nonzero", "argwhere"))
-_NO_MASK = frozenset(("as_tuple",))
-_RESHAPE = frozenset(
-    ("squeeze", "flatten", "view", "reshape", "__getitem__", "select", "to", "cpu")
-)
-# Where the arguments of functions that write at rows have these rows.
-_INDEX: Mapping[str, int] = {
-    **dict.fromkeys(("index_add", "index_copy", "scatter_add"), 2),
-    **dict.fromkeys(("index_put", "__setitem__"), 1),
-}
-
-
-def _written(name: str, args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """Return the tensor that a torch function writes in place, or returns with rows written."""
-    writes = name in _IN_PLACE or name in _INDEX or (name[:2] != "__" and name.endswith("_"))
-    out = kwargs.get("out")
-    if isinstance(out, torch.Tensor):
-        return out
-    if not (writes or kwargs.get("inplace")) or not args or not isinstance(args[0], torch.Tensor):
-        return None
-    return args[0] if name not in _NO_WRITES else None
-
-
-_IN_PLACE = frozenset(
-    f"__i{name}__"
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-)
-_NO_WRITES = frozenset(("requires_grad_", "detach_", "retain_grad_"))
-
-
-def unknown_sizes(tensor: torch.Tensor) -> set[sympy.Symbol]:
-    """Return the symbols of the numbers that depend on data and that a traced tensor has as sizes."""
-    sizes: list[Any] = [size for size in tensor.shape if isinstance(size, torch.SymInt)]
-    symbols = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
-    return {symbol for symbol in symbols if symbol_is_type(symbol, SymT.UNBACKED_INT)}
-
-
-def _if_there_are_rows(question: Any, unknown: set[sympy.Symbol]) -> Any:
-    """Return the answer to a question that says no more than whether there are rows; else None."""
-    if len(unknown) != 1 or question.free_symbols != unknown:
-        return None
-    (rows,) = unknown
-    answers = {question.subs(rows, number) for number in (1, 2, 3, 1 << 20)}
-    if len(answers) != 1 or question.subs(rows, 0) in answers:
-        return None
-    (answer,) = answers
-    return answer if answer in (sympy.true, sympy.false) else None
-
-
-def _is_same_list(args: Any, result: torch.Tensor) -> bool:
-    """Tell whether a tensor has the numbers of another one that it was made of, in their order."""
-    source, *more = args
-    is_as_long = bool(statically_known_true(source.numel() == result.numel()))
-    is_same_kind = result.dtype == source.dtype and result.dim() in (1, 2)
-    by_tensors = any(isinstance(part, torch.Tensor) for part in pytree.tree_leaves(more))
-    return is_as_long and is_same_kind and not by_tensors
 
 
 def _differing(

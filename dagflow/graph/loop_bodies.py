@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import types
+from dataclasses import dataclass
 from functools import cache
 
 from dagflow.graph.checks import statements
@@ -56,13 +57,67 @@ _HIDDEN_LOOPS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 def loop_around(frame: types.FrameType) -> ast.For | None:
     """Return the innermost loop whose body a frame is in."""
     loops = [s for s in statements(frame.f_code.co_filename) if isinstance(s, ast.For)]
-    around = [loop for loop in loops if is_inside(frame, loop)]
+    around = [loop for loop in loops if frame.f_lineno in lines_of(loop.body)]
     return max(around, key=lambda loop: loop.lineno, default=None)
 
 
-def is_inside(frame: types.FrameType, loop: ast.For) -> bool:
-    """Tell whether a frame of the loop's function is in its body."""
-    return loop.body[0].lineno <= frame.f_lineno <= (loop.body[-1].end_lineno or 0)
+def lines_of(body: list[ast.stmt]) -> range:
+    """Return the lines of a statement's body."""
+    return range(body[0].lineno, (body[-1].end_lineno or body[-1].lineno) + 1)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A branch in a loop that isn't taken for an expert that wasn't hit.
+
+    Attributes
+    ----------
+    loop
+    lines
+        Of what is only done for one that was.
+    if_hit
+        The truth of what decides, then.
+    """
+
+    loop: ast.For
+    lines: range
+    if_hit: bool
+
+
+def branch_at(frame: types.FrameType) -> Branch | None:
+    """Return the branch whose condition a frame is asking, all of it, if it is one in a loop."""
+    loop, line = loop_around(frame), frame.f_lineno
+    if loop is None:
+        return None
+    found = [
+        node
+        for node in ast.walk(loop)
+        if isinstance(node, ast.If)
+        and node.test.lineno <= line <= (node.test.end_lineno or line)
+        and not node.orelse
+    ]
+    if len(found) != 1:
+        return None
+    (branch,) = found
+    test, is_negated = branch.test, False
+    while isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        test, is_negated = test.operand, not is_negated
+    if isinstance(test, (ast.BoolOp, ast.IfExp)):
+        return None
+    if isinstance(branch.body[0], ast.Continue):
+        rest = range((branch.end_lineno or line) + 1, lines_of(loop.body).stop)
+        return Branch(loop, rest, is_negated)
+    return (
+        None if _gives_more(branch, loop) else Branch(loop, lines_of(branch.body), not is_negated)
+    )
+
+
+def _gives_more(branch: ast.If, loop: ast.For) -> bool:
+    """Tell whether what a branch gives names to is read elsewhere in its loop."""
+    inside = {node for statement in branch.body for node in ast.walk(statement)}
+    names = [node for node in ast.walk(loop) if isinstance(node, ast.Name)]
+    given = {n.id for n in names if n in inside and isinstance(n.ctx, ast.Store)}
+    return any(n.id in given and n not in inside and isinstance(n.ctx, ast.Load) for n in names)
 
 
 def changes_only_rows(loop: ast.For, frame: types.FrameType) -> bool:
@@ -189,7 +244,9 @@ class _Body:
             if isinstance(node, ast.Attribute) and node.attr in _SELECT:
                 return True
             node = node.func if isinstance(node, ast.Call) else node.value
-        return isinstance(node, ast.Name) and node.id in self.rows
+        return isinstance(node, ast.Compare) or (
+            isinstance(node, ast.Name) and node.id in self.rows
+        )
 
     def _writes_rows(self, value: ast.expr) -> bool:
         """Tell whether an expression is a call that writes at rows that were selected."""
@@ -204,7 +261,10 @@ class _Body:
         return isinstance(target, ast.Subscript) and self._is_of_rows(target.slice)
 
     def _is_of_rows(self, index: ast.expr) -> bool:
-        return any(isinstance(n, ast.Name) and n.id in self.rows for n in ast.walk(index))
+        return any(
+            isinstance(n, ast.Compare) or (isinstance(n, ast.Name) and n.id in self.rows)
+            for n in ast.walk(index)
+        )
 
     def _reads(self, value: ast.expr) -> bool:
         """Tell whether an expression only computes, and of earlier rounds takes no notice."""

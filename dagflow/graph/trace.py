@@ -67,6 +67,7 @@ OWN_FILES = frozenset(
         "loss",
         "masks",
         "outside",
+        "selections",
         "sizes",
         "tensor_sizes",
         "trace",
@@ -181,7 +182,8 @@ class _Follower(TorchFunctionMode):
         if self.trace.operator == "item" and is_asked_for(args[0], sys._getframe(1)):
             return args[0]
         if self.trace.operator == "__bool__":
-            answer = passed(args[0], sys._getframe(1))
+            answer = self._loops.asked(args[0], sys._getframe(1))
+            answer = passed(args[0], sys._getframe(1)) if answer is None else answer
             if answer is not None:
                 return answer
         if func is torch._assert and self._demands.keep(args[0]):
@@ -415,7 +417,6 @@ def follow(
     _refuse_scripts(wrapper.model)
     trace = Trace(read_buffers=read_buffers or {})
     demands, loops = Demands(lambda: trace.module), ExpertLoops(lambda: trace.module)
-    trace.apart = loops.apart
     trace.known = KnownValues(read_inputs) if read_inputs else None
     handles = []
 
@@ -443,6 +444,7 @@ def follow(
             trace.known.begin(dict(zip(names, tensors, strict=True)))
         with _Follower(trace, demands, loops), written_in_place(wrapper.model):
             result = forward(*tensors)
+        trace.apart = loops.apart()
         trace.left = before.left()  # now: torch.export puts numbers back as they were
         trace.written_numbers = written()
         return result

@@ -129,6 +129,33 @@ class WritesByMask(Routed):
         return out
 
 
+class AsksAMask(Routed):
+    def mixed(self, x: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for number, layer in enumerate(self.experts):
+            mask = (index == number).any(dim=-1)
+            if mask.any():
+                part = layer(x[mask]) * weights[mask, :1]
+                out[mask] += part
+            rows, _ = torch.where(index == number)
+            out.index_add_(0, rows, x[rows])
+        return out
+
+
+class PassesOverByASum(Routed):
+    def mixed(self, x: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for number in range(5):
+            mask = index == number
+            if mask.sum() < 4:
+                continue
+            rows, rank = torch.where(mask)
+            out.index_add_(
+                0, rows, linear(x[rows], self.weight[number]) * weights[rows, rank, None]
+            )
+        return out
+
+
 class ScattersByMask(Routed):
     def mixed(self, x: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         mask = index[:, 0] == 1
@@ -155,10 +182,12 @@ KINDS = [
     pytest.param(WithModulesByName, marks=pytest.mark.slow),
     pytest.param(AsksWhetherThereAreRows, marks=pytest.mark.slow),
     WritesByIndex,
-    SkipsExpertsWithOneRow,
+    pytest.param(SkipsExpertsWithOneRow, marks=pytest.mark.slow),
     SplitsBySizes,
     WritesByMask,
-    ScattersByMask,
+    pytest.param(ScattersByMask, marks=pytest.mark.slow),
+    AsksAMask,
+    pytest.param(PassesOverByASum, marks=pytest.mark.slow),
 ]
 
 
@@ -181,7 +210,10 @@ def test_loops_over_experts_that_were_hit_have_eagers_bits(kind: Callable[[], nn
     assert not any("about" in str(output.value.shape) for output in sizes_of_data)
 
 
-@pytest.mark.parametrize("kind", [WithModulesOfTheirOwn, SkipsExpertsWithoutRows])
+@pytest.mark.parametrize(
+    "kind",
+    [WithModulesOfTheirOwn, pytest.param(SkipsExpertsWithoutRows, marks=pytest.mark.slow)],
+)
 def test_experts_with_parameters_of_their_own_are_warned_of(kind: Callable[[], nn.Module]) -> None:
     with pytest.warns(UserWarning, match=r"loops over those of its experts .*its gradient is zero"):
         capture(kind(), torch.randn(7, 8))
@@ -267,6 +299,29 @@ class NumbersExpertsThatWereHit(Routed):
         return out
 
 
+class WritesElsewhereIfHit(Routed):
+    def mixed(self, x: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for number in range(5):
+            mask = (index == number).any(dim=-1)
+            if mask.any():
+                out[mask] += x[mask]
+                out *= 2
+        return out
+
+
+class ReadsWhatABranchHasGiven(Routed):
+    def mixed(self, x: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for number in range(5):
+            part = x
+            if (index == number).sum() > 4:
+                part = x * 2
+            rows, rank = torch.where(index == number)
+            out.index_add_(0, rows, part[rows] * weights[rows, rank, None])
+        return out
+
+
 class CountsExpertsWithRows(Routed):
     def mixed(self, x: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         out = torch.zeros_like(x)
@@ -284,6 +339,8 @@ class CountsExpertsWithRows(Routed):
     "kind",
     [
         CountsExpertsWithRows,
+        WritesElsewhereIfHit,
+        ReadsWhatABranchHasGiven,
         NumbersExpertsThatWereHit,
         CountsInABuffer,
         CountsExperts,
