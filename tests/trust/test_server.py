@@ -18,10 +18,12 @@ import httpx
 import psutil
 import pytest
 import torch
+from click.testing import CliRunner
 from door import KEYS, SHORT, Door, answer, head, opened
 from hostile_requests import attack_all
 from local import wait_until
 
+from dagflow.cli import main
 from dagflow.errors import DagflowError, SettingsInvalid
 from dagflow.server import protocol
 from dagflow.server.app import make_app
@@ -260,6 +262,13 @@ def test_the_page_runs_its_own_script_and_is_in_no_frame(door: Door) -> None:
     assert response.headers["referrer-policy"] == "no-referrer"
     for path in ("/", "/health", "/v1/models"):
         assert door.get(path).headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("origin", ["example.org", "https://", "https://a.example/page", "* "])
+def test_what_is_no_origin_is_said_so(origin: str) -> None:
+    found = CliRunner().invoke(main, ["serve", "--model", "tiny", "--allow-origin", origin])
+    assert found.exit_code == 2
+    assert "no origin, such as https://example.org" in found.output
 
 
 # What is in a body
