@@ -44,6 +44,14 @@ class Example:
         return loss
 
 
+# A first, a last, and one between them; who cuts between layers asks for more.
+_LAYERS = 3
+
+
+def _sizes(num_layers: int) -> dict[str, int]:
+    return {**SIZES, "num_hidden_layers": num_layers}
+
+
 def _tokens(rows: int, length: int = 12) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, 96, (rows, length))
     return {"input_ids": ids, "labels": ids}
@@ -62,51 +70,55 @@ def _images(rows: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(rows, 3, 32, 32), "labels": torch.arange(rows) % 5}
 
 
-def gpt2() -> Example:
+def gpt2(num_layers: int = _LAYERS) -> Example:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=4, n_head=4, n_positions=64)
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=num_layers, n_head=4, n_positions=64)
     return Example(GPT2LMHeadModel(config), _tokens)
 
 
-def llama() -> Example:
+def llama(num_layers: int = _LAYERS) -> Example:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**SIZES, num_key_value_heads=2, attention_dropout=0.1)
+    config = LlamaConfig(**_sizes(num_layers), num_key_value_heads=2, attention_dropout=0.1)
     return Example(LlamaForCausalLM(config), _padded)
 
 
-def qwen3() -> Example:
+def qwen3(num_layers: int = _LAYERS) -> Example:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, attention_dropout=0.1)
+    config = Qwen3Config(
+        **_sizes(num_layers), num_key_value_heads=2, head_dim=8, attention_dropout=0.1
+    )
     return Example(Qwen3ForCausalLM(config), _padded)
 
 
-def gemma3() -> Example:
+def gemma3(num_layers: int = _LAYERS) -> Example:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    config = Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=8, attention_dropout=0.1)
+    config = Gemma3TextConfig(
+        **_sizes(num_layers), num_key_value_heads=2, head_dim=8, attention_dropout=0.1
+    )
     return Example(Gemma3ForCausalLM(config), _padded)
 
 
-def mixtral() -> Example:
+def mixtral(num_layers: int = _LAYERS) -> Example:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        **SIZES, num_key_value_heads=2, num_local_experts=4, attention_dropout=0.1
+        **_sizes(num_layers), num_key_value_heads=2, num_local_experts=4, attention_dropout=0.1
     )
     return Example(MixtralForCausalLM(config), _padded)
 
 
-def opt() -> Example:
+def opt(num_layers: int = _LAYERS) -> Example:
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(
         vocab_size=96,
         hidden_size=32,
         ffn_dim=64,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         max_position_embeddings=64,
         word_embed_proj_dim=32,
@@ -114,13 +126,13 @@ def opt() -> Example:
     return Example(OPTForCausalLM(config), _tokens)
 
 
-def bloom() -> Example:
+def bloom(num_layers: int = _LAYERS) -> Example:
     from transformers import BloomConfig, BloomForCausalLM
 
     config = BloomConfig(
         vocab_size=96,
         hidden_size=32,
-        n_layer=4,
+        n_layer=num_layers,
         n_head=4,
         hidden_dropout=0.1,
         attention_dropout=0.1,
@@ -128,7 +140,7 @@ def bloom() -> Example:
     return Example(BloomForCausalLM(config), _tokens)
 
 
-def bert() -> Example:
+def bert(num_layers: int = _LAYERS) -> Example:
     from transformers import BertConfig, BertForMaskedLM
 
     def batch(rows: int, length: int = 12) -> dict[str, torch.Tensor]:
@@ -137,7 +149,7 @@ def bert() -> Example:
         labels[:, ::2] = -100
         return {**tokens, "labels": labels}
 
-    return Example(BertForMaskedLM(BertConfig(**SIZES)), batch)
+    return Example(BertForMaskedLM(BertConfig(**_sizes(num_layers))), batch)
 
 
 def t5() -> Example:
@@ -160,12 +172,12 @@ def t5() -> Example:
     return Example(T5ForConditionalGeneration(config), batch)
 
 
-def vit() -> Example:
+def vit(num_layers: int = _LAYERS) -> Example:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
         hidden_size=32,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         intermediate_size=64,
         image_size=32,
@@ -267,7 +279,7 @@ def two_branches() -> Example:
     return Example(TwoBranches(), batch, nn.functional.cross_entropy)
 
 
-ZOO: dict[str, Callable[[], Example]] = {
+ZOO: dict[str, Callable[..., Example]] = {
     function.__name__: function
     for function in (
         gpt2,
@@ -291,10 +303,10 @@ ZOO: dict[str, Callable[[], Example]] = {
 SIMILAR = frozenset({"qwen3", "opt", "gemma3", "vit", "bert"})
 
 
-def build(name: str, seed: int = 0) -> Example:
-    """Build a model of the zoo from a seed, in training mode."""
+def build(name: str, seed: int = 0, **sizes: int) -> Example:
+    """Build a model of the zoo from a seed, in training mode; `sizes` are its function's."""
     torch.manual_seed(seed)
-    example = ZOO[name]()
+    example = ZOO[name](**sizes)
     example.model.train()
     return example
 
