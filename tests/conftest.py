@@ -21,20 +21,24 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("inline")
 
 
-# Modules that take half a minute or more begin, so that nobody waits for one of them at the end.
+# Modules that take half a minute or more begin, so that nobody waits for one of them at the end. Of two
+# processes the first gets the first and the third, which wait more than they compute, and the second
+# those that compute all the time; whoever is through with its own gets the next.
 LONGEST = (
     "test_chaos",
-    "test_s3",
+    "test_cut_equals_uncut",
     "test_join",
+    "test_capture_equals_eager",
+    "test_training",
+    "test_resume",
+    "test_s3",
+    "test_zoo",
     "test_interrupt",
     "test_workers",
-    "test_cut_equals_uncut",
-    "test_swarm",
-    "test_capture_equals_eager",
-    "test_http",
-    "test_taking_over",
     "test_takeover",
-    "test_zoo",
+    "test_http",
+    "test_swarm",
+    "test_taking_over",
 )
 
 
