@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from dagflow.demo.run import run_demo
 from dagflow.demo.text import ByteTokenizer, find_files, python_library, tokens_of
 from dagflow.errors import SettingsInvalid
 from dagflow.sessions.foreign_code import reason, refuse_kernels
-from dagflow_storage import RunDirectory, Store, shown_url
+from dagflow_storage import RunDirectory, Store, fields, shown_url
+from dagflow_storage.documents import sound
 
 
 def train_language_model(
@@ -87,6 +88,25 @@ def train_language_model(
         print(f"trained model: {target}")
 
 
+def _check_origin(origin: Mapping[str, Any]) -> None:
+    """Raise ValueError unless these are what `train_language_model` has noted."""
+    counts = ("layers", "width", "steps", "batch_size", "sequence_length", "microbatches")
+    wanted = {"files", "model", "lr", "stages", "precision", "seed", *counts}
+    if origin.keys() != wanted:
+        raise ValueError(f"it says {sorted(origin)}, not {sorted(wanted)}")
+    for file in fields.items(origin["files"], "files"):
+        fields.text(file, "a file")
+    for name in counts:
+        fields.integer(origin[name], name)
+    fields.integer(origin["seed"], "seed", least=-fields.MOST_INTEGER)
+    fields.number(origin["lr"], "lr")
+    fields.text(origin["precision"], "precision")
+    if origin["model"] is not None:
+        fields.text(origin["model"], "model")
+    if not isinstance(origin["stages"], str):
+        fields.integer(origin["stages"], "stages")
+
+
 def resume_run(store: str, scheduler: str | None) -> None:
     """Go on with a run as the command that began it would.
 
@@ -94,14 +114,19 @@ def resume_run(store: str, scheduler: str | None) -> None:
     ------
     SettingsInvalid
         If no command began it, or there is no run.
+    DamagedData
+        If what the run says of that command can't be right.
     """
     run = RunDirectory(Store(store))
     if not run.exists():
         raise SettingsInvalid(
             f"There is no run at {shown_url(store)}. `dagflow runs ls` lists runs."
         )
-    origin = dict(run.facts().get("origin") or {})
-    command = origin.pop("command", None)
+    with sound(f"run.json at {shown_url(store)} doesn't say how the run was begun"):
+        origin = dict(fields.members(run.facts().get("origin") or {}, "origin"))
+        command = origin.pop("command", None)
+        if command == "train":
+            _check_origin(origin)
     if command == "demo":
         run_demo(store, client=scheduler)
     elif command == "train":

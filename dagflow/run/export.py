@@ -16,7 +16,8 @@ import torch
 
 from dagflow.errors import NotFound, SettingsInvalid
 from dagflow.run.runs import open_store
-from dagflow_storage import RunDirectory, Snapshot, Store, list_snapshots
+from dagflow_storage import RunDirectory, Snapshot, Store, fields, list_snapshots
+from dagflow_storage.documents import sound
 from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors
 
 Format = Literal["safetensors", "hf", "torch"]
@@ -180,6 +181,11 @@ def _weights(store: Store, step: int | None) -> tuple[_Weights, str | None]:
     snapshot = Snapshot.open(store, step)
     stored = {name: (role, name) for role in (PARAMETER, BUFFER) for name in snapshot.names(role)}
     facts = run.facts()
+    with sound(f"run.json in {store!r} is damaged"):
+        fields.items(facts.get(STATE_DICT_NAMES, []), STATE_DICT_NAMES)
+        fields.members(facts.get(TIED_NAMES, {}), TIED_NAMES)
+        for name in (*facts.get(STATE_DICT_NAMES, []), *facts.get(TIED_NAMES, {}).values()):
+            fields.text(name, "a name of the state dict")
     if STATE_DICT_NAMES not in facts:
         note = (
             "An older dagflow made this run, and it doesn't say which names are tied: every "

@@ -91,9 +91,9 @@ def chart(values: Sequence[float]) -> str:
 def _snapshot_line(store: Store, step: int) -> str:
     try:
         snapshot = Snapshot.open(store, step)
-    except DamagedData as error:
+        total = sum(s.num_elements * dtype_bytes(s.dtype) for s in snapshot.arrays.values())
+    except (DamagedData, ProgramInvalid) as error:
         return f"  step {step}: DAMAGED, {error}"
-    total = sum(s.num_elements * dtype_bytes(s.dtype) for s in snapshot.arrays.values())
     stored = sum(found.size_bytes for found in snapshot.objects.values())
     roles = ", ".join(f"{len(snapshot.names(role))} {role}" for role in snapshot.roles)
     loss = snapshot.meta.get("loss")

@@ -167,8 +167,9 @@ def foreign(snapshot: Snapshot, settings: Mapping[str, Any], run_id: str | None)
     theirs = snapshot.meta.get("run_id")
     if theirs is not None and run_id is not None and theirs != run_id:
         return [Damage(f"step {snapshot.step}", f"of run {theirs}, and this is run {run_id}")]
-    wanted = settings.get("model", {}).get("parameters")
-    return [] if wanted is None else differences(snapshot, PARAMETER, wanted)
+    model = settings.get("model")
+    wanted = model.get("parameters") if isinstance(model, dict) else None
+    return differences(snapshot, PARAMETER, wanted) if isinstance(wanted, dict) else []
 
 
 def collect(
@@ -218,7 +219,7 @@ def samples_of(url: str, step: int | None = None) -> list[dict[str, Any]]:
         If the ledger doesn't know the step.
     """
     rows = [
-        {"step": row["step"], **row["samples"]}
+        {"step": row["step"], **(row["samples"] if isinstance(row.get("samples"), dict) else {})}
         for row in RunDirectory(open_store(url)).ledger.read()
     ]
     if step is None:

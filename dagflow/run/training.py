@@ -703,7 +703,8 @@ def _differences(
     A model has the weights that the run began with, or those of its newest snapshot: whoever has
     loaded the result goes on from it.
     """
-    begun, given = known.get("model", {}), wanted["model"]
+    begun, given = known.get("model"), wanted["model"]
+    begun = begun if isinstance(begun, dict) else {}
     if "initial_weights" not in begun or "initial_weights" not in given:
         # Begun by an older dagflow, or unknown now.
         begun.pop("initial_weights", None)

@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from trust.parsers import PARSERS, DictStore, Parser
 
+from dagflow.demo.language import resume_run
 from dagflow.errors import DamagedData, NotFound, SettingsInvalid, StoreNotReadable
+from dagflow.run.export import STATE_DICT_NAMES, TIED_NAMES, num_tensors
 from dagflow.run.inspect import describe_run
 from dagflow.run.weights import WeightFiles
 from dagflow.sessions.groups import write_groups
 from dagflow.sessions.source import of_folder
 from dagflow.sessions.tokenizing import open_tokenizer, tokenizer_files
-from dagflow_storage import RunDirectory, SequenceLog, Store
+from dagflow_storage import RunDirectory, SequenceLog, Store, commit_snapshot
 from dagflow_storage.flat import FlatArray
 from dagflow_storage.lease import _LeaseFiles
 from dagflow_storage.manifest import _checksum as manifest_checksum
@@ -316,6 +318,27 @@ def test_settings_that_no_run_has_are_damage_to_who_shows_them(tmp_path: Path) -
     RunDirectory(Store(tmp_path)).create({"optimizer": 3})
     with pytest.raises(DamagedData, match=r"run\.json"):
         describe_run(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [3, {"command": "train"}, {"command": "train", "files": ["/etc/passwd"], "more": 1}, ["demo"]],
+    ids=str,
+)
+def test_commands_that_no_run_was_begun_by_are_not_run_again(origin: Any, tmp_path: Path) -> None:
+    RunDirectory(Store(tmp_path)).create({"seed": 1}, {"origin": origin})
+    with pytest.raises(DamagedData, match="how the run was begun"):
+        resume_run(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("facts", [{"state_dict": 3}, {"tied": []}, {"state_dict": [[]]}], ids=str)
+def test_names_of_no_state_dict_are_damage(facts: dict[str, Any], tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    named = {{"state_dict": STATE_DICT_NAMES, "tied": TIED_NAMES}[n]: v for n, v in facts.items()}
+    RunDirectory(store).create({"seed": 1}, named)
+    commit_snapshot(store, 0, [], {})
+    with pytest.raises(DamagedData, match=r"run\.json"):
+        num_tensors(str(tmp_path), None)
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
