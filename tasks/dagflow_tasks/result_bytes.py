@@ -241,6 +241,27 @@ def _indexed(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> int:
     return int(rows * math.prod(x.shape[dim:]) * x.element_size())
 
 
+def _repeated(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> int:
+    x, repeats = arguments[0], arguments[1]
+    dim = arguments[2] if len(arguments) > 2 else None
+    along = x.numel() if dim is None or not x.dim() else x.shape[dim]
+    if isinstance(repeats, torch.Tensor):
+        each = 1 if repeats.numel() == along else along
+        total = sum(max(n, 0) for n in repeats.flatten().tolist()) * each
+    else:
+        total = max(repeats, 0) * along
+    return int((total * (x.numel() // max(1, along)) + total) * max(x.element_size(), 8))
+
+
+def _one_of_classes(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> int:
+    """Without a number of classes, the largest says it."""
+    x = arguments[0]
+    classes = arguments[1] if len(arguments) > 1 else -1
+    if classes < 0:
+        classes = int(x.max()) + 1 if x.numel() else 1
+    return int(8 * x.numel() * max(1, classes))
+
+
 def _places(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> int:
     x = arguments[0]
     return int(8 * x.numel() * max(1, x.dim()))
@@ -378,6 +399,8 @@ _RULES: dict[str, Rule] = {
     "index": _indexed,
     **dict.fromkeys(("nonzero", "nonzero_numpy", "argwhere"), _places),
     "masked_select": lambda a, k: _broadcast(a, k) + _places(a, k),
+    "repeat_interleave": _repeated,
+    "one_hot": _one_of_classes,
     "embedding": _lookup,
     "scaled_dot_product_attention": _attention,
     "dagflow.attend.default": lambda a, k: a[0].numel() * a[0].element_size() * 4,

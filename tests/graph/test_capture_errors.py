@@ -114,7 +114,7 @@ FAILURES = [
     (selects, "aten.nonzero.default", "masks instead of selecting by value"),
     (masks, "aten.index.Tensor", "masks instead of selecting by value"),
     (computes_with_an_item, "aten.mul.Tensor", "tensors instead of .item()"),
-    (calls_an_unknown_operator, "dagflow_tests.twice.default", "write it with ATen operators"),
+    (calls_an_unknown_operator, "dagflow_tests.twice.default", "write it with public functions"),
     (leaves_torch, "numpy", "torch.export.export"),
     (fits_badly, "matmul", "torch.export.export"),
 ]

@@ -258,6 +258,16 @@ def test_hostile_calls_find_an_operator_that_looks_elsewhere(op: str, calls: int
         [call("y", "arange.default", 1 << 45)],
         [call("x", "zeros.default", [1]), call("y", "expand.default", ref("x"), [1 << 40])],
         [call("x", "zeros.default", [1024]), call("y", "repeat.default", ref("x"), [1 << 30])],
+        [
+            call("x", "ones.default", [1 << 10], dtype={"dtype": "int64"}),
+            call("r", "mul.Tensor", ref("x"), 1 << 40),
+            call("y", "repeat_interleave.self_Tensor", ref("x"), ref("r")),
+        ],
+        [
+            call("x", "ones.default", [1 << 10], dtype={"dtype": "int64"}),
+            call("r", "mul.Tensor", ref("x"), 1 << 40),
+            call("y", "one_hot.default", ref("r")),
+        ],
         [call("x", "zeros.default", [4]), call("y", "pad.default", ref("x"), [1 << 40, 1 << 40])],
         [call("x", "zeros.default", [1 << 20]), call("y", "outer.default", ref("x"), ref("x"))],
         [
