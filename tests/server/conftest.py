@@ -1,4 +1,4 @@
-"""Servers for all tests of the folder: one started as people start it, and one over others' workers."""
+"""Servers for all tests of the folder, over workers that are there already."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.processes import kill_group
 from distributed import Client
 from local import local_client
 from openai import OpenAI
-from serving import KEYS, Served, Swarmed, as_people_start_it, ended_without_a_word, started
+from serving import KEYS, Served, Swarmed, ended_without_a_word, started
 from tiny import save_tiny
 
 
@@ -23,22 +23,22 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(model_folder: Path) -> Iterator[Served]:
-    arguments: list[str | Path] = ["--model", model_folder, "--port", "0"]
-    arguments += ["--workers", "2", "--max-running", "1", "--max-queue", "1"]
-    for key in KEYS:
-        arguments += ["--api-key", key]
-    log = model_folder.parent / "serve.log"
-    with (
-        as_people_start_it(arguments, log) as (url, process),
-        ended_without_a_word(process, log),
-    ):
-        headers = {"Authorization": f"Bearer {KEYS[0]}", "Content-Type": "application/json"}
-        with (
-            httpx.Client(base_url=url, headers=headers, timeout=60) as http,
-            OpenAI(base_url=f"{url}/v1", api_key=KEYS[1], max_retries=0, timeout=60) as openai,
-        ):
-            yield Served(url, http, openai)
-        kill_group(process, signal.SIGINT)  # as a terminal does
+    """A server of one answer at a time, on two workers that nobody else uses."""
+    with local_client(2) as client:
+        arguments: list[str | Path] = ["--model", model_folder, "--port", "0"]
+        arguments += ["--scheduler", client.scheduler.address]
+        arguments += ["--max-running", "1", "--max-queue", "1"]
+        for key in KEYS:
+            arguments += ["--api-key", key]
+        log = model_folder.parent / "serve.log"
+        with started(arguments, log) as (url, process), ended_without_a_word(process, log):
+            headers = {"Authorization": f"Bearer {KEYS[0]}", "Content-Type": "application/json"}
+            with (
+                httpx.Client(base_url=url, headers=headers, timeout=60) as http,
+                OpenAI(base_url=f"{url}/v1", api_key=KEYS[1], max_retries=0, timeout=60) as openai,
+            ):
+                yield Served(url, http, openai)
+            kill_group(process, signal.SIGINT)  # as a terminal does
 
 
 @pytest.fixture(scope="session")

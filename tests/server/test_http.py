@@ -10,7 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import KEYS, Served, ended_without_a_word, started
+from cluster.processes import kill_group
+from serving import KEYS, Served, as_people_start_it, ended_without_a_word, started
 from test_openai_client import GOES_ON, complete
 
 MODEL_TOKENS = 4096
@@ -162,6 +163,23 @@ def test_caches_with_too_little_memory_shorten_what_may_be_asked(
         found = ask(messages=[{"role": "user", "content": "A"}])
         assert found.json()["usage"]["total_tokens"] == room
         process.send_signal(signal.SIGTERM)
+
+
+def test_a_server_that_people_start_brings_its_workers_and_ends_without_a_word(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    arguments: list[str | Path] = ["--model", model_folder, "--port", "0", "--workers", "2"]
+    log = tmp_path / "serve.log"
+    with (
+        as_people_start_it(arguments, log) as (url, process),
+        ended_without_a_word(process, log),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
+        assert http.get("/health").json()["workers"] == 2
+        body = {"model": "tiny", "prompt": "A", "max_tokens": 4, "logit_bias": GOES_ON}
+        answer = http.post("/v1/completions", json=body).json()
+        assert answer["usage"]["completion_tokens"] == 4
+        kill_group(process, signal.SIGINT)  # as a terminal does
 
 
 def test_a_server_that_is_ended_tells_its_clients(
