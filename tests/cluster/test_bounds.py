@@ -141,15 +141,13 @@ def test_failed_runs_leave_no_task_either(
 
 
 def test_two_runs_on_one_cluster_do_not_disturb_each_other(client: Client, tmp_path: Path) -> None:
-    # Made before anything runs: a run draws from torch's own generator now and then, and puts it back.
+    # Made before either run: torch's generator, which draws weights, is one for all threads, and a
+    # run that reads its batches sets it.
     models = {name: example(dropout=True) for name in ("alone", "first", "second")}
     data = batches(models["alone"], 8)
     wanted = train(models["alone"], data, tmp_path / "alone", client=client)
     together = threading.Barrier(2)
     begun: list[str] = []
-    # Made before either run: torch's generator, which draws weights, is one for all threads, and a
-    # run that reads its batches sets it.
-    models = {name: example(dropout=True) for name in ("first", "second")}
 
     def run(name: str) -> dagflow.TrainResult:
         def meet(event: dagflow.StepEvent) -> None:
