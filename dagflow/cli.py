@@ -188,6 +188,8 @@ def join(
         os.environ.setdefault(TEMPORARY_VARIABLE, str(configured))
     worker = [sys.executable, "-m", "dask", "worker", scheduler]
     worker += ["--nthreads", "1", "--nworkers", "1", "--memory-limit", memory_limit]
+    # The scheduler's dashboard shows all workers; one of its own takes half a second and 17 MB.
+    worker += ["--no-dashboard"]
     worker += ["--name", name] if name else []
     worker += ["--lifetime", f"{lifetime} s"] if lifetime and once else []
     threads = torch_threads or os.cpu_count() or 1

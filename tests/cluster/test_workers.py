@@ -23,7 +23,7 @@ from dagflow.run.clusters import scheduler_info
 from dagflow.run.membership import Membership, ResultGone
 from dagflow.run.workers import SEND_INTERVAL_SECONDS, describe
 
-DASK_WORKER = [BIN / "dask", "worker", "ADDRESS", "--nthreads", "1", "--dashboard-address", ":0"]
+DASK_WORKER = [BIN / "dask", "worker", "ADDRESS", "--nthreads", "1", "--no-dashboard"]
 PRELOAD = ["--preload", "dagflow.worker", "--torch-threads", "1"]
 COMMANDS: dict[str, list[str | Path]] = {
     "preloaded": [*DASK_WORKER, "--name", "preloaded", *PRELOAD],
@@ -112,6 +112,11 @@ def test_workers_have_the_threads_they_were_asked_for(joined: Swarm, tmp_path: P
     assert {fact["dagflow"] for fact in facts.values()} == {dagflow.__version__}
     intervals = joined.client.run(lambda dask_worker: dask_worker.batched_stream.interval)
     assert set(intervals.values()) == {SEND_INTERVAL_SECONDS}
+
+
+def test_a_machine_that_joins_has_no_dashboard_of_its_own(joined: Swarm) -> None:
+    loaded = joined.client.run(lambda: "bokeh" in __import__("sys").modules)
+    assert not loaded[joined.addresses["joined"]]
 
 
 NO_NANNY = ["--no-nanny", "--nthreads", "1", "--no-dashboard"]
