@@ -137,6 +137,7 @@ def captured_attention(model: torch.nn.Module) -> Iterator[None]:
         patch.dict(masks, {_IMPLEMENTATION: registry.mask}),
         own_attention(model),
         _biases_by_distance(model),
+        registry.numbering(model),
     ):
         model.set_attn_implementation(_IMPLEMENTATION)
         try:
@@ -162,6 +163,19 @@ class _Registry:
         self._paths = {module: path for path, module in model.named_modules()}
         self._implementation = implementation
         self._num_attending = 0
+
+    @contextmanager
+    def numbering(self, model: torch.nn.Module) -> Iterator[None]:
+        """Number a model's attention from nought in each of its traces."""
+
+        def begin(*_: Any) -> None:
+            self._num_attending = 0
+
+        handle = model.register_forward_pre_hook(begin)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def attention(
         self,

@@ -178,6 +178,8 @@ class _Examination:
                 raise LeftBehind(left.refusal)
         if graph != self._graph:
             named = [left.name for left in self._left] or changing
+            if not named:
+                raise LeftBehind(_DIFFERENT)
             raise LeftBehind(carried_over(", ".join(dict.fromkeys(named))))
         if not proven.issuperset(changing):
             scratch.update(self._try_stand_ins(left_again))
@@ -277,6 +279,13 @@ class _Examination:
                 "depends on them. A graph would hold the first draw for ever. What to do: draw with "
                 "torch (torch.rand), which is drawn anew in every step, or draw in the data loader."
             )
+
+
+_DIFFERENT = (
+    "Forward and loss, called twice, compute something else, though nothing is seen to change in "
+    "between: they may ask something outside of Python's objects (a file, the environment, a library). "
+    "What to do: hand what changes to forward as part of the batch."
+)
 
 
 def _says(stand_ins: StandIns, left: Sequence[Left]) -> str:

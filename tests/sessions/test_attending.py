@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -285,3 +287,22 @@ def test_transformers_registries_are_left_as_they_were() -> None:
     _served("llama4")
     assert set(ALL_ATTENTION_FUNCTIONS) == before
     assert "dagflow" not in before
+
+
+@pytest.mark.parametrize("family", ["granite_swa", "gptj"])
+def test_whoever_draws_in_another_thread_meanwhile_changes_no_graph(family: str) -> None:
+    """dask's event loop draws now and then, which a capture takes for the model's own draw at first."""
+    model, quiet = attending_model(family), _served(family).dag
+    done = threading.Event()
+
+    def draw() -> None:
+        while not done.wait(0.001):
+            random.random()
+
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    try:
+        assert capture_decoder(model).to_json() == quiet.to_json()
+    finally:
+        done.set()
+        drawing.join()
