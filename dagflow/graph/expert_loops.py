@@ -284,9 +284,10 @@ class ExpertLoops:
 
     def note(self, name: str, args: Any, result: Any) -> None:
         """Remember what is a list of experts that were hit, and what a round has selected."""
+        if name not in SELECT | RESHAPE:
+            return
         found = [t for t in pytree.tree_leaves(result) if isinstance(t, FakeTensor)]
-        selects = name in SELECT or name == "__getitem__"
-        rounds = self._rounds if self._loops and selects else []
+        rounds = self._rounds if self._loops else []
         if rounds and isinstance(rounds[-1], _Hit):  # a loop over all asks about its own
             given = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
             before = set().union(*map(unknown_sizes, given))

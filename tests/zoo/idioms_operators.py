@@ -188,6 +188,37 @@ def mixture_by_loop_over_experts(h: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@idiom()
+def mixture_by_loop_over_experts_that_were_hit(h: torch.Tensor) -> torch.Tensor:
+    weights, choice = h[:, :4].softmax(1).topk(2)
+    mask = functional.one_hot(choice, 4).permute(2, 1, 0)
+    out = torch.zeros_like(h)
+    for expert in torch.greater(mask.sum((-1, -2)), 0).nonzero():
+        rank, rows = torch.where(mask[expert[0]])
+        out.index_add_(0, rows, (h[rows] * (expert + 1)).tanh() * weights[rows, rank, None])
+    return out
+
+
+@idiom()
+def mixture_by_masks_that_have_any_row(h: torch.Tensor) -> torch.Tensor:
+    choice = h[:, :4].argmax(1)
+    out = torch.zeros_like(h)
+    for expert in range(4):
+        mask = choice == expert
+        if mask.any():
+            out[mask] += (h[mask] * (expert + 1)).tanh()
+    return out
+
+
+@idiom()
+def mixture_by_a_split_at_counts(h: torch.Tensor) -> torch.Tensor:
+    choice = h[:, :4].argmax(1)
+    order = choice.argsort(stable=True)
+    parts = h[order].split(functional.one_hot(choice, 4).sum(0).tolist())
+    found = torch.cat([(part * (expert + 1)).tanh() for expert, part in enumerate(parts)])
+    return torch.zeros_like(h).index_add(0, order, found)
+
+
 @idiom("vectors", EITHER)
 def sparse_product(h: torch.Tensor) -> torch.Tensor:
     adjacency = torch.eye(WIDTH).to_sparse()
