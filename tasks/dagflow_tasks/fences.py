@@ -246,7 +246,7 @@ def _check_recurrent(gates: int, states: int) -> Operator:
                 begin = (layer * directions + direction) * kinds
                 own = params[begin : begin + kinds]
                 rows = gates * hidden[-1].shape[2]
-                wanted = [(rows, width), (rows, size)]
+                wanted: list[tuple[int, ...]] = [(rows, width), (rows, size)]
                 wanted += [(rows,), (rows,)] if has_biases else []
                 wanted += [(size, hidden[-1].shape[2])] if projected else []
                 found = [tuple(weight.shape) for weight in own]

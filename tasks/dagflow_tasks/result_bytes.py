@@ -185,7 +185,7 @@ def _sizes_only(position: int) -> Rule:
         sizes = given if isinstance(given, (list, tuple)) else [given]
         asked = [part.itemsize for part in tree if isinstance(part, torch.dtype)]
         own = [tensor.element_size() for tensor in tree if isinstance(tensor, torch.Tensor)]
-        return max([*asked, *own], default=8) * math.prod(max(n, 0) for n in sizes)
+        return int(max([*asked, *own], default=8) * math.prod(max(n, 0) for n in sizes))
 
     return rule
 
@@ -236,7 +236,7 @@ def _indexed(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> int:
     if all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in indices):
         # Index tensors are broadcast, not combined.
         shapes = [index.shape for index in indices if index is not None]
-        rows = math.prod(torch.broadcast_shapes(*shapes)) if own else 1
+        rows = math.prod(torch.broadcast_shapes(*shapes)) if own else 1  # type: ignore[no-untyped-call]
         rows *= math.prod(x.shape[at] for at, index in enumerate(indices) if index is None)
     return int(rows * math.prod(x.shape[dim:]) * x.element_size())
 
@@ -357,12 +357,12 @@ def _num_elements(tree: Any) -> int:
 
 def _histogram(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> int:
     bins = arguments[1] if len(arguments) > 1 else keywords.get("bins", 100)
-    return 8 * max(bins, 0) + 4 * _num_elements(arguments[:1])
+    return int(8 * max(bins, 0) + 4 * _num_elements(arguments[:1]))
 
 
 def _covariance(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> int:
     rows = arguments[0].shape[0] if arguments[0].dim() else 1
-    return 3 * arguments[0].element_size() * int(rows * rows + arguments[0].numel())
+    return int(3 * arguments[0].element_size() * int(rows * rows + arguments[0].numel()))
 
 
 def _from_spectrum(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> int:
@@ -440,7 +440,7 @@ def _computed(op: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) ->
             *map(_without_data, arguments), **{k: _without_data(v) for k, v in keywords.items()}
         )
     largest = max((t.numel() * t.element_size() for t in _tensors(result)), default=0)
-    return max(made.most, largest)
+    return int(max(made.most, largest))
 
 
 def _without_data(value: Any) -> Any:
@@ -451,11 +451,11 @@ def _without_data(value: Any) -> Any:
     return _META if isinstance(value, torch.device) else value
 
 
-class _Made(TorchDispatchMode):
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the memory of what operators make, were it not without data."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = self._alive = 0
         self._known: set[int] = set()
 
