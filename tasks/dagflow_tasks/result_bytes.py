@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dagflow_tasks.allow_list import IN_PLACE, SELECTING, VIEWS, allowed
+from dagflow_tasks.allow_list import IN_PLACE, RANDOM, SELECTING, VIEWS, allowed
 
 Rule = Callable[[Sequence[Any], Mapping[str, Any]], int]
 _META = torch.device("meta")
@@ -78,6 +78,8 @@ def _rule(op: str) -> Rule | None:
     section = allowed().get(op)
     if section == IN_PLACE or packet.endswith("_"):
         return _one_of_its_inputs
+    if section == RANDOM and packet not in _LIKE_INPUTS:
+        return _drawn
     if packet in _COMPUTED:
         return None
     if section == VIEWS or packet in _LIKE_INPUTS or _is_pointwise(op):
@@ -188,6 +190,19 @@ def _sizes_only(position: int) -> Rule:
         return int(max([*asked, *own], default=8) * math.prod(max(n, 0) for n in sizes))
 
     return rule
+
+
+def _drawn(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> int:
+    """As many as sizes or inputs say, or the one number does.
+
+    torch isn't asked for the form of what is drawn: whoever counts draws would see one more.
+    """
+    sizes = next((part for part in arguments if isinstance(part, (list, tuple))), None)
+    if sizes is not None:
+        return 8 * math.prod(max(n, 0) for n in sizes)
+    if next(_tensors(arguments), None) is not None:
+        return _broadcast(arguments, keywords)
+    return 8 * max((n for n in arguments if isinstance(n, int)), default=1)
 
 
 def _linear(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from trust.hostile_calls import hostile_calls
 
 from dagflow.errors import CaptureFailed
@@ -301,6 +302,44 @@ def test_hostile_calls_find_an_operator_that_looks_elsewhere(op: str, calls: int
 def test_memory_is_refused_before_it_is_taken(nodes: list[Node]) -> None:
     with pytest.raises(LimitReached, match=r"may take \d+ MB, beside \d+ MB .* of 67 MB"):
         run(*nodes)
+
+
+def test_what_is_drawn_is_no_draw_more() -> None:
+    """The check before the first step counts draws, of the graph as of the model."""
+    drawn = []
+
+    class Draws(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                drawn.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Draws():
+        run(
+            call("a", "randperm.default", 5),
+            call("b", "randint.low", 1, 9, [2, 3]),
+            call("c", "normal.float_float", 0.0, 1.0, [4]),
+            call("d", "rand.default", [4]),
+            call("y", "multinomial.default", ref("d"), 2),
+        )
+    assert len(drawn) == 5
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        call("y", "randperm.default", 1 << 40),
+        call("y", "randint.default", 5, [1 << 40]),
+        call("y", "randint.low", 1, 5, [1 << 20, 1 << 20]),
+        call("y", "normal.float_float", 0.0, 1.0, [1 << 40]),
+    ],
+    ids=lambda node: node.op,
+)
+def test_memory_of_what_is_drawn_is_refused_before_it_is_taken(node: Node) -> None:
+    with pytest.raises(LimitReached, match=r"may take \d+ MB"):
+        run(node)
 
 
 def test_memory_that_is_free_again_is_no_longer_counted() -> None:
