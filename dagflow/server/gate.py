@@ -14,7 +14,7 @@ import socket
 from collections.abc import Iterable
 from contextlib import suppress
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,10 +25,10 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]/@\s]+)(?::\d{1,5})?", re.IGNORECAS
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 # Other origins' pages may neither show what is answered nor guess what it is.
-_OF_ALL = {
-    "X-Content-Type-Options": "nosniff",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
+_OF_ALL = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
 # A client that is still sending doesn't read: what nobody wants is read on for a while, unkept.
 _MAX_UNWANTED_BYTES = 4 * MAX_BODY_BYTES
 
@@ -87,12 +87,12 @@ class Gate:
         self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
+        app, headers = self._app, Headers(scope=scope)
         try:
-            self._check(Headers(scope=scope))
+            self._check(headers)
         except ApiError as error:
             app = refuse(error)
-        unwanted = _Unwanted(scope, receive, send, self._body_seconds)
+        unwanted = _Unwanted(headers, receive, send, self._body_seconds)
         await app(scope, unwanted.receive, unwanted.send)
 
     def _check(self, headers: Headers) -> None:
@@ -129,8 +129,7 @@ class _Unwanted:
     A connection that is closed while its client is sending is reset, and the answer with it.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, seconds: float) -> None:
-        headers = Headers(scope=scope)
+    def __init__(self, headers: Headers, receive: Receive, send: Send, seconds: float) -> None:
         self._is_coming = (
             "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
         )
@@ -147,9 +146,7 @@ class _Unwanted:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            for name, value in _OF_ALL.items():
-                headers.setdefault(name, value)
+            message["headers"] = [*message["headers"], *_OF_ALL]
         elif self._is_coming and self._is_asked_for and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             message = {"type": "http.response.body", "body": b""}

@@ -110,10 +110,12 @@ class Reply(ABC):
             self._add(token)
             num_entries += 1 if token.logprobs is None else 2 + len(token.logprobs.top)
         if num_entries <= _FEW_ENTRIES:
-            return self._written()
-        return await asyncio.to_thread(self._written)
+            return _ENCODE(self._finished()).encode()
+        return await asyncio.to_thread(
+            lambda: _in_parts(self._finished(), _DEPTH_OF_TOKENS).encode()
+        )
 
-    def _written(self) -> bytes:
+    def _finished(self) -> dict[str, Any]:
         choices = [
             {
                 "index": index,
@@ -123,8 +125,7 @@ class Reply(ABC):
             }
             for index, choice in enumerate(self._choices)
         ]
-        found = self._json(self.whole_object, choices, usage=self.usage.to_json())
-        return _in_parts(found, _DEPTH_OF_TOKENS).encode()
+        return self._json(self.whole_object, choices, usage=self.usage.to_json())
 
     async def pieces(
         self, tokens: AsyncIterator[Token], *, include_usage: bool
