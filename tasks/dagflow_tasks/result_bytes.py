@@ -199,7 +199,7 @@ def _drawn(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> int:
     """
     sizes = next((part for part in arguments if isinstance(part, (list, tuple))), None)
     if sizes is not None:
-        return 8 * math.prod(max(n, 0) for n in sizes)
+        return int(8 * math.prod(max(n, 0) for n in sizes))
     if next(_tensors(arguments), None) is not None:
         return _broadcast(arguments, keywords)
     return 8 * max((n for n in arguments if isinstance(n, int)), default=1)
