@@ -49,7 +49,7 @@ def assert_valid(dag: OperatorDag, cuts: Sequence[int], programs: Sequence[Stage
             if not first <= position[node.name] < end:  # recomputed: cheap, and from earlier on
                 assert position[node.name] < first
                 assert node.name not in needs_weights
-        check_nodes(program.nodes, program.defined_values())
+        check_nodes(program.nodes, program.defined_values(), program.symbols)
         for item in program.inputs:
             if item.source is not None:
                 assert item.source < stage
