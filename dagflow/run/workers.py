@@ -94,7 +94,9 @@ def prepare_worker(worker: Worker) -> None:
         atexit.register(gc.freeze)
     CACHE.run_next = run_next
     wire.POLICY.bandwidth = wire.bandwidth_from_log(worker.transfer_outgoing_log)
-    if worker.memory_manager.memory_limit:
+    if (
+        worker.nanny and worker.memory_manager.memory_limit
+    ):  # in a user's process it isn't the limit
         RECEIVING.num_bytes = worker.memory_manager.memory_limit // 2
 
 

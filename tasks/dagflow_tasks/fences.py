@@ -141,6 +141,22 @@ def _is_whole(dtype: torch.dtype) -> bool:
 # Indices
 
 
+def _check_groups(
+    self: torch.Tensor, mat2: torch.Tensor, offs: torch.Tensor | None, **_: Any
+) -> None:
+    """Groups of rows of a matrix, each by a matrix of its own: other forms no model asks for.
+
+    The kernel takes the groups' ends as they come, and leaves rows after the last one unwritten.
+    """
+    _demand(self.dim() == 2 and mat2.dim() == 3, "rows (S, N), and matrices (G, N, M)")
+    _demand(self.shape[1] == mat2.shape[1], f"rows of {self.shape[1]} by {list(mat2.shape)}")
+    if offs is None or offs.dtype != torch.int32 or tuple(offs.shape) != mat2.shape[:1]:
+        raise ValueError(f"ends of {mat2.shape[0]} groups, int32")
+    ends = [0, *offs.tolist()]
+    is_sorted = all(a <= b for a, b in zip(ends, ends[1:], strict=False))
+    _demand(is_sorted and ends[-1] == len(self), f"ends of groups of {len(self)} rows")
+
+
 def _check_ctc(
     log_probs: torch.Tensor,
     targets: torch.Tensor,
@@ -152,7 +168,6 @@ def _check_ctc(
     _demand(log_probs.dim() in (2, 3), "log-probabilities must be (T, N, C) or (T, C)")
     steps, classes = log_probs.shape[0], log_probs.shape[-1]
     _demand(0 <= blank < classes, f"blank {blank} of {classes} classes")
-    _demand(_within(targets, 0, classes - 1), f"a target outside of {classes} classes")
     inputs, wanted = _numbers(input_lengths), _numbers(target_lengths)
     _demand(all(0 <= n <= steps for n in inputs), f"an input length outside of 0 to {steps}")
     rows = targets.dim() > 1
@@ -162,6 +177,10 @@ def _check_ctc(
     batch = log_probs.shape[1] if log_probs.dim() == 3 else 1
     _demand(len(inputs) == len(wanted) == batch, f"lengths that aren't those of {batch} rows")
     _demand(not rows or targets.shape[0] == batch, f"targets that aren't those of {batch} rows")
+    # What is behind them is padding, of any number, and isn't looked at.
+    ends = torch.tensor(wanted, device=targets.device)[:, None]
+    used = torch.arange(most, device=targets.device) < (ends if rows else sum(wanted))
+    _demand(_within(targets[used], 0, classes - 1), f"a target outside of {classes} classes")
 
 
 def _numbers(lengths: Any) -> list[int]:
@@ -320,6 +339,7 @@ _CHECKED: Mapping[str, Operator] = {
         _check_quotient,
     ),
     "ctc_loss.Tensor": _check_ctc,
+    "_grouped_mm": _check_groups,
     "ctc_loss.IntList": _check_ctc,
     "fractional_max_pool2d": _check_fractions,
     "fractional_max_pool3d": _check_fractions,

@@ -341,14 +341,15 @@ class StageProgram:
             raise ProgramInvalid(
                 f"This stage program is incomplete or damaged: {type(error).__name__}: {error}."
             ) from error
-        check_texts((*program.symbols, *program.numbers, program.loss or ""))
+        loss = [program.loss] if program.loss is not None else []
+        check_texts((*program.symbols, *program.numbers, *loss))
         check_nodes(program.nodes, program.defined_values(), program.symbols)
         for spec in (*(i.value for i in program.inputs), *(o.value for o in program.outputs)):
             for size in spec.shape:
                 check_size(size, program.symbols)
         computed = {node.name for node in program.nodes}
         results = [output.value.name for output in program.outputs]
-        for name in (*results, *([program.loss] if program.loss is not None else [])):
+        for name in (*results, *loss):
             if name not in computed:
                 raise ProgramInvalid(f"This stage program returns {name!r} but doesn't compute it.")
         return program

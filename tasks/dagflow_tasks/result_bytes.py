@@ -420,8 +420,9 @@ _RULES: dict[str, Rule] = {
     "scaled_dot_product_attention": _attention,
     "dagflow.attend.default": lambda a, k: a[0].numel() * a[0].element_size() * 4,
     "dagflow.window.default": _window,
-    "transformers.grouped_mm_fallback.default": lambda a, k: (
-        a[0].shape[0] * a[1].shape[2] * a[0].element_size()
+    **dict.fromkeys(
+        ("_grouped_mm", "transformers.grouped_mm_fallback.default"),
+        lambda a, k: a[0].shape[0] * a[1].shape[-1] * a[0].element_size(),
     ),
     "dagflow.whole": lambda a, k: 16 * math.prod(a[1]),
     **dict.fromkeys(("_assert_async", "_assert_tensor_metadata"), _nothing),
@@ -450,10 +451,14 @@ def _computed(op: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) ->
     """Have torch compute the form of what an operator makes, and of what it makes on the way."""
     packet, overload = op.split(".")[1:]
     operator = getattr(getattr(torch.ops.aten, packet), overload)
-    with torch.no_grad(), _Made() as made:
-        result = operator(
-            *map(_without_data, arguments), **{k: _without_data(v) for k, v in keywords.items()}
-        )
+    given = {k: _without_data(v) for k, v in keywords.items()}
+    try:
+        with torch.no_grad(), _Made() as made:
+            result = operator(*map(_without_data, arguments), **given)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        # The call fails alike, most likely; else torch's own account of forms knows less than its
+        # kernels (of dtypes, say), and what is made is counted when it is there.
+        return 0
     largest = max((t.numel() * t.element_size() for t in _tensors(result)), default=0)
     return int(max(made.most, largest))
 

@@ -20,7 +20,13 @@ from safetensors.torch import save_file
 from trust.parsers import PARSERS, DictStore, Parser
 
 from dagflow.demo.language import resume_run
-from dagflow.errors import DamagedData, NotFound, SettingsInvalid, StoreNotReadable
+from dagflow.errors import (
+    DamagedData,
+    NotFound,
+    ProgramInvalid,
+    SettingsInvalid,
+    StoreNotReadable,
+)
 from dagflow.run.export import STATE_DICT_NAMES, TIED_NAMES, num_tensors
 from dagflow.run.inspect import describe_run
 from dagflow.run.weights import WeightFiles
@@ -352,6 +358,12 @@ def test_a_file_larger_than_any_document_is_not_read(tmp_path: Path) -> None:
         file.truncate(2**40)  # without a byte on the disk
     with pytest.raises(StoreNotReadable, match="too many"):
         RunDirectory(Store(tmp_path)).settings()
+
+
+@pytest.mark.parametrize("loss", [[], {}, 0, False, ["m"]], ids=str)
+def test_programs_whose_loss_has_no_name_are_refused(loss: Any) -> None:
+    with pytest.raises(ProgramInvalid):
+        parser("program").read(changed("program", "loss", loss))
 
 
 # Models
