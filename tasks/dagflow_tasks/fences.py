@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ def _check_groups(
     if offs is None or offs.dtype != torch.int32 or tuple(offs.shape) != mat2.shape[:1]:
         raise ValueError(f"ends of {mat2.shape[0]} groups, int32")
     ends = [0, *offs.tolist()]
-    is_sorted = all(a <= b for a, b in zip(ends, ends[1:], strict=False))
+    is_sorted = all(a <= b for a, b in pairwise(ends))
     _demand(is_sorted and ends[-1] == len(self), f"ends of groups of {len(self)} rows")
 
 

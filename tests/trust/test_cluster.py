@@ -91,6 +91,7 @@ def test_its_sockets_are_in_a_folder_of_the_users_own(cluster: tuple[Client, set
     assert found.st_uid == os.geteuid()
 
 
+@pytest.mark.slow  # the way of Windows
 def test_without_unix_sockets_only_its_own_keys_get_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
