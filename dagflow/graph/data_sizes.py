@@ -43,11 +43,6 @@ def are_of_data(outputs: Any) -> bool:
     return any(is_of_data(size) for _, shape in outputs for size in shape)
 
 
-def selects_rows(op: str) -> bool:
-    """Tell whether an operator returns as many rows as a mask says, whatever its other arguments."""
-    return op in _SELECTS
-
-
 def puts_at_rows(op: str) -> bool:
     """Tell whether an operator writes values at rows of what it returns."""
     name = op.split(".")[1] if op.startswith("aten.") else op

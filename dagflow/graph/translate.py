@@ -30,7 +30,6 @@ from dagflow.graph.data_sizes import (
     are_of_data,
     number_in_tensor,
     puts_at_rows,
-    selects_rows,
     takes_numbers_in_tensors,
 )
 from dagflow.graph.flops import is_view, operator_flops
@@ -313,7 +312,7 @@ class _Translator:
         op = "getitem" if node.target is operator.getitem else str(node.target)
         op = TRACED_AS.get(op, op)
         self.origin = origin = _origin(node, op)
-        if not is_allowed(op) and not selects_rows(op):
+        if not is_allowed(op):
             raise _not_allowed(op, origin)
         self.of_data.learn(node)
         given = self._with_tensors(node.args) if takes_numbers_in_tensors(op) else node.args
@@ -327,31 +326,20 @@ class _Translator:
         self.environment[node] = name
         flags = (setting.grad, setting.autocast, origin.module, setting.autocast_dtype)
         self.nodes.append(Node(name, op, args, kwargs, *flags))
-        known = is_allowed(op)
-        unread = OperatorInfo(outputs, 0, 0, origin.source)
-        self.info[name] = self._info(node, outputs, origin) if known else unread
+        self.info[name] = self._info(node, outputs, origin)
         self._check_rows(self.nodes[-1], origin)
 
     def _without_unread_rows(self) -> None:
-        """Leave out what data selects and nobody reads: lists of experts that were hit, above all.
-
-        Raises
-        ------
-        CaptureFailed
-            If something is selected by an operator that isn't allowed.
-        """
+        """Leave out what data selects and nobody reads: lists of experts that were hit, above all."""
         kept: list[Node] = []
         read: set[str] = set()
         for node in reversed(self.nodes):
             is_index = node.name in self.selected and all(
                 "int" in dtype for dtype, _ in self.info[node.name].outputs
             )
-            known = is_allowed(node.op)
-            if is_index and node.name not in read and not (known and mutated_arguments(node)):
+            if is_index and node.name not in read and not mutated_arguments(node):
                 del self.info[node.name]
                 continue
-            if not known:
-                raise _not_allowed(node.op, self.selected[node.name])
             read.update(node.references())
             kept.append(node)
         self.nodes = kept[::-1]

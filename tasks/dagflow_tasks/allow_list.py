@@ -147,7 +147,7 @@ _SECTIONS: Mapping[str, Callable[[torch._ops.OpOverload], str]] = {
 def _shaped_by_arguments() -> frozenset[torch._ops.OpOverload]:
     """Operators whose results depend on data for some arguments only.
 
-    Capture refuses those: `x[mask]`, and `one_hot` without a number of classes.
+    `x[mask]`, and `one_hot` without a number of classes.
     """
     aten = torch.ops.aten
     return frozenset((aten.index.Tensor, aten.one_hot.default))

@@ -30,7 +30,7 @@ def most_bytes(op: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -
     op : str
         As programs name it.
     """
-    rule = _places if op == "aten.where.default" else _rule(op)
+    rule = _rule(op)
     if rule is None:
         return _computed(op, arguments, keywords)
     if keywords:
@@ -73,8 +73,9 @@ def _names(op: str) -> tuple[str, ...]:
 @cache
 def _rule(op: str) -> Rule | None:
     packet = op.split(".")[1] if op.startswith("aten.") else op
-    if packet in _RULES:
-        return _RULES[packet]
+    found = _RULES.get(op, _RULES.get(packet))
+    if found is not None:
+        return found
     section = allowed().get(op)
     if section == IN_PLACE or packet.endswith("_"):
         return _one_of_its_inputs
@@ -412,7 +413,8 @@ _RULES: dict[str, Rule] = {
     "histc": _histogram,
     "istft": _from_spectrum,
     "index": _indexed,
-    **dict.fromkeys(("nonzero", "nonzero_numpy", "argwhere"), _places),
+    # Not the packet: torch.where(mask, a, b) is pointwise.
+    **dict.fromkeys(("nonzero", "nonzero_numpy", "argwhere", "aten.where.default"), _places),
     "masked_select": lambda a, k: _broadcast(a, k) + _places(a, k),
     "repeat_interleave": _repeated,
     "one_hot": _one_of_classes,
