@@ -19,7 +19,7 @@ _UNFINISHED_SUFFIX = ".unfinished"
 _PARALLEL_SYNCS = 4
 # fsspec's memory and local file systems check and then put: one creator at a time keeps that
 # atomic within a process. Across processes the server's own condition decides.
-_one_creator = threading.Lock()
+_one_at_a_time = threading.RLock()
 
 
 _PATTERN_CHARACTERS = frozenset("*?[")
@@ -51,7 +51,7 @@ class Backend(ABC):
 
     def create_unguarded(self, path: str, data: bytes) -> bool:
         """Look, then put: all there is without a condition. Atomic within this process."""
-        with _one_creator:
+        with _one_at_a_time:
             if self.exists(path):
                 return False
             self.write(path, data)
@@ -163,7 +163,7 @@ class ObjectBackend(Backend):
 
     def create(self, path: str, data: bytes, *, look_first: bool) -> bool:
         limits = self._limits(len(data))
-        with _one_creator:
+        with _one_at_a_time:
             if look_first and self.exists(path):
                 return False
             try:
@@ -219,6 +219,34 @@ class ObjectBackend(Backend):
     def _forget_listings(self) -> None:
         # Other processes write here too, and fsspec would answer from what it saw before.
         self._filesystem.invalidate_cache()
+
+
+class MemoryBackend(ObjectBackend):
+    """Objects in this process, one operation at a time.
+
+    fsspec's memory file system looks an object up and then reads it: a listing fails with a
+    KeyError when another thread deletes meanwhile.
+    """
+
+    def read(self, path: str) -> bytes:
+        with _one_at_a_time:
+            return super().read(path)
+
+    def write(self, path: str, data: bytes) -> None:
+        with _one_at_a_time:
+            super().write(path, data)
+
+    def exists(self, path: str) -> bool:
+        with _one_at_a_time:
+            return super().exists(path)
+
+    def list(self, path: str) -> list[str]:
+        with _one_at_a_time:
+            return super().list(path)
+
+    def delete(self, path: str) -> None:
+        with _one_at_a_time:
+            super().delete(path)
 
 
 def _write_beside(target: Path, data: bytes) -> Path:

@@ -14,7 +14,13 @@ from typing import Any, TypeVar
 import fsspec  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
-from dagflow_storage._backends import Backend, FolderBackend, NoCondition, ObjectBackend
+from dagflow_storage._backends import (
+    Backend,
+    FolderBackend,
+    MemoryBackend,
+    NoCondition,
+    ObjectBackend,
+)
 from dagflow_storage._translation import reading, writing
 from dagflow_storage.errors import (
     DagflowError,
@@ -189,7 +195,8 @@ class Store:
         # over a fork would hang.
         if _is_folder(self._url):
             return FolderBackend(self._url)
-        return ObjectBackend(*self._filesystem(self._url), self._retries.policy)
+        kind = MemoryBackend if self.is_process_local else ObjectBackend
+        return kind(*self._filesystem(self._url), self._retries.policy)
 
     def written(self, path: str, size_bytes: int, crc32c: int) -> None:
         """Hear of an object that was put past this store's own methods."""

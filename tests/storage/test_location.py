@@ -3,6 +3,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,34 @@ def test_only_memory_is_process_local(folder: Store, memory: Store) -> None:
 def test_memory_is_shared_with_fsspec(memory: Store) -> None:
     memory.write_bytes("a", b"x")
     assert fsspec.open(f"{memory.url}/a").open().read() == b"x"
+
+
+def test_memory_may_be_listed_while_another_thread_deletes(
+    memory: Store,
+) -> None:
+    ended = threading.Event()
+    others = [f"{number:03}" for number in range(200)]
+    for name in others:
+        memory.write_bytes(f"there/{name}", b"x")
+
+    def put_and_delete() -> None:
+        while not ended.is_set():
+            memory.write_bytes("there/a", b"x")
+            memory.delete("there/a")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            changing = pool.submit(put_and_delete)
+            try:
+                listed = {tuple(memory.list("there")) for _ in range(300)}
+            finally:
+                ended.set()
+            changing.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert listed <= {(*others,), (*others, "a")}
 
 
 def test_probe_refuses_a_folder_below_a_file(tmp_path: Path) -> None:
