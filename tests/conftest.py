@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import warnings
@@ -21,24 +22,31 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("inline")
 
 
-# Modules that take half a minute or more begin, so that nobody waits for one of them at the end. Of two
-# processes the first gets the first and the third, which wait more than they compute, and the second
-# those that compute all the time; whoever is through with its own gets the next.
+# Modules that take half a minute or more begin, so that nobody waits for one of them at the end: those
+# that wait more than they compute in turn with those that compute all the time.
 LONGEST = (
     "test_chaos",
     "test_cut_equals_uncut",
     "test_join",
-    "test_capture_equals_eager",
-    "test_training",
-    "test_resume",
     "test_s3",
-    "test_zoo",
+    "test_capture_equals_eager",
     "test_interrupt",
+    "test_zoo",
     "test_workers",
-    "test_takeover",
+    "test_training",
+    "test_models",
     "test_http",
+    "test_quantised",
+    "test_takeover",
+    "test_decoder_stage",
+    "test_data",
+    "test_drafts",
+    "test_resume",
+    "test_generate",
+    "test_driver_killed",
     "test_swarm",
     "test_taking_over",
+    "test_first_batch",
 )
 
 
@@ -50,6 +58,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector a million objects of imported modules, at each of its rounds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

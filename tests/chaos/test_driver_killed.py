@@ -11,7 +11,7 @@ from chaos.faults import Extent, Fault, moments_in_task
 from chaos.trial import hold_script
 
 
-@pytest.mark.parametrize("moments", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_bits(
     moments: int, tmp_path: Path
 ) -> None:

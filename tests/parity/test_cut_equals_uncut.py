@@ -52,7 +52,9 @@ def test_two_to_four_stages_train_as_one(name: str) -> None:
         assert_same_training(cut, whole)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "resnet", "lstm", "two_branches"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("gpt2", marks=pytest.mark.slow), "t5", "resnet", "lstm", "two_branches"]
+)
 def test_one_operator_a_stage_trains_as_one_stage(name: str) -> None:
     finest = train(name, None, steps=2)
     # An LSTM is one operator; what belongs together (a buffer and its writers) is never cut.
@@ -82,7 +84,9 @@ def test_on_onednns_kernels_stages_train_as_one_too(
     assert_same_training(train(name, None, steps=2), train(name, 1, steps=2))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "two_branches"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("gpt2", marks=pytest.mark.slow), "llama", "two_branches"]
+)
 def test_half_precision_trains_as_one_stage_too(name: str) -> None:
     whole = train(name, 1, precision="bf16")
     assert whole.losses != train(name, 1).losses

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from zoo import SIZES, build
@@ -108,6 +109,9 @@ def attending_model(family: str) -> Any:
 
 
 FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "mixtral", "gpt2", "opt", "bloom")
+# Every day those that have something which no other has.
+DAILY = ("llama", "gemma3", "mixtral", "gpt2", "bloom")
+SOME = [n if n in DAILY else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 _OWN: dict[str, Callable[[], Any]] = {"mistral": _mistral, "gemma3": _gemma3, **RECURRENT}
 
 

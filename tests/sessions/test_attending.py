@@ -289,7 +289,7 @@ def test_transformers_registries_are_left_as_they_were() -> None:
     assert "dagflow" not in before
 
 
-@pytest.mark.parametrize("family", ["granite_swa", "gptj"])
+@pytest.mark.parametrize("family", ["granite_swa", pytest.param("gptj", marks=pytest.mark.slow)])
 def test_whoever_draws_in_another_thread_meanwhile_changes_no_graph(family: str) -> None:
     """dask's event loop draws now and then, which a capture takes for the model's own draw at first."""
     model, quiet = attending_model(family), _served(family).dag

@@ -270,7 +270,7 @@ def test_an_untied_head_is_stored_and_computed_with(
     assert "different values" in loaded.notes[0]
 
 
-@pytest.mark.parametrize("weights", ["fp32", "int8"])
+@pytest.mark.parametrize("weights", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
 def test_files_in_half_precision_are_compared_in_whatever_they_are_loaded(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

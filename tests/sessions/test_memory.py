@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import SOME
 from test_decoder_stage import TOKENS, _captured, _feed, _part, _stages
 
 from dagflow.errors import StageTooLarge
@@ -28,7 +28,7 @@ from dagflow_tasks.states import REACH_TOKENS
 NEEDS = [StageNeeds(1000, 1), StageNeeds(4000, 2)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_what_stages_take_is_known_from_their_programs(family: str) -> None:
     stages = _stages(family, 2)
     _feed(stages, _part(0, 7), TOKENS[:7])

@@ -51,7 +51,7 @@ def _assert_holds(model: dagflow.Model, wanted: Any) -> None:
     assert {n for n, _ in wanted.named_parameters()} <= found.keys()
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_a_saved_folder_and_the_module_are_the_same_model(family: str, tmp_path: Path) -> None:
     model = _saved(family, tmp_path / "saved")
     loaded = dagflow.load(tmp_path / "saved", store=tmp_path / "store")

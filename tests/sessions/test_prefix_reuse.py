@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from distributed import Client
-from families import FAMILIES, greedy, logits_of, stored
+from families import SOME, greedy, logits_of, stored
 from local import local_cluster, wait_until
 from zoo import SIZES
 
@@ -55,7 +55,7 @@ def deployment(client: Client, model: tuple[Any, dagflow.Model]) -> Iterator[dag
         yield found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_answers_from_shared_beginnings_equal_transformers(
     family: str, client: Client, tmp_path: Path
 ) -> None:

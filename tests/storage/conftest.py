@@ -1,3 +1,5 @@
+import gc
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +8,15 @@ import pytest
 
 from dagflow_storage import Store
 from dagflow_storage.faults import FakeClock
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _clients_are_not_looked_at_again() -> Iterator[None]:
+    """fsspec keeps every client of S3 for ever, and each has read S3's description: 27,000 objects."""
+    yield
+    if "s3fs" in sys.modules:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture

@@ -74,6 +74,8 @@ def read(store: Store, index: list[StoredArray]) -> np.ndarray:
 class TestAStoreThatFailsNowAndThen(StoreConformance):
     """Every operation fails in every transient way, again and again, and nobody notices."""
 
+    num_children = 100
+
     @pytest.fixture
     def store(self, broken: Broken) -> Store:
         script = [
@@ -88,6 +90,7 @@ class TestAStoreThatFailsNowAndThen(StoreConformance):
 @pytest.mark.filterwarnings("ignore::dagflow_storage.ConditionMissing")
 class TestAStoreThatIgnoresConditions(StoreConformance):
     conditional_create = False
+    num_children = 100
 
     @pytest.fixture
     def store(self, broken: Broken) -> Store:
@@ -97,6 +100,7 @@ class TestAStoreThatIgnoresConditions(StoreConformance):
 @pytest.mark.filterwarnings("ignore::dagflow_storage.ConditionMissing")
 class TestAStoreThatKnowsNoConditions(StoreConformance):
     conditional_create = False
+    num_children = 100
 
     @pytest.fixture
     def store(self, broken: Broken) -> Store:

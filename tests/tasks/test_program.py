@@ -264,8 +264,8 @@ def test_what_is_kept_for_sizes_has_an_end() -> None:
         gc.collect()
         return sum(type(held).__name__ == "_Instruction" for held in gc.get_objects())
 
-    first = num_instructions_after(range(200))
-    assert num_instructions_after(range(200, 400)) <= first
+    first = num_instructions_after(range(100))
+    assert num_instructions_after(range(100, 200)) <= first
 
 
 def test_a_failing_operator_names_itself_its_module_and_its_tensors() -> None:

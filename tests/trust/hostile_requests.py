@@ -79,14 +79,18 @@ async def attack_all(port: int, count: int, seed: int, num_clients: int = 16) ->
             await _attack(port, random.Random(f"{seed}/{number}"), number, found)
 
     holding = [asyncio.create_task(_hold(port, n)) for n in range(NUM_UNFINISHED + NUM_IDLE)]
-    streams = [asyncio.create_task(_stream(port, found)) for _ in range(NUM_STREAMS)]
+    ended = asyncio.Event()
+    streams = [asyncio.create_task(_stream(port, found, ended)) for _ in range(NUM_STREAMS)]
     try:
         await asyncio.gather(*(client() for _ in range(num_clients)))
+        ended.set()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await asyncio.gather(*streams)
     finally:
         for task in [*holding, *streams]:
             task.cancel()
-        ended = await asyncio.gather(*holding, *streams, return_exceptions=True)
-    for error in ended:
+        results = await asyncio.gather(*holding, *streams, return_exceptions=True)
+    for error in results:
         if isinstance(error, Exception):
             raise error
     return found
@@ -158,8 +162,8 @@ async def _hold(port: int, number: int) -> None:
         await asyncio.sleep(0.1)
 
 
-async def _stream(port: int, found: Found) -> None:
-    """Read streams one after the other; each must come whole, or be refused for want of room."""
+async def _stream(port: int, found: Found, ended: asyncio.Event) -> None:
+    """Read one stream after the other until it is ended; each comes whole, or is refused for want of room."""
     body = {
         "model": "tiny",
         "prompt": "Stages",
@@ -168,7 +172,7 @@ async def _stream(port: int, found: Found) -> None:
         "temperature": 1.2,
     }
     data = json.dumps({**body, "logit_bias": {"0": -100}}).encode()
-    while True:
+    while not ended.is_set():
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
             writer.write(request(random.Random(0), "/v1/completions", data, Connection="close"))
