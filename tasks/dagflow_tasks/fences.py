@@ -135,6 +135,18 @@ def _check_quotient(self: Any, other: Any, **_: Any) -> None:
     _demand(not overflows, "the least whole number divided by -1")
 
 
+def _check_steps(
+    end: Any, start: Any = 0, step: Any = 1, dtype: torch.dtype | None = None, **_: Any
+) -> None:
+    """What becomes whole numbers: a step that is 0 as one, or a way of 2^63 by -1, ends the process."""
+    if dtype is None and any(isinstance(number, float) for number in (start, end, step)):
+        return
+    if dtype is None or _is_whole(dtype):
+        near = all(abs(number) < _MOST_SIZE for number in (start, end, step))
+        _demand(near, f"numbers from {start} to {end} by {step}, which 64 bits don't hold")
+        _demand(int(step) != 0, f"steps of {step}, which is 0 as a whole number")
+
+
 def _is_whole(dtype: torch.dtype) -> bool:
     return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
 
@@ -339,6 +351,7 @@ _CHECKED: Mapping[str, Operator] = {
         ),
         _check_quotient,
     ),
+    **dict.fromkeys(("arange.start_step", "range", "range.step"), _check_steps),
     "ctc_loss.Tensor": _check_ctc,
     "_grouped_mm": _check_groups,
     "ctc_loss.IntList": _check_ctc,

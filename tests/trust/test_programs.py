@@ -202,6 +202,9 @@ QUERY, LONG = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8)
         ("scaled_dot_product_attention.default", (QUERY, LONG[:, :, :2], LONG)),
         ("floor_divide.default", (torch.tensor([-(2**63)]), torch.tensor([-1]))),
         ("remainder.Tensor", (torch.tensor([-(2**31)]).int(), torch.tensor([-1]).int())),
+        ("arange.start_step", (0, -(2**63), -1)),
+        ("range.step", (0, -(2**63), -1, torch.int64)),
+        ("range.step", (0, 5, 0.5, torch.int64)),
         ("grid_sampler.default", (torch.ones(1, 1, 4, 4), torch.zeros(1, 3, 3, 2), 7, 0, False)),
         (
             "ctc_loss.Tensor",
@@ -224,8 +227,9 @@ QUERY, LONG = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8)
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_operators_take_for_granted_is_checked(op: str, arguments: Any) -> None:
+    operator = resolve(f"aten.{op}")
     with torch.no_grad(), pytest.raises(ValueError, match=r"\w"):
-        resolve(f"aten.{op}")(*arguments)
+        operator(*arguments)
 
 
 def test_hostile_calls_end_no_process_and_tell_of_no_other_memory() -> None:
