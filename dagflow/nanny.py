@@ -15,7 +15,7 @@ import logging
 
 from distributed import Nanny
 
-from dagflow.run.dask_internals import registered_worker, retire
+from dagflow.run.dask_internals import keep_time, registered_worker, retire
 from dagflow.run.join import when_parent_leaves
 
 logger = logging.getLogger("dagflow.nanny")
@@ -25,6 +25,7 @@ HAND_OVER_SECONDS = 10.0
 
 def dask_setup(nanny: Nanny) -> None:
     """Leave when `dagflow join` says so, or has been killed."""
+    keep_time(nanny)
     when_parent_leaves(lambda: nanny.loop.add_callback(nanny.close, reason="dagflow-join-leaves"))
 
 

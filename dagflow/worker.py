@@ -28,7 +28,7 @@ def dask_setup(worker: Worker, torch_threads: int | None, device: str) -> None:
     # seconds and 200 MB for torch.
     import torch
 
-    from dagflow.run.dask_internals import notice_retirement
+    from dagflow.run.dask_internals import notice_retirement, num_tasks_at_a_time
     from dagflow.run.join import set_retired
     from dagflow.run.workers import prepare_process, prepare_worker
 
@@ -40,10 +40,10 @@ def dask_setup(worker: Worker, torch_threads: int | None, device: str) -> None:
         # A terminal sends Ctrl-C to the nanny, too, which then closes this worker. One that was
         # interrupted itself can't be closed any more: the nanny kills it after eight seconds.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if worker.state.nthreads > 1:
+    if (num_tasks := num_tasks_at_a_time(worker)) > 1:
         logger.warning(
             "This worker runs %d tasks at a time; stages want one (--nthreads 1), and torch uses the "
             "other cores inside it.",
-            worker.state.nthreads,
+            num_tasks,
         )
     logger.info("dagflow worker on %s, %d torch threads", device, torch.get_num_threads())

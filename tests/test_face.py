@@ -21,6 +21,7 @@ def test_every_name_is_there() -> None:
 
 
 def test_commands_that_compute_nothing_load_no_torch() -> None:
-    code = "import sys, dagflow.cli, dagflow.run.allocator; sys.exit('torch' in sys.modules)"
+    modules = "dagflow.cli, dagflow.run.allocator, dagflow.run.runs"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -14,6 +14,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from ctypes.util import find_library
 from functools import cache
@@ -55,6 +56,9 @@ def with_allocator(environment: Mapping[str, Any]) -> dict[str, Any]:
     present = environment.get(_PRELOAD, os.environ.get(_PRELOAD, ""))
     wanted = _JEMALLOC if "jemalloc" in os.path.basename(path) else _MIMALLOC
     options = {name: os.environ.get(name, value) for name, value in wanted.items()}
+    for name in wanted.keys() & os.environ.keys():
+        if said := _said(path, (name, os.environ[name])):
+            warnings.warn(f"{name}={os.environ[name]!r} is not understood: {said}", stacklevel=2)
     return {**options, **environment, _PRELOAD: f"{path} {present}".strip()}
 
 
@@ -93,8 +97,16 @@ def _packaged(package: str, library: str) -> str | None:
 
 def _loads(library: str) -> bool:
     """Whether a process starts with it: one built for pages of another size ends at once."""
-    # The linker goes on without a library that it can't load, and complains.
+    return not _said(library)
+
+
+@cache
+def _said(library: str, *variables: tuple[str, str]) -> str:
+    """Return what an allocator complains of when a process starts with these variables."""
+    # Those that a user has set may be wrong, which isn't the library's fault.
+    others = {n: v for n, v in os.environ.items() if n not in _JEMALLOC.keys() | _MIMALLOC.keys()}
+    environment = {**others, **dict(variables), _PRELOAD: library}
     command = [sys.executable, "-S", "-E", "-c", ""]
-    environment = {**os.environ, _PRELOAD: library}
-    tried = subprocess.run(command, env=environment, capture_output=True, check=False)
-    return tried.returncode == 0 and not tried.stderr
+    tried = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    # The linker goes on without a library that it can't load, and complains.
+    return tried.stderr.strip() or ("" if tried.returncode == 0 else f"status {tried.returncode}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
@@ -18,7 +19,15 @@ from distributed.comm import CommClosedError
 
 from dagflow.errors import SchedulerLost, SettingsInvalid, WorkerIncompatible, WorkersLost
 from dagflow.run import wire
+from dagflow.run.dask_internals import (
+    client_stream,
+    event_loop,
+    identity,
+    keep_time,
+    send_at_once,
+)
 from dagflow.run.embedded import embedded_cluster
+from dagflow.run.join import why_nobody_answers
 from dagflow.run.main_guard import refuse_unguarded_main
 from dagflow.run.watch import LONG_SILENCE_SECONDS
 from dagflow.run.workers import StageScheduler, StageWorker, WorkerFacts, describe, prepare_process
@@ -29,6 +38,8 @@ T = TypeVar("T")
 
 _ANSWER_SECONDS = 10.0
 _LOOK_EVERY_SECONDS = 0.2
+# How often somebody who waits for a scheduler is told how long that will be.
+_TELL_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -52,9 +63,18 @@ class ClusterSettings:
 
 @contextmanager
 def open_cluster(
-    client: Client | str | None, settings: ClusterSettings, store: Store
+    client: Client | str | None,
+    settings: ClusterSettings,
+    store: Store,
+    note: Callable[[str], None] | None = None,
 ) -> Iterator[Client]:
     """Yield a client of the user's cluster, or of an embedded one that is closed afterwards.
+
+    Parameters
+    ----------
+    note
+        Is told at once, and then again and again, for which scheduler this waits, and how long; by
+        default whoever reads stderr.
 
     Raises
     ------
@@ -70,23 +90,43 @@ def open_cluster(
         yield client
         return
     if isinstance(client, str):
-        try:
-            connected = Client(client, timeout=settings.wait_seconds, set_as_default=False)
-        except (OSError, TimeoutError) as error:
-            raise WorkersLost(
-                f"No dask scheduler answers at {client} within {settings.wait_seconds:g} s. Start one "
-                "with `dask scheduler`, or leave client= out for a local cluster."
-            ) from error
-        except ValueError as error:
-            raise SettingsInvalid(
-                f"{client!r} is no scheduler's address ({error}): wanted one like "
-                "'tcp://10.0.0.1:8786'."
-            ) from error
+        connected = _connected(client, settings.wait_seconds, note or _tell)
         with connected, open_cluster(connected, settings, store) as prepared:
             yield prepared
         return
     with _embedded(settings, store) as local:
         yield local
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _connected(address: str, seconds: float, note: Callable[[str], None]) -> Client:
+    """Return a client of the scheduler at an address; say what is wrong while nobody answers."""
+    deadline = time.monotonic() + seconds
+    told = -_TELL_EVERY_SECONDS
+    try:
+        while (why := why_nobody_answers(address)) is not None:
+            left = deadline - time.monotonic()
+            if left < 0:
+                raise TimeoutError(why)
+            if time.monotonic() - told >= _TELL_EVERY_SECONDS:
+                told = time.monotonic()
+                note(
+                    f"No dask scheduler answers at {address} ({why}); trying for {left:.0f} s more."
+                )
+            time.sleep(min(left, 5 * _LOOK_EVERY_SECONDS))
+        return Client(address, timeout=max(1.0, deadline - time.monotonic()), set_as_default=False)
+    except (OSError, TimeoutError) as error:
+        raise WorkersLost(
+            f"No dask scheduler answers at {address} within {seconds:g} s ({error}). Start one with "
+            "`dask scheduler`, or leave client= out for a local cluster."
+        ) from error
+    except ValueError as error:
+        raise SettingsInvalid(
+            f"{address!r} is no scheduler's address ({error}): wanted one like 'tcp://10.0.0.1:8786'."
+        ) from error
 
 
 @contextmanager
@@ -132,6 +172,8 @@ def reconnect(client: Client, seconds: float) -> None:
 def _register_plugins(
     client: Client, worker_plugin: StageWorker, seconds: float, *, are_ours: bool = False
 ) -> None:
+    keep_time(client)
+    send_at_once(client_stream(client))
     try:
         client.register_plugin(StageScheduler())
         register_on_workers(client, worker_plugin, seconds, are_ours=are_ours)
@@ -190,13 +232,9 @@ def scheduler_info(client: Client) -> dict[str, Any]:
     answer to another question: every two seconds the client asks for everything but the workers.
     """
 
-    async def ask() -> dict[str, Any]:
-        found: dict[str, Any] = await client.scheduler.identity(n_workers=-1)
-        return found
-
     if client.status == "running":
         with suppress(OSError):  # of a connection that is about to be noticed as lost
-            return client.sync(ask)  # type: ignore[no-any-return]
+            return client.sync(identity, client)  # type: ignore[no-any-return]
     return client.scheduler_info()  # type: ignore[no-any-return]
 
 
@@ -218,7 +256,7 @@ def _refuse_process_local(store: Store, client: Client) -> None:
 
 def in_background(client: Client, doing: Coroutine[Any, Any, T]) -> Future[T]:
     """Let a client do something that may take for ever, and return at once."""
-    return asyncio.run_coroutine_threadsafe(doing, client.loop.asyncio_loop)
+    return asyncio.run_coroutine_threadsafe(doing, event_loop(client))
 
 
 def ask_workers(

@@ -5,29 +5,60 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable
+import functools
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from dask._task_spec import Task, TaskRef
-from distributed import Nanny, Worker, get_worker
+from distributed import Client, Nanny, Worker, get_worker, rpc
+from distributed.comm import Comm
+from distributed.comm.tcp import MAX_BUFFER_SIZE, TCP, _close_comm, convert_stream_closed_error
 from distributed.core import Status
+from distributed.security import Security
+from distributed.system import MEMORY_LIMIT
+from tornado.iostream import IOStream
 
 __all__ = [
+    "DONT_REPLY",
+    "MAX_BUFFER_SIZE",
+    "MEMORY_LIMIT",
     "StepTask",
     "Task",
     "TaskRef",
+    "UnixComm",
+    "account_together",
     "add_handler",
+    "client_stream",
     "connection_arguments",
+    "convert_stream_closed_error",
+    "event_loop",
     "executing_seconds",
+    "identity",
+    "keep_time",
+    "memory_limit",
     "notice_retirement",
+    "num_tasks_at_a_time",
+    "pause",
     "registered_worker",
     "retire",
     "run_next",
-    "set_scheduler_send_interval",
-    "set_worker_send_interval",
+    "scheduler_streams",
+    "send_at_once",
+    "silent_seconds",
     "stop_profiling",
+    "transfer_log",
+    "who_answers",
+    "worker_of",
+    "worker_stream",
 ]
+
+# What a handler returns that has answered by itself, or has nobody left to answer.
+DONT_REPLY = Status.dont_reply
 
 
 class StepTask(Task):  # type: ignore[misc]
@@ -43,17 +74,106 @@ class StepTask(Task):  # type: ignore[misc]
         return ("dagflow", self.key)
 
 
-def set_worker_send_interval(worker: Worker, seconds: float) -> None:
-    """Let a worker report finished tasks after `seconds` instead of dask's 2 ms.
+class UnixComm(TCP):  # type: ignore[misc]
+    """A connection over a unix-domain socket (`tests/trust/test_cluster.py` tests it).
 
-    Every dependent task on another worker waits for this message.
+    Frames, and how they are read and written, are those of dask's own over TCP. Its ends have the
+    address of whoever listens.
     """
-    worker.batched_stream.interval = seconds
+
+    def __init__(self, stream: IOStream, address: str, deserialize: bool = True) -> None:
+        # What dask's class does, but for setting what only TCP has.
+        Comm.__init__(self, deserialize=deserialize)
+        self._closed = False
+        self._local_addr = self._peer_addr = address
+        self.stream = stream
+        self._extra: dict[str, Any] = {}
+        self._finalizer = weakref.finalize(self, self._get_finalizer())
+        self._finalizer.atexit = False
+        stream.set_close_callback(functools.partial(_close_comm, weakref.ref(self)))
 
 
-def set_scheduler_send_interval(scheduler: Any, address: str, seconds: float) -> None:
-    """Let the scheduler send tasks to one worker after `seconds` instead of dask's 2 ms."""
-    scheduler.stream_comms[address].interval = seconds
+def send_at_once(*streams: Any) -> None:
+    """Let batched streams send as soon as the event loop is free, instead of 2 to 10 ms later.
+
+    Every dependent task on another worker waits for these messages. A stream waits until its last
+    message's time plus the interval, by the clock on the wall: set back by a day meanwhile, it would
+    send nothing for a day. A time that is long past whatever the clock says can't do that.
+    """
+    for stream in streams:
+        stream.interval = -math.inf
+
+
+def worker_stream(worker: Worker) -> Any:
+    """Return the stream in which a worker tells its scheduler what it has done."""
+    return worker.batched_stream
+
+
+def client_stream(client: Client) -> Any:
+    """Return the stream in which a client tells its scheduler what it wants."""
+    return client.scheduler_comm
+
+
+def scheduler_streams(scheduler: Any) -> list[Any]:
+    """Return the streams in which a scheduler tells its workers and clients what there is."""
+    return [*scheduler.stream_comms.values(), *scheduler.client_comms.values()]
+
+
+def keep_time(node: Any) -> None:
+    """Have a worker's, nanny's, scheduler's or client's timers go on when somebody sets the clock.
+
+    tornado's run by the clock on the wall: set back by a day, no heartbeat comes for a day.
+    """
+    if "time" in vars(node.loop):
+        return  # since a clock that was right; by now somebody may have set it
+    begin = time.time() - time.monotonic()
+    node.loop.time = lambda: begin + time.monotonic()
+
+
+def account_together(scheduler: Any, is_ours: Callable[[Any], bool]) -> None:
+    """Have a scheduler keep one account of all our tasks, ever.
+
+    It would open one for every graph, which it never forgets, nor do workers what they count for it.
+    """
+    spans = scheduler.extensions.get("spans")
+    if spans is None:
+        return
+    observe = spans.observe_tasks
+    span = spans._ensure_span(("dagflow",), ("dagflow",))
+
+    def observe_others(tasks: Iterable[Any], *args: Any, **details: Any) -> Any:
+        others = []
+        for task in tasks:
+            if is_ours(task.key):
+                task.group.span_id = span.id
+            else:
+                others.append(task)
+        return observe(others, *args, **details)
+
+    spans.observe_tasks = observe_others
+
+
+def pause(scheduler: Any, address: str, paused: bool) -> None:
+    """Give a worker no results and tasks of others for a while, or give it some again.
+
+    A worker that leaves would wait until one that is frozen has taken its results.
+    """
+    wanted, other = (Status.paused, Status.running)[:: 1 if paused else -1]
+    worker = scheduler.workers.get(address)
+    if worker is not None and worker.status is other:
+        scheduler.handle_worker_status_change(wanted, worker, "dagflow-silence")
+
+
+def silent_seconds(scheduler: Any) -> dict[str, float]:
+    """Return how long ago each worker was heard of, by address."""
+    now = time.time()
+    return {address: now - worker.last_seen for address, worker in scheduler.workers.items()}
+
+
+def worker_of(scheduler: Any, key: Any) -> str | None:
+    """Return the worker that was given a task."""
+    worker = scheduler.tasks[key].processing_on
+    return None if worker is None else str(worker.address)
 
 
 def executing_seconds(scheduler: Any, address: str, is_ours: Callable[[Any], bool]) -> float:
@@ -115,3 +235,45 @@ def connection_arguments(node: Any) -> dict[str, Any]:
     """Return what a client or a worker connects to others with: its certificates, if it has any."""
     arguments: dict[str, Any] = node.connection_args
     return arguments
+
+
+def event_loop(node: Any) -> asyncio.AbstractEventLoop:
+    """Return the event loop of a worker or a client."""
+    loop: asyncio.AbstractEventLoop = node.loop.asyncio_loop
+    return loop
+
+
+async def identity(client: Client) -> dict[str, Any]:
+    """Ask a client's scheduler what it says of itself and of all workers."""
+    found: dict[str, Any] = await client.scheduler.identity(n_workers=-1)
+    return found
+
+
+async def who_answers(address: str) -> dict[str, Any]:
+    """Ask whoever answers at an address what it is, and a scheduler for all its workers.
+
+    Raises
+    ------
+    Exception
+        Of any kind, if it isn't dask's.
+    """
+    arguments = Security().get_connection_args("worker")
+    async with rpc(address, connection_args=arguments) as there:
+        found: dict[str, Any] = await there.identity()
+        return await there.identity(n_workers=-1) if found.get("type") == "Scheduler" else found
+
+
+def memory_limit(worker: Worker) -> int | None:
+    """Return how many bytes a worker may use, if it is limited."""
+    limit: int | None = worker.memory_manager.memory_limit
+    return limit or None
+
+
+def num_tasks_at_a_time(worker: Worker) -> int:
+    """Return how many tasks a worker runs side by side."""
+    return int(worker.state.nthreads)
+
+
+def transfer_log(worker: Worker) -> Any:
+    """Return a worker's record of what it has sent to others: bytes, bandwidth, to whom."""
+    return worker.transfer_outgoing_log

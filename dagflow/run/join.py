@@ -17,12 +17,13 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -60,6 +61,23 @@ _STDIN = 0
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
+# What a volunteer hears of dask: what its memory does. A scheduler that goes away makes dask say so
+# in five tracebacks, and dagflow in a line.
+_QUIET = {
+    "distributed": "critical",
+    "distributed.nanny.memory": "warning",
+    "distributed.worker.memory": "warning",
+    "tornado.application": "critical",
+    "asyncio": "critical",
+}
+
+
+def hush_dask(environment: MutableMapping[str, str]) -> None:
+    """Have dask's processes with these variables tell only what a volunteer wants to know."""
+    if not any(name.startswith("DASK_LOGGING") for name in environment):
+        environment["DASK_LOGGING"] = repr(_QUIET)
+
+
 def with_private_folder(environment: Mapping[str, str], folder: str) -> dict[str, str]:
     """Return an environment in which dask keeps its files in a folder, unless it says where already.
 
@@ -91,6 +109,30 @@ def scheduler_endpoint(address: str) -> tuple[str, str, int]:
     return parts.scheme, parts.hostname, port
 
 
+def why_nobody_answers(address: str) -> str | None:
+    """Look whether a scheduler answers at an address, as far as a stranger can tell; return why not.
+
+    Raises
+    ------
+    ValueError
+        If it is no address.
+    """
+    protocol, host, port = scheduler_endpoint(address)
+    if protocol in _NOT_STREAMS:
+        return None
+    try:
+        with socket.create_connection((host, port), timeout=LOOK_SECONDS) as connection:
+            # dask's server speaks first, if it isn't frozen, and if it is one.
+            if protocol == "tcp" and not connection.recv(1):
+                return "whatever is there hangs up"
+    except TimeoutError:
+        return f"no answer within {LOOK_SECONDS:g} s"
+    except OSError as error:
+        said = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        return (said or str(error)).lower()
+    return None
+
+
 def main(arguments: Sequence[str]) -> int:
     """Supervise a worker; return the exit status.
 
@@ -114,7 +156,7 @@ class _Parent:
         self, supervision: Supervision, address: str, command: Sequence[str], farewell: Path
     ) -> None:
         self._supervision = supervision
-        self._endpoint = scheduler_endpoint(address)
+        self._address = address
         self._command = command
         self._farewell = farewell
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -172,16 +214,8 @@ class _Parent:
         task.add_done_callback(self._tasks.discard)
 
     async def _look(self) -> None:
-        protocol, host, port = self._endpoint
-        if protocol not in _NOT_STREAMS:
-            try:
-                async with asyncio.timeout(LOOK_SECONDS):
-                    _, writer = await asyncio.open_connection(host, port)
-                writer.close()
-            except (OSError, TimeoutError) as error:
-                self._events.put_nowait(NobodyAnswers(_reason(error)))
-                return
-        self._events.put_nowait(SchedulerAnswers())
+        why = await asyncio.to_thread(why_nobody_answers, self._address)
+        self._events.put_nowait(SchedulerAnswers() if why is None else NobodyAnswers(why))
 
     async def _start_worker(self) -> None:
         self._farewell.unlink(missing_ok=True)
@@ -212,13 +246,6 @@ class _Parent:
                 os.killpg(worker.pid, signal.SIGKILL)  # the leader of its session
             else:
                 worker.kill()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no answer within {LOOK_SECONDS:g} s"
-    number = getattr(error, "errno", None)
-    return os.strerror(number).lower() if number and number > 0 else str(error)
 
 
 def set_retired(retired: bool) -> None:

@@ -22,7 +22,6 @@ from dagflow_storage import (
     size_bytes,
     verify_snapshot,
 )
-from dagflow_tasks.state import PARAMETER
 
 
 @dataclass(frozen=True)
@@ -167,6 +166,8 @@ def foreign(snapshot: Snapshot, settings: Mapping[str, Any], run_id: str | None)
     theirs = snapshot.meta.get("run_id")
     if theirs is not None and run_id is not None and theirs != run_id:
         return [Damage(f"step {snapshot.step}", f"of run {theirs}, and this is run {run_id}")]
+    from dagflow_tasks.state import PARAMETER  # with torch, which listing runs does without
+
     model = settings.get("model")
     wanted = model.get("parameters") if isinstance(model, dict) else None
     return differences(snapshot, PARAMETER, wanted) if isinstance(wanted, dict) else []

@@ -21,6 +21,10 @@ LEAVE_SECONDS = 30.0
 # What a shell shows for a program that Ctrl-C ended; leaving gracefully is a success instead.
 EXIT_INTERRUPTED = 130
 EXIT_NOBODY_THERE = 1
+# How a worker ends that has said why it isn't wanted (sysexits' EX_CONFIG) ...
+EXIT_REFUSED = 78
+# ... or that has heard nothing from what listens at the scheduler's address (EX_TEMPFAIL).
+EXIT_UNHEARD = 75
 
 
 # Events ------------------------------------------------------------------------------------------
@@ -160,6 +164,7 @@ class Supervision:
         self._said_at = 0.0
         self._started_at = 0.0
         self._exit_status = 0
+        self._has_been_healthy = False
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Return what to do about an event that happened at `now`, in steady seconds."""
@@ -215,8 +220,13 @@ class Supervision:
             return [End(self._exit_status)]
         if retired:
             return [Say(f"The scheduler at {self._address} let this machine go. Goodbye."), End(0)]
+        if status == EXIT_UNHEARD:
+            self._state = _State.LOOKING
+            return self._nobody("whatever is there doesn't answer as one", now)
+        if status == EXIT_REFUSED and not self._has_been_healthy:
+            return [End(EXIT_NOBODY_THERE)]
         if now - self._started_at >= HEALTHY_SECONDS:
-            self._num_failures = 0
+            self._num_failures, self._has_been_healthy = 0, True
         pause = self._pause_after(self._num_failures, MAX_PAUSE_SECONDS)
         self._num_failures += 1
         self._look_afresh(now)
@@ -226,8 +236,10 @@ class Supervision:
     def _what_happened(self, status: int) -> str:
         if status == 0:
             return f"The scheduler at {self._address} went away"
+        if status == EXIT_REFUSED:  # for now: the scheduler hasn't noticed yet that it had gone
+            return "Refused, though it has been taken before"
         if status > 0:
-            return f"The worker ended with status {status} (see above)"
+            return f"The worker ended with status {status} (--verbose says more)"
         try:
             name = signal.Signals(-status).name
         except ValueError:

@@ -307,7 +307,7 @@ def train(
         )
         try:
             while True:
-                with open_cluster(client, config.cluster, where) as connected:
+                with open_cluster(client, config.cluster, where, line.note) as connected:
                     try:
                         return session.train(connected)
                     except SchedulerLost:

@@ -6,18 +6,15 @@ folder belongs to one user and is closed to everybody else (mode 0700, as `tempf
 Nothing listens on a port.
 
 Importing this module makes the protocol known to dask. Frames, and how they are read and written,
-are those of dask's own comm over TCP, which isn't public: `tests/trust/test_cluster.py` fails
-when dask changes it.
+are those of dask's own comm over TCP.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import secrets
 import socket
-import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -25,9 +22,10 @@ import dask
 from distributed.comm import Comm, CommClosedError
 from distributed.comm.core import BaseListener, Connector
 from distributed.comm.registry import Backend, backends
-from distributed.comm.tcp import MAX_BUFFER_SIZE, TCP, _close_comm, convert_stream_closed_error
 from tornado.iostream import IOStream, StreamClosedError
 from tornado.tcpserver import TCPServer
+
+from dagflow.run.dask_internals import MAX_BUFFER_SIZE, UnixComm, convert_stream_closed_error
 
 SCHEME = "unix"
 PREFIX = f"{SCHEME}://"
@@ -59,21 +57,6 @@ def _path_of(location: str) -> str:
     """
     folder, _, name = location.rpartition(":")
     return os.path.join(folder, name)
-
-
-class UnixComm(TCP):  # type: ignore[misc]
-    """One connection. Its ends have the address of whoever listens."""
-
-    def __init__(self, stream: IOStream, address: str, deserialize: bool = True) -> None:
-        # What dask's class does, but for setting what only TCP has.
-        Comm.__init__(self, deserialize=deserialize)
-        self._closed = False
-        self._local_addr = self._peer_addr = address
-        self.stream = stream
-        self._extra: dict[str, Any] = {}
-        self._finalizer = weakref.finalize(self, self._get_finalizer())
-        self._finalizer.atexit = False
-        stream.set_close_callback(functools.partial(_close_comm, weakref.ref(self)))
 
 
 class UnixConnector(Connector):  # type: ignore[misc]

@@ -13,7 +13,6 @@ import platform
 import signal
 import sys
 import threading
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,19 +23,27 @@ from tornado.ioloop import PeriodicCallback
 from dagflow.run import wire
 from dagflow.run.allocator import keep_freed_memory
 from dagflow.run.dask_internals import (
+    account_together,
     executing_seconds,
+    keep_time,
+    memory_limit,
+    num_tasks_at_a_time,
+    pause,
     run_next,
-    set_scheduler_send_interval,
-    set_worker_send_interval,
+    scheduler_streams,
+    send_at_once,
+    silent_seconds,
     stop_profiling,
+    transfer_log,
+    worker_of,
+    worker_stream,
 )
-from dagflow.run.watch import TOPIC, StallWatch, is_ours
+from dagflow.run.watch import LONG_SILENCE_SECONDS, TOPIC, StallWatch, is_ours
 from dagflow_tasks.cache import CACHE
 from dagflow_tasks.device import choose_device, current_device
 from dagflow_tasks.limits import RECEIVING
 from dagflow_tasks.references import DAGFLOW_VERSION
 
-SEND_INTERVAL_SECONDS = 0.0002
 _LOOK_EVERY_SECONDS = 0.25
 
 
@@ -82,7 +89,8 @@ def prepare_process(num_torch_threads: int | None = None, device: str = "auto") 
 
 def prepare_worker(worker: Worker) -> None:
     """Connect a worker with what its process was prepared for."""
-    set_worker_send_interval(worker, SEND_INTERVAL_SECONDS)
+    keep_time(worker)
+    send_at_once(worker_stream(worker))
     if sys.version_info < (3, 12):
         # `sys._current_frames` can lock a process up there for good (python/cpython#106883). dask does
         # without it in its own threads (dask/distributed#8616), but not in the workers' profiler.
@@ -93,11 +101,10 @@ def prepare_worker(worker: Worker) -> None:
         atexit.unregister(gc.freeze)
         atexit.register(gc.freeze)
     CACHE.run_next = run_next
-    wire.POLICY.bandwidth = wire.bandwidth_from_log(worker.transfer_outgoing_log)
-    if (
-        worker.nanny and worker.memory_manager.memory_limit
-    ):  # in a user's process it isn't the limit
-        RECEIVING.num_bytes = worker.memory_manager.memory_limit // 2
+    wire.POLICY.bandwidth = wire.bandwidth_from_log(transfer_log(worker))
+    limit = memory_limit(worker)
+    if worker.nanny and limit is not None:  # in a user's process it isn't the limit
+        RECEIVING.num_bytes = limit // 2
 
 
 class StageWorker(WorkerPlugin):  # type: ignore[misc]
@@ -128,7 +135,8 @@ class StageWorker(WorkerPlugin):  # type: ignore[misc]
 class StageScheduler(SchedulerPlugin):  # type: ignore[misc]
     """Lets the scheduler send tasks at once instead of collecting them for 5 ms, and watches them.
 
-    Tells on the topic `watch.TOPIC` of tasks that failed and of workers that have stalled.
+    Tells on the topic `watch.TOPIC` of tasks that failed and of workers that have stalled. Workers
+    that are silent get nothing from those that leave.
     """
 
     name = "dagflow-stage-scheduler"
@@ -136,20 +144,26 @@ class StageScheduler(SchedulerPlugin):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._given: dict[Any, str] = {}
+        self._paused: set[str] = set()
 
     async def start(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._watch = StallWatch(lambda message: scheduler.log_event(TOPIC, dict(message)))
-        for address in list(scheduler.workers):
-            set_scheduler_send_interval(scheduler, address, SEND_INTERVAL_SECONDS)
+        keep_time(scheduler)
+        account_together(scheduler, is_ours)
+        send_at_once(*scheduler_streams(scheduler))
         self._looking = PeriodicCallback(self._look, 1000 * _LOOK_EVERY_SECONDS)
         self._looking.start()
 
     async def close(self) -> None:
         self._looking.stop()
 
+    def add_client(self, scheduler: Any, client: str) -> None:
+        # It gets its stream after this.
+        scheduler.loop.add_callback(lambda: send_at_once(*scheduler_streams(scheduler)))
+
     def add_worker(self, scheduler: Any, worker: str) -> None:
-        set_scheduler_send_interval(scheduler, worker, SEND_INTERVAL_SECONDS)
+        send_at_once(*scheduler_streams(scheduler))
         scheduler.log_event(TOPIC, {"action": "add-worker", "worker": worker})
 
     def remove_worker(self, scheduler: Any, worker: str, **_: Any) -> None:
@@ -160,10 +174,10 @@ class StageScheduler(SchedulerPlugin):  # type: ignore[misc]
         if "processing" not in (start, finish) or not is_ours(key):
             return
         if finish == "processing":
-            worker = self._scheduler.tasks[key].processing_on
+            worker = worker_of(self._scheduler, key)
             if worker is not None:
-                self._given[key] = worker.address
-                self._watch.given(worker.address, key)
+                self._given[key] = worker
+                self._watch.given(worker, key)
             return
         address = self._given.pop(key, "")
         spans = kwargs.get("startstops") or () if finish == "memory" else ()
@@ -175,16 +189,16 @@ class StageScheduler(SchedulerPlugin):  # type: ignore[misc]
             )
 
     def _look(self) -> None:
-        now = time.time()
-        workers = self._scheduler.workers
-
-        def silence(address: str) -> float:
-            return now - workers[address].last_seen if address in workers else 0.0
+        silence = silent_seconds(self._scheduler)
+        silent = {address for address, s in silence.items() if s > LONG_SILENCE_SECONDS}
+        for address in silent ^ self._paused:
+            pause(self._scheduler, address, address in silent)
+        self._paused = silent
 
         def running(address: str) -> float:
             return executing_seconds(self._scheduler, address, is_ours)
 
-        self._watch.look(silence, running)
+        self._watch.look(lambda address: silence.get(address, 0.0), running)
 
 
 def describe(dask_worker: Worker) -> dict[str, Any]:
@@ -193,7 +207,7 @@ def describe(dask_worker: Worker) -> dict[str, Any]:
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        memory = dask_worker.memory_manager.memory_limit or _system_memory()
+        memory = memory_limit(dask_worker) or _system_memory()
     return asdict(
         WorkerFacts(
             address=dask_worker.address,
@@ -202,7 +216,7 @@ def describe(dask_worker: Worker) -> dict[str, Any]:
             torch=torch.__version__,
             python=platform.python_version(),
             device=str(device),
-            num_threads=dask_worker.state.nthreads,
+            num_threads=num_tasks_at_a_time(dask_worker),
             num_torch_threads=torch.get_num_threads(),
             memory_bytes=int(memory),
             host=platform.node(),

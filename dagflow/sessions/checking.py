@@ -24,7 +24,6 @@ from unittest.mock import patch
 
 import psutil
 import torch
-from distributed.system import MEMORY_LIMIT
 
 from dagflow.errors import CaptureFailed, ResultsDiffer
 from dagflow.graph.dag import Buffer, OperatorDag, Parameter
@@ -32,6 +31,7 @@ from dagflow.graph.decoder import capture_decoder
 from dagflow.graph.recurrent import as_they_are
 from dagflow.plan.analysis import DagAnalysis
 from dagflow.plan.assemble import assemble
+from dagflow.run.dask_internals import MEMORY_LIMIT
 from dagflow.sessions.shrinking import shrunk, windows
 from dagflow.sessions.source import Source, quiet_transformers
 from dagflow_tasks.decoding import ALL, TOKENS, DecoderStage, Part

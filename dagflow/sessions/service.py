@@ -17,10 +17,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from distributed import Worker, WorkerPlugin, get_worker
-from distributed.core import Status
 
 from dagflow.run import wire
-from dagflow.run.dask_internals import add_handler, connection_arguments
+from dagflow.run.dask_internals import DONT_REPLY, add_handler, connection_arguments, event_loop
 from dagflow.run.workers import describe
 from dagflow.sessions.links import OPERATION, CommClosedError, Link, Message
 from dagflow.sessions.memory import WorkerMemory
@@ -120,7 +119,7 @@ class _Hub:
 
     def __init__(self, worker: Worker) -> None:
         self.address = worker.address
-        self._loop = worker.loop.asyncio_loop
+        self._loop = event_loop(worker)
         self._arguments = connection_arguments(worker)
         self._stages: dict[tuple[str, int], _Running] = {}
         self._links: dict[tuple[str, str], asyncio.Task[Link]] = {}
@@ -206,7 +205,7 @@ class _Hub:
                 else:
                     self.take(message)
         except CommClosedError:
-            return Status.dont_reply
+            return DONT_REPLY
         finally:
             if self.drivers.get(deployment) is link:
                 del self.drivers[deployment]

@@ -2,24 +2,71 @@
 
 from __future__ import annotations
 
+import ast
+import asyncio
+import math
 import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
 import pytest
+import set_clock
+from chaos import warm
 from dask.tokenize import tokenize
 from distributed import Client, Event, LocalCluster, get_worker
 from distributed.batched import BatchedSend
 from distributed.protocol.pickle import dumps, loads
 from local import local_client, wait_until
+from processes import Copy, kill_group, own_scheduler
+from tornado.ioloop import IOLoop, PeriodicCallback
 
+from dagflow.run import dask_internals
 from dagflow.run.clusters import scheduler_info
-from dagflow.run.dask_internals import StepTask, Task, TaskRef, executing_seconds, run_next
+from dagflow.run.dask_internals import (
+    StepTask,
+    Task,
+    TaskRef,
+    executing_seconds,
+    keep_time,
+    run_next,
+    scheduler_streams,
+    silent_seconds,
+)
 from dagflow.run.graph import Places
-from dagflow.run.watch import TOPIC, is_ours
-from dagflow.run.workers import SEND_INTERVAL_SECONDS, StageScheduler, StageWorker
+from dagflow.run.watch import LONG_SILENCE_SECONDS, TOPIC, is_ours
+from dagflow.run.workers import StageScheduler, StageWorker
+
+# Modules and attributes of dask that its documentation doesn't have.
+_PUBLIC = {
+    "dask", "dask.sizeof", "dask.system", "dask.utils", "distributed", "distributed.cli.dask_worker",
+    "distributed.comm", "distributed.comm.core", "distributed.comm.registry",
+    "distributed.protocol", "distributed.security",
+}  # fmt: skip
+_INTERNAL = {
+    "asyncio_loop", "batched_stream", "client_comms", "dont_reply", "extensions",
+    "handlers", "identity", "memory_manager", "nthreads", "periodic_callbacks", "processing_on",
+    "scheduler_comm", "stream_comms", "stream_handlers", "transfer_outgoing_log",
+}  # fmt: skip
+
+
+def test_what_is_not_public_in_dask_is_in_one_module() -> None:
+    package = Path(dask_internals.__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        if path == Path(dask_internals.__file__):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            found: list[str] = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                if node.module.partition(".")[0] in ("dask", "distributed"):
+                    found = [alias.name for alias in node.names if alias.name.startswith("_")]
+                    found += [node.module] if node.module not in _PUBLIC else []
+            elif isinstance(node, ast.Attribute):
+                found = [node.attr] if node.attr in _INTERNAL else []
+            assert not found, f"{path}: {found}"
 
 
 def test_batched_send_counts_its_interval_in_seconds() -> None:
@@ -32,12 +79,12 @@ def test_plugins_shorten_both_directions_of_messages(cluster: LocalCluster, clie
     comms = cluster.scheduler.stream_comms
     assert len(comms) == 2
     assert all(isinstance(comm, BatchedSend) for comm in comms.values())
-    assert {comm.interval for comm in comms.values()} == {SEND_INTERVAL_SECONDS}
+    assert {comm.interval for comm in scheduler_streams(cluster.scheduler)} == {-math.inf}
 
     def interval(dask_worker: Any) -> tuple[str, float]:
         return type(dask_worker.batched_stream).__name__, dask_worker.batched_stream.interval
 
-    assert set(client.run(interval).values()) == {("BatchedSend", SEND_INTERVAL_SECONDS)}
+    assert set(client.run(interval).values()) == {("BatchedSend", -math.inf)}
 
 
 def test_workers_log_what_they_send_with_its_bandwidth(client: Client) -> None:
@@ -244,3 +291,107 @@ def test_a_transition_says_what_the_watch_wants_to_know(
         client.unsubscribe_topic(TOPIC)
         for future in (first, second):  # by hand: the traceback that was caught holds this frame
             future.release()
+
+
+def test_the_scheduler_and_workers_remember_nothing_of_a_graph_that_is_done(
+    cluster: LocalCluster, client: Client
+) -> None:
+    client.register_plugin(StageScheduler())
+    spans = cluster.scheduler.extensions["spans"]
+
+    def run(first: int, steps: int) -> None:
+        for step in range(first, first + steps):
+            key = ("forward-0123abcd", step, 0, 0)
+            client.get({key: Task(key, int, step)}, [key])
+
+    def counted(dask_worker: Any) -> int:
+        return len(dask_worker.digests_total)
+
+    def remembered() -> tuple[int, int, int]:
+        of_spans = len(spans.spans) + sum(len(span.groups) for span in spans.spans.values())
+        in_all = len(cluster.scheduler.cumulative_worker_metrics)
+        return of_spans, in_all, sum(client.run(counted).values())
+
+    def heard_of() -> bool:
+        """Heartbeats since have told of the last step."""
+        seen = [info["last_seen"] for info in scheduler_info(client)["workers"].values()]
+        return min(seen) > done + 1
+
+    run(0, 20)
+    done = time.time()
+    wait_until(heard_of, "the workers have told what they counted")
+    before = remembered()
+    run(20, 40)
+    done = time.time()
+    wait_until(heard_of, "the workers have told what they counted")
+    assert remembered() == before
+
+
+def test_who_leaves_does_not_wait_for_who_is_frozen(
+    cluster: LocalCluster, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.register_plugin(StageScheduler())
+    state = cluster.scheduler
+    frozen = min(state.workers)
+    real = silent_seconds(state)
+    assert max(real.values()) < LONG_SILENCE_SECONDS
+    silence = {**real, frozen: LONG_SILENCE_SECONDS + 1}
+    monkeypatch.setattr("dagflow.run.workers.silent_seconds", lambda _: silence)
+    wait_until(lambda: state.workers[frozen] not in state.running, "it gets nothing any more")
+    assert len(state.running) == 1
+    monkeypatch.undo()
+    wait_until(lambda: len(state.running) == 2, "it was heard of, and may be given work")
+
+
+def test_timers_go_on_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = time.time
+
+    async def ticks(ahead: float) -> int:
+        came = 0
+        third = asyncio.Event()
+
+        def tick() -> None:
+            nonlocal came
+            came += 1
+            if came == 1:
+                monkeypatch.setattr(time, "time", lambda: real() + ahead)
+                keep_time(node)  # again, as by the next driver: it keeps to the clock it has
+            if came == 3:
+                third.set()
+
+        node = SimpleNamespace(loop=IOLoop.current())
+        keep_time(node)
+        timer = PeriodicCallback(tick, 10)
+        timer.start()
+        async with asyncio.timeout(10):
+            await third.wait()
+        timer.stop()
+        monkeypatch.undo()
+        return came
+
+    assert asyncio.run(ticks(-86400)) == 3
+    assert asyncio.run(ticks(86400)) == 3
+
+
+DAY = 86400.0
+
+
+def test_a_worker_whose_clock_is_set_back_goes_on_working(tmp_path: Path) -> None:
+    options = ["--no-nanny", "--no-dashboard", "--nthreads", "1", "--preload", "dagflow.worker"]
+    with own_scheduler() as (client, address):
+        worker = Copy(warm.start(set_clock.worker, tmp_path / "log", [address, *options]))
+        try:
+            client.wait_for_workers(1, timeout=60)
+            (name,) = scheduler_info(client)["workers"]
+            for days in (-1, 2):
+                client.run(set_clock.set_while_sending, days * DAY, workers=[name])
+                assert client.submit(abs, days, pure=False).result(timeout=10) == abs(days)
+
+                def is_heard_of(since: float = time.time()) -> bool:
+                    seen = scheduler_info(client)["workers"][name]["last_seen"]
+                    return float(seen) > since + 0.5
+
+                wait_until(is_heard_of, "it is heard of again and again", 10)
+        finally:
+            kill_group(worker)
+            worker.communicate()

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import Client
+from distributed import Client, LocalCluster
 from local import local_cluster
 from small import assert_same_run, batches, example, train
 from zoo import Example
 
 import dagflow
 from dagflow.errors import ProgramTooNew
+from dagflow.run.clusters import open_cluster
 from dagflow_storage import RunDirectory, Store, list_snapshots
 
 Refused = Callable[..., Any]
@@ -29,6 +30,15 @@ def test_a_scheduler_that_does_not_answer(tmp_path: Path) -> None:
         config = dagflow.Config(cluster=dagflow.ClusterSettings(wait_seconds=0.5))
         with pytest.raises(dagflow.WorkersLost) as caught:
             train(of, batches(of, 1), tmp_path / "run", client=address, config=config)
+        told: list[str] = []
+        with (
+            pytest.raises(dagflow.WorkersLost),
+            open_cluster(address, config.cluster, Store(str(tmp_path)), told.append),
+        ):
+            pytest.fail("there is no scheduler")
+    assert told == [
+        f"No dask scheduler answers at {address} (connection refused); trying for 0 s more."
+    ]
     assert address in str(caught.value)
     assert "dask scheduler" in str(caught.value)
 
@@ -70,6 +80,31 @@ def test_workers_with_another_dagflow_or_torch(
         result = train(of, data, tmp_path / "run", client=client)
     assert len(caught) == 2
     assert result.step == 2
+
+
+def test_a_driver_of_another_version_is_refused_beside_a_run_that_goes_on(
+    cluster: LocalCluster, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, other = example(dropout=True), example()
+    data = batches(of, 8)
+    whole = train(of, data, tmp_path / "whole", client=client)
+    said: list[str] = []
+
+    def another_comes(event: dagflow.StepEvent) -> None:
+        if event.step != 3:
+            return
+        with (
+            monkeypatch.context() as patch,
+            Client(cluster, set_as_default=False) as second,
+            pytest.raises(dagflow.WorkerIncompatible) as caught,
+        ):
+            patch.setattr("dagflow.run.clusters.DAGFLOW_VERSION", "9.9.9")
+            train(other, batches(other, 1), tmp_path / "other", client=second)
+        said.append(str(caught.value))
+
+    found = train(of, data, tmp_path / "run", client=client, callbacks=[another_comes])
+    assert f"runs dagflow {dagflow.__version__}, this is 9.9.9" in said[0]
+    assert_same_run(found, whole)
 
 
 def test_a_worker_that_cannot_say_what_it_is(

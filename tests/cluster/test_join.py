@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import pytest
@@ -17,13 +21,19 @@ from chaos import scheduling, warm
 from click.testing import CliRunner
 from distributed import Client, Nanny
 from local import local_cluster, wait_until
-from processes import BIN, Copy, kill_group, own_scheduler, start, swarm
+from processes import BIN, Copy, dask_worker, kill_group, own_scheduler, start, swarm
 
 from dagflow.cli import main
 from dagflow.nanny import dask_teardown
+from dagflow.run.clusters import _connected as connected_to
 from dagflow.run.clusters import scheduler_info
+from dagflow.run.join import why_nobody_answers
+from dagflow.run.volunteer import _offer, _others_here, _refusal
 
 JOIN: list[str | Path] = [BIN / "dagflow", "join", "ADDRESS", "--torch-threads", "1"]
+
+
+AnyProcess = TypeVar("AnyProcess", subprocess.Popen[str], Copy)
 
 
 def free_port() -> int:
@@ -33,7 +43,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+def ended(process: AnyProcess) -> Iterator[AnyProcess]:
     """Kill a process at the end of the block."""
     try:
         yield process
@@ -88,7 +98,111 @@ def test_a_machine_comes_back_when_its_scheduler_does_until_it_is_retired(tmp_pa
             client.retire_workers(list(scheduler_info(client)["workers"]))
             assert joined.wait(timeout=20) == 0
             wait_until(lambda: all_gone(pids), "no process is left", 5)
-    assert "let this machine go" in log.read_text()
+    said = log.read_text().splitlines()
+    for line, words in zip(said, ("No scheduler", "Offering", "went away"), strict=False):
+        assert words in line
+    assert "let this machine go" in said[-1]
+    # It may have looked for the scheduler in vain in between.
+    assert all(line.startswith("dagflow join: ") for line in said)
+    assert len(said) <= 6, said
+
+
+def test_a_name_that_is_taken_is_one_line(tmp_path: Path) -> None:
+    with own_scheduler() as (client, address):
+        arguments = [address, "--no-nanny", "--no-dashboard", "--name", "attic"]
+        with ended(Copy(warm.start(dask_worker, tmp_path / "first.log", arguments))):
+            client.wait_for_workers(1, timeout=60)
+            command = [address if part == "ADDRESS" else part for part in JOIN]
+            log = tmp_path / "second.log"
+            with ended(start([*command, "--name", "attic"], log)) as second:
+                assert second.wait(timeout=30) == 1
+    (line,) = log.read_text().splitlines()
+    assert "The name 'attic' is taken" in line
+    assert "--name" in line
+
+
+def test_what_is_no_scheduler_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with local_cluster(1) as cluster:
+        (nanny,) = cluster.workers.values()
+        assert asyncio.run(_refusal(cluster.scheduler_address, "attic")) is None
+        for address, kind in ((nanny.address, "WarmNanny"), (nanny.worker_address, "Worker")):
+            refusal = asyncio.run(_refusal(address, None))
+            assert refusal == f"What answers at {address} is no dask scheduler but a {kind}."
+    with listening(b"HTTP/1.1 400 Bad Request\r\n" * 3) as address:
+        assert why_nobody_answers(address) is None  # it says something, after all
+        monkeypatch.setattr("dagflow.run.volunteer._ANSWER_SECONDS", 0.5)
+        with pytest.raises((OSError, TimeoutError)):
+            asyncio.run(_refusal(address, None))
+    with listening(b"") as address:
+        assert why_nobody_answers(address) == "whatever is there hangs up"
+
+
+def test_what_listens_and_says_nothing_is_told_after_some_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dagflow.run.join.LOOK_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
+        assert why_nobody_answers(address) == "no answer within 0.2 s"
+
+
+@contextlib.contextmanager
+def listening(answer: bytes) -> Iterator[str]:
+    """Answer whoever connects with some bytes, and hang up; yield the address."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(answer)
+                    connection.shutdown(socket.SHUT_WR)
+                    connection.recv(1 << 16)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+def test_joins_on_one_machine_count_each_other_and_say_what_they_offer(tmp_path: Path) -> None:
+    nobody = f"tcp://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-P", "-m", "dagflow.run.join", nobody, "", "", "worker"]
+    with ended(start(command, tmp_path / "log")) as other:
+        wait_until(lambda: other.pid in _others_here(), "the other join is seen")
+    assert other.pid not in _others_here()
+    assert _offer("8000000000", 2, []) == ("Offering 7.45 GiB and 2 threads: all of this machine.")
+    shared = _offer("4000000000", 1, [123])
+    assert shared.startswith("Offering 3.73 GiB and 1 thread, one of 2 shares of this machine")
+    assert "process 123" in shared
+
+
+def test_a_name_that_cannot_be_resolved_for_a_minute_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = socket.getaddrinfo
+    asked = []
+
+    def resolve(host: Any, *args: Any, **options: Any) -> Any:
+        if host != "swarm.example":
+            return real(host, *args, **options)
+        asked.append(host)
+        if len(asked) < 3:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return real("127.0.0.1", *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with own_scheduler() as (_, address):
+        named = f"tcp://swarm.example:{address.rpartition(':')[2]}"
+        assert why_nobody_answers(named) == "temporary failure in name resolution"
+        told: list[str] = []
+        with connected_to(named, 60.0, told.append) as client:
+            assert client.status == "running"
+    (line,) = told
+    assert line.startswith(f"No dask scheduler answers at {named} (temporary failure in name")
+    assert line.endswith("s more.")
 
 
 def test_a_leaving_machine_hands_over_what_only_it_has_and_leaves_no_process(
@@ -172,6 +286,7 @@ def test_a_machine_whose_time_is_over_has_left_for_good(tmp_path: Path) -> None:
 def test_leaving_while_the_worker_starts_is_as_quiet(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "join.log"
     command = [f"tcp://127.0.0.1:{port}" if part == "ADDRESS" else part for part in JOIN]
+    command.append("--verbose")
     with scheduler(port, tmp_path / "scheduler.log"), ended(start(command, log)) as joined:
         wait_until(lambda: "Start Nanny at" in log.read_text(), "the worker is starting")
         kill_group(joined, signal.SIGINT)

@@ -6,6 +6,9 @@ import pytest
 
 from dagflow.run.join import scheduler_endpoint
 from dagflow.run.supervision import (
+    EXIT_NOBODY_THERE,
+    EXIT_REFUSED,
+    EXIT_UNHEARD,
     HEALTHY_SECONDS,
     LEAVE_SECONDS,
     MAX_LOOK_PAUSE_SECONDS,
@@ -106,6 +109,26 @@ def test_a_retired_worker_is_not_started_again() -> None:
     play = Play().working()
     assert play.after(5, WorkerEnded(0, retired=True)) == [End(0)]
     assert "let this machine go" in play.said[0]
+
+
+def test_a_worker_that_is_not_wanted_ends_at_once_unless_it_was_wanted_before() -> None:
+    """Its name may be taken by itself, as long as the scheduler hasn't noticed that it had gone."""
+    play = Play().working()
+    assert play.after(2, WorkerEnded(EXIT_REFUSED)) == [End(EXIT_NOBODY_THERE)]
+    assert play.said == []  # it has said why
+    play = Play().working()
+    play.fail(HEALTHY_SECONDS)
+    assert play.after(2, WorkerEnded(EXIT_REFUSED)) == [Pause(2.0)]
+    assert "taken before; trying again in 2 s" in play.said[-1]
+
+
+def test_what_listens_without_answering_is_looked_at_again_and_given_up_after_wait() -> None:
+    play = Play(wait_seconds=60).working()
+    assert play.after(5, WorkerEnded(EXIT_UNHEARD)) == [Pause(1.0)]
+    assert "whatever is there doesn't answer as one); trying on." in play.said[0]
+    assert play.after(1, PauseOver()) == [Look()]
+    assert play.after(0, SchedulerAnswers()) == [StartWorker()]
+    assert play.after(60, WorkerEnded(EXIT_UNHEARD)) == [End(EXIT_NOBODY_THERE)]
 
 
 def test_ctrl_c_lets_the_worker_hand_over_and_ends_with_0() -> None:

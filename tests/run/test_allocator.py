@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from ctypes.util import find_library
 
 import pytest
 
@@ -66,6 +67,19 @@ def test_who_sets_a_variable_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
         "THP_MEM_ALLOC_ENABLE": "0",
         "LD_PRELOAD": f"{allocator_path()} libother.so",
     }
+
+
+@pytest.mark.skipif(find_library("jemalloc") is None, reason="mimalloc takes what it is given")
+def test_an_option_that_jemalloc_does_not_know_is_told_and_costs_nobody_jemalloc(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MALLOC_CONF", "nonsense:1")
+    with pytest.warns(UserWarning, match=r"MALLOC_CONF='nonsense:1' is not understood: <jemalloc>"):
+        environment = with_allocator({})
+    assert "jemalloc" in environment["LD_PRELOAD"]
+    assert environment["MALLOC_CONF"] == "nonsense:1"
+    monkeypatch.setenv("MALLOC_CONF", "dirty_decay_ms:77")  # warnings are errors
+    assert with_allocator({})["MALLOC_CONF"] == "dirty_decay_ms:77"
 
 
 FAULTS_BY_THREAD = """

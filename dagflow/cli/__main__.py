@@ -1,0 +1,5 @@
+"""``python -m dagflow.cli``."""
+
+from dagflow.cli import main
+
+main()
