@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, 
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -234,7 +235,7 @@ def scheduler_info(client: Client) -> dict[str, Any]:
 
     if client.status == "running":
         with suppress(OSError):  # of a connection that is about to be noticed as lost
-            return client.sync(identity, client)  # type: ignore[no-any-return]
+            return client.sync(partial(identity, client))  # type: ignore[no-any-return]
     return client.scheduler_info()  # type: ignore[no-any-return]
 
 
