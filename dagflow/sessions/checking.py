@@ -38,7 +38,8 @@ from dagflow_tasks.decoding import ALL, TOKENS, DecoderStage, Part
 from dagflow_tasks.operators import dtype_of
 from dagflow_tasks.program import Constant
 
-_PREFILL, _STEPS = 24, 3
+# The second token is the first that needs what another left behind.
+_PREFILL, _STEPS = 24, 2
 # A prompt that reaches beyond a window or chunk shows whether it is kept to; more tokens would take
 # more than the check may.
 _LONGEST_PREFILL = 128

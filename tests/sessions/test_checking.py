@@ -183,8 +183,8 @@ def test_a_model_that_memory_does_not_hold_in_any_form_is_told(
 
 def test_a_window_within_reach_is_reached_beyond() -> None:
     tokens, num_prefill = _prompt(_llama4(40))
-    assert (len(tokens), num_prefill) == (51, 48)
-    assert _prompt(_llama(max_position_embeddings=10))[1] == 7
+    assert (len(tokens), num_prefill) == (50, 48)
+    assert _prompt(_llama(max_position_embeddings=10))[1] == 8
     assert _prompt(_mistral(4096))[1] == 24
 
 
