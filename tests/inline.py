@@ -74,6 +74,7 @@ class InlineRun:
             plan.limits,
             plan.halved,
             clip_norm=clip_norm,
+            scaled=precision == "fp16",
             parameter_order=tuple(p.name for p in dag.parameters if p.trainable),
         )
         model = example.model

@@ -474,9 +474,7 @@ class _StepBuilder:
 
     def _previous_decision(self) -> Any:
         if self.inputs.first:
-            return self.inputs.decision or Decision(
-                loss_scale=tasks.INITIAL_LOSS_SCALE if self.graph.scaled else 1.0
-            )
+            return self.inputs.decision or Decision.initial(scaled=self.graph.scaled)
         return TaskRef(self.graph.decision_key(self.k - 1))
 
     def _sums(self, stage: int, index: int = -1) -> TaskRef:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dagflow_storage import DamagedData, NotFound, fields, list_snapshots
+from dagflow_storage import DamagedData, NotFound, Snapshot, fields, list_snapshots
 from dagflow_storage.documents import sound
 from dagflow_storage.journal import read_segments
 from dagflow_tasks.cache import CACHE, state_lost
@@ -276,12 +276,29 @@ def restore(
     CACHE.begin_again(ref)
     by_step = {record.step: record for record in records}
     begin = _begin_from(ref, target, by_step)
-    before = by_step.get(begin - 1)
+    before = _decision_before(ref, begin, by_step) if neighbours.scaled and begin < target else None
     for step in range(begin, target):
-        decision = before.decision if before is not None else None
-        replay_step(ref, by_step[step], decision, neighbours)
-        before = by_step[step]
+        replay_step(ref, by_step[step], before, neighbours)
+        before = by_step[step].decision
     return StateRef(target)
+
+
+def _decision_before(ref: StageRef, step: int, records: Mapping[int, StepRecord]) -> Decision:
+    """Return what was decided on the step before one, which holds the step's loss scale.
+
+    Where no record is left of it, the step's snapshot says it.
+    """
+    if step == 0:
+        return Decision.initial(scaled=True)
+    known = records[step - 1].decision if step - 1 in records else None
+    if known is not None:
+        return known
+    try:
+        stored = Snapshot.open(ref.store, step).meta.get("decision")
+        with sound(f"the snapshot of step {step} in {ref.store!r} is damaged"):
+            return Decision.from_json(stored)
+    except (NotFound, DamagedData) as error:
+        raise StateLost(f"Nobody knows the loss scale of step {step}: {error}") from error
 
 
 def _begin_from(ref: StageRef, target: int, records: Mapping[int, StepRecord]) -> int:
@@ -324,14 +341,14 @@ def replay_step(
     Parameters
     ----------
     before
-        The decision of the step before, which holds the loss scale.
+        The decision of the step before, which holds the loss scale; needed if the loss is scaled.
     """
     program = CACHE.executable(ref).program
     state = StateRef(record.step)
     JOURNAL.look(ref, record.step)
     read = _Reader(ref, program, neighbours, record.step)
     tied = [read.tensors("lend", o, program.stage) for o in program.lenders]
-    scaling = before or Decision() if neighbours.scaled else None
+    scaling = before if neighbours.scaled else None
     there: ForwardResult | None = None
     back: BackwardResult | None = None
     for microbatch in record.microbatches:

@@ -13,6 +13,9 @@ from dagflow_tasks.references import StateRef
 
 Tensors = Mapping[str, torch.Tensor]
 
+# As torch.amp.GradScaler begins.
+INITIAL_LOSS_SCALE = 65536.0
+
 
 class TensorDict(dict[str, torch.Tensor]):
     """Named tensors as a task's result or argument, a type of its own so that they travel well."""
@@ -140,6 +143,11 @@ class Decision:
     loss_scale: float = 1.0
     good_steps: int = 0
     skipped: int = 0
+
+    @classmethod
+    def initial(cls, *, scaled: bool) -> Decision:
+        """Return what holds before a run's first step."""
+        return cls(loss_scale=INITIAL_LOSS_SCALE if scaled else 1.0)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

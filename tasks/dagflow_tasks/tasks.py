@@ -55,8 +55,7 @@ from dagflow_tasks.weight_gradients import WeightGradients
 
 BUFFERS = "buffers"
 
-# Loss scaling as torch.amp.GradScaler does it (its defaults).
-INITIAL_LOSS_SCALE = 65536.0
+# Loss scaling as torch.amp.GradScaler does it (its defaults), see `Decision.initial`.
 _SCALE_GROWTH, _SCALE_BACKOFF, _GROWTH_INTERVAL = 2.0, 0.5, 2000
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed import Client
+from local import local_client
 from small import assert_same_run, batches, example, train, train_with_torch
 from zoo import Example
 
 import dagflow
 from dagflow_storage import Snapshot, Store
-from dagflow_tasks.tasks import INITIAL_LOSS_SCALE
+from dagflow_tasks.results import INITIAL_LOSS_SCALE
 
 
 def decision(store: Path, step: int) -> dict[str, Any]:
@@ -75,6 +78,36 @@ def test_the_scale_is_resumed_with_the_weights(client: Client, tmp_path: Path) -
             of, data, run, client=client, precision="fp16", num_stages=num_stages, steps=steps
         )
     assert_same_run(part, whole)
+
+
+@pytest.mark.parametrize("lost", [1, 3])
+def test_a_lost_worker_changes_no_bit(lost: int, tmp_path: Path) -> None:
+    of = example()
+    data = batches(of, 5)
+    options: dict[str, Any] = {"precision": "fp16", "num_stages": 2, "snapshot_every": 2}
+    with local_client(3) as client:
+        whole = train(of, data, tmp_path / "whole", client=client, **options)
+        processes = client.run(os.getpid)
+
+        def lose(event: dagflow.StepEvent) -> None:
+            if event.step == lost:
+                # That of the last stage: it scales the loss.
+                address = client.run_on_scheduler(where_losses_are)
+                os.kill(processes[address], signal.SIGKILL)
+
+        part = train(of, data, tmp_path / "run", client=client, callbacks=[lose], **options)
+    assert_same_run(part, whole)
+
+
+def where_losses_are(dask_scheduler: Any) -> str:
+    """Return the address of the last stage's worker."""
+    (address,) = {
+        worker
+        for task in dask_scheduler.tasks.values()
+        if type(task.key) is tuple and task.key[2] == 1
+        for worker in task.worker_restrictions or ()
+    }
+    return str(address)
 
 
 @pytest.mark.gpu

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dagflow_tasks.results import Decision
-from dagflow_tasks.tasks import INITIAL_LOSS_SCALE, decide
+from dagflow_tasks.results import INITIAL_LOSS_SCALE, Decision
+from dagflow_tasks.tasks import decide
 
 GRADIENTS = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([[12.0]])}
 NORMS = [{"b": torch.tensor(12.0)}, {"a": torch.tensor(5.0)}]

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from inline import InlineRun, assert_same_bits, run_inline
+from inline import InlineRun, assert_same_bits, run_inline, save_now
 from zoo import build, captured
 
+from dagflow_storage import commit_snapshot
 from dagflow_storage.journal import delete_segments, trim_journal
 from dagflow_tasks.cache import CACHE
 from dagflow_tasks.errors import StateLost
@@ -64,6 +65,31 @@ def test_clipping_is_replayed_with_the_decision_of_then() -> None:
     forget(run)
     restore(run.refs[1], STEPS, run.records, run.neighbours(1))
     assert_same_bits(state_of(run, 1), wanted)
+
+
+@pytest.mark.parametrize("begin", [0, 2])
+def test_a_scaled_loss_is_replayed_with_the_scale_of_then(begin: int) -> None:
+    run = trained("two_branches", precision="fp16")
+    wanted = state_of(run, STAGES - 1)
+    forget(run)
+    if begin:  # what a resumed run has: a snapshot, and the records since
+        restore(run.refs[STAGES - 1], begin, run.records[:begin], run.neighbours(STAGES - 1))
+        decided = {"decision": {"loss_scale": run.records[begin - 1].decision.loss_scale}}
+        commit_snapshot(run.store, begin, [save_now(run.refs[STAGES - 1], begin)], decided)
+        forget(run)
+    restore(run.refs[STAGES - 1], STEPS, run.records[begin:], run.neighbours(STAGES - 1))
+    assert_same_bits(state_of(run, STAGES - 1), wanted)
+
+
+def test_a_replay_without_a_known_scale_is_refused() -> None:
+    run = trained("two_branches", precision="fp16")
+    stage = STAGES - 1
+    forget(run)
+    restore(run.refs[stage], 2, run.records[:2], run.neighbours(stage))
+    commit_snapshot(run.store, 2, [save_now(run.refs[stage], 2)], {"decision": None})
+    forget(run)
+    with pytest.raises(StateLost, match="Nobody knows the loss scale of step 2"):
+        restore(run.refs[stage], STEPS, run.records[2:], run.neighbours(stage))
 
 
 def test_a_replay_goes_on_from_what_the_worker_has() -> None:
