@@ -21,6 +21,8 @@ from dagflow_tasks.allow_list import INTO, name_in_programs
 Operator = Callable[..., Any]
 _ATEN = torch.ops.aten
 _MOST_SIZE = 1 << 62
+# Up to here float64 holds every whole number.
+_MOST_EXACT = 1 << 53
 
 
 def fenced(op: str, operator: torch._ops.OpOverload, section: str) -> Operator:
@@ -145,6 +147,15 @@ def _check_steps(
         near = all(abs(number) < _MOST_SIZE for number in (start, end, step))
         _demand(near, f"numbers from {start} to {end} by {step}, which 64 bits don't hold")
         _demand(int(step) != 0, f"steps of {step}, which is 0 as a whole number")
+
+
+def _check_bounds(self: torch.Tensor, *bounds: Any, **named: Any) -> None:
+    """Draws of floats from 2^63 - 1 on: torch looks for the next one that the dtype holds for ever."""
+    if _is_whole(self.dtype):
+        return
+    given = [b for b in (*bounds, named.get("from"), named.get("to")) if isinstance(b, int)]
+    held = all(abs(bound) <= _MOST_EXACT for bound in given)
+    _demand(held, f"bounds {given}, which floats don't hold")
 
 
 def _is_whole(dtype: torch.dtype) -> bool:
@@ -352,6 +363,7 @@ _CHECKED: Mapping[str, Operator] = {
         _check_quotient,
     ),
     **dict.fromkeys(("arange.start_step", "range", "range.step"), _check_steps),
+    "random_.from": _check_bounds,
     "ctc_loss.Tensor": _check_ctc,
     "_grouped_mm": _check_groups,
     "ctc_loss.IntList": _check_ctc,

@@ -205,6 +205,8 @@ QUERY, LONG = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8)
         ("arange.start_step", (0, -(2**63), -1)),
         ("range.step", (0, -(2**63), -1, torch.int64)),
         ("range.step", (0, 5, 0.5, torch.int64)),
+        ("random_.from", (torch.ones(2), 2**63 - 1, None)),
+        ("random_.from", (torch.ones(2).double(), -(2**63), 0)),
         ("grid_sampler.default", (torch.ones(1, 1, 4, 4), torch.zeros(1, 3, 3, 2), 7, 0, False)),
         (
             "ctc_loss.Tensor",
