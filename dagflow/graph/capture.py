@@ -7,6 +7,7 @@ that the DAG runs the same kernels as the model did, to the same bits.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import threading
 import warnings
@@ -47,6 +48,22 @@ from dagflow_tasks.program import ValueSpec
 
 # torch.export changes the model and torch itself while it traces: one trace at a time in a process.
 TRACING = threading.RLock()
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Let nobody else trace, and look for no garbage meanwhile.
+
+    A trace makes objects by the million and keeps them: a sixth of its time would be spent on that.
+    """
+    with TRACING:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_enabled:
+                gc.enable()
 
 
 def capture(
@@ -111,7 +128,7 @@ def capture(
     tensors, constants = flatten_batch(batch)
     wrapper = LossModule(model, loss, rebuilder(batch))
     dims = {name: _dynamic_dims(name, tensor, dynamic) for name, tensor in tensors.items()}
-    with TRACING, whole_sequences(model), without_needless_masks(), experts_by_groups():
+    with tracing(), whole_sequences(model), without_needless_masks(), experts_by_groups():
         dag, trace = _captured(wrapper, model, tensors, constants, dims)
     read = {} if trace.known is None else trace.known.inputs
     dims |= dict.fromkeys(read, ())
@@ -262,7 +279,7 @@ def export_module(
     ------
     BatchInvalid, CaptureFailed
     """
-    with TRACING:
+    with tracing():
         export = functools.partial(_export, wrapper, model, tensors, dims, known or {})
         return examined(wrapper, export, list(tensors.values()), refuse)
 
