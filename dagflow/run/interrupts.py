@@ -9,10 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dagflow_storage import is_pausing
+
 
 @dataclass
 class Interrupts:
     """Notes the first Ctrl-C until somebody asks for it; the second ends everything at once.
+
+    A store that is away is tried for minutes: whoever waits to try again is asked at once.
 
     Python raises KeyboardInterrupt between any two lines, also between handing a step to dask and
     remembering that it is in flight, and loses it in destructors, of which releasing results runs
@@ -45,3 +49,5 @@ class Interrupts:
         if self._noted:
             raise KeyboardInterrupt
         self._noted = True
+        if is_pausing():
+            self.heed()

@@ -42,7 +42,7 @@ from dagflow_storage.retention import (
     apply_retention,
     delete_old_snapshots,
 )
-from dagflow_storage.retries import Clock, Retries, RetryPolicy
+from dagflow_storage.retries import Clock, Retries, RetryPolicy, is_pausing
 from dagflow_storage.runs import RunDirectory, settings_diff
 from dagflow_storage.sequences import (
     SEQUENCES_FOLDER,
@@ -120,6 +120,7 @@ __all__ = [
     "first_journal_step",
     "glance_at_snapshot",
     "hold_lease",
+    "is_pausing",
     "is_sequence_name",
     "list_sequences",
     "list_snapshots",

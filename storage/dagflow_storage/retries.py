@@ -2,6 +2,7 @@
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,17 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 # Below that a retry is nobody's business; above, somebody may wonder why nothing moves.
 _WORTH_A_WARNING_SECONDS = 5.0
+
+
+_PAUSES = threading.local()
+
+
+def is_pausing() -> bool:
+    """Tell whether this thread waits to try something again, and nothing is half done.
+
+    A signal's handler asks: what it raises then ends the retries.
+    """
+    return getattr(_PAUSES, "is_pausing", False)
 
 
 class Clock:
@@ -93,7 +105,11 @@ class Retries:
                 return operation()
             except StoreUnreachable as error:
                 delay = attempts.delay_after(error)
-            self.clock.sleep(delay)
+            _PAUSES.is_pausing = True
+            try:
+                self.clock.sleep(delay)
+            finally:
+                _PAUSES.is_pausing = False
 
 
 class _Attempts:
