@@ -10,6 +10,7 @@ An object can't be appended to: small additions write their part again, until it
 import contextlib
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -56,11 +57,13 @@ class RowLog:
         self._store.write_bytes(self._path(start), text.encode())
         self._last_part = part
 
-    def read(self, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
-        """All rows that hold, by step; rows of one step as they were appended.
+    def read(self, since: int = 0, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
+        """The rows that hold, by step; rows of one step as they were appended.
 
         Parameters
         ----------
+        since
+            Only those of this step and later ones; no more objects are read than that takes.
         skip_damaged
             Leave out what is no row, for readers that notice by themselves that one is missing.
 
@@ -70,11 +73,14 @@ class RowLog:
             If something is no row, and that isn't to be left out.
         """
         starts = self._parts()
+        starts = starts[max(0, bisect_right(starts, since) - 1) :]
         rows: list[dict[str, Any]] = []
         for start, end in zip_longest(starts, starts[1:]):
             # A part that starts later was written later, so it has the say from its start on.
             found = self._sound_rows(start) if skip_damaged else self._rows(start)
-            rows += [row for row in found if end is None or row["step"] < end]
+            rows += [
+                row for row in found if since <= row["step"] and (end is None or row["step"] < end)
+            ]
         return sorted(rows, key=lambda row: int(row["step"]))
 
     def last(self) -> dict[str, Any] | None:

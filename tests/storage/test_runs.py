@@ -15,6 +15,7 @@ from dagflow_storage import (
     StoreHoldsAnotherRun,
     settings_diff,
 )
+from dagflow_storage.rows import RowLog
 
 SETTINGS = {"optimizer": {"name": "adamw", "options": {"lr": 0.0003}}, "steps": 100}
 
@@ -145,6 +146,39 @@ def test_the_last_row_is_found_without_reading_those_before(
     monkeypatch.setattr(Store, "read_bytes", recording)
     assert run.read_last_metrics() == rows(29)[0]
     assert read == ["metrics/part-00000020.jsonl"]
+
+
+def test_rows_since_a_step_cost_as_many_objects_however_long_the_run(
+    memory: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = Store.read_bytes
+
+    def recording(self: Store, path: str) -> bytes:
+        read.append(path)
+        return original(self, path)
+
+    monkeypatch.setattr(Store, "read_bytes", recording)
+    run, counts = RunDirectory(memory), []
+    for end in (1000, 2000):
+        for start in range(end - 1000, end, 8):
+            run.ledger.append(rows(*range(start, start + 8)))
+        read.clear()
+        assert run.ledger.read(since=end - 200) == rows(*range(end - 200, end))
+        counts.append(len(read))
+    assert counts[1] <= 1.1 * counts[0]
+    assert counts[0] <= 5
+
+
+def test_rows_since_a_step_are_those_that_hold(memory: Store) -> None:
+    run = RunDirectory(memory)
+    for start in (0, 10, 20, 30):
+        RunDirectory(memory).append_metrics(rows(*range(start, start + 10)))
+    run.append_metrics(rows(15, 16))
+    log = RowLog(memory, "metrics")
+    every = log.read()
+    for since in (0, 9, 10, 14, 15, 16, 17, 40):
+        assert log.read(since) == [row for row in every if row["step"] >= since]
 
 
 def test_a_rollback_supersedes_what_did_not_happen(store: Store) -> None:
