@@ -3,7 +3,7 @@
 A tensor's memory is sent as it is, without a copy and without NumPy, so bfloat16 and float16 travel,
 too. It is compressed with blosc2, losslessly, where measurements say that this is faster: when the
 link to the receiver, as dask's own transfer log has measured it, is slower than what compression
-saves a second on tensors of that dtype on this machine.
+saves a second on this machine, on what the same task sent before under the same name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -33,6 +33,9 @@ from dagflow_tasks.results import BackwardResult, ForwardResult, TensorDict
 # Tensors smaller than this are not worth a look.
 _MIN_COMPRESSED_BYTES = 64 * 1024
 _SAMPLE_BYTES = 1 << 20
+# Measuring takes a few milliseconds; what compresses well at the first step may not later on.
+_MEASURED_EVERY = 256
+_MOST_MEASURED = 4096
 
 Header = dict[str, Any]
 _HEADER = frozenset({"name", "dtype", "shape", "layout", "blosc2"})
@@ -40,30 +43,41 @@ _HEADER = frozenset({"name", "dtype", "shape", "layout", "blosc2"})
 
 @dataclass
 class CompressionPolicy:
-    """Decides whether compressing tensors of one dtype pays on a link.
+    """Decides whether compressing a tensor pays on a link.
 
     Attributes
     ----------
     bandwidth : callable
         Measured bytes a second to a host, or None where nothing was sent yet.
-    break_even : dict
-        By dtype the bandwidth in bytes a second below which compression pays; measured on the
-        first tensor of each dtype.
+    measure : callable
+        Returns the bandwidth in bytes a second below which compressing a tensor pays; asked now and
+        then for each kind of tensor.
     """
 
     bandwidth: Callable[[str], float | None]
-    break_even: dict[torch.dtype, float]
+    measure: Callable[[torch.Tensor], float]
+    _known: dict[tuple[str, torch.dtype], tuple[float, int]] = field(default_factory=dict)
 
-    def pays(self, tensor: torch.Tensor, host: str) -> bool:
-        """Tell whether to compress this tensor for that host."""
+    def pays(self, kind: str, tensor: torch.Tensor, host: str) -> bool:
+        """Tell whether to compress this tensor for that host.
+
+        Parameters
+        ----------
+        kind
+            What compresses about alike: a role, and the value's name.
+        """
         if tensor.numel() * tensor.element_size() < _MIN_COMPRESSED_BYTES:
             return False
         measured = self.bandwidth(host)
         if measured is None:
             return False
-        if tensor.dtype not in self.break_even:
-            self.break_even[tensor.dtype] = measure_break_even(tensor)
-        return measured < self.break_even[tensor.dtype]
+        break_even, num_left = self._known.get((kind, tensor.dtype), (0.0, 0))
+        if not num_left:
+            break_even, num_left = self.measure(tensor), _MEASURED_EVERY
+            if len(self._known) >= _MOST_MEASURED:
+                self._known.clear()  # of plans that are long over
+        self._known[kind, tensor.dtype] = (break_even, num_left - 1)
+        return measured < break_even
 
 
 def measure_break_even(tensor: torch.Tensor) -> float:
@@ -93,7 +107,7 @@ def compress(data: memoryview, element_bytes: int) -> bytes:
     return packed
 
 
-POLICY = CompressionPolicy(bandwidth=lambda host: None, break_even={})
+POLICY = CompressionPolicy(bandwidth=lambda host: None, measure=measure_break_even)
 """This process's policy; workers point `bandwidth` at their transfer log."""
 
 
@@ -121,9 +135,15 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
 
 
 def pack_tensors(
-    tensors: Mapping[str, torch.Tensor], context: Any
+    tensors: Mapping[str, torch.Tensor], context: Any, role: str = ""
 ) -> tuple[list[Header], list[Any]]:
-    """Return headers and buffers for named tensors."""
+    """Return headers and buffers for named tensors.
+
+    Parameters
+    ----------
+    role
+        Tells values from their gradients, which have the same names.
+    """
     recipient = ((context or {}).get("recipient") or {}).get("address") or ""
     host = urlsplit(recipient).hostname or ""
     headers, frames = [], []
@@ -131,7 +151,7 @@ def pack_tensors(
         tensor, layout = pack(tensor)
         tensor = tensor.cpu()
         frame: Any = memory_of(tensor)
-        packed = POLICY.pays(tensor, host)
+        packed = POLICY.pays(f"{role}{name}", tensor, host)
         if packed:
             frame = compress(frame, tensor.element_size())
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -290,7 +310,7 @@ def _place(given: Any) -> tuple[int, int]:
 
 def _dump_backward(result: BackwardResult, context: Any = None) -> tuple[Header, list[Any]]:
     # Gradient sums stay, too: they are as large as the weights.
-    headers, frames = pack_tensors(result.gradients, context)
+    headers, frames = pack_tensors(result.gradients, context, "gradient of ")
     header = _chained(result) | {"tensors": headers, "forward": None}
     if result.forward is not None:
         header["forward"], more = _dump_forward(result.forward, context)

@@ -158,8 +158,9 @@ def test_dask_accounts_for_every_tensor() -> None:
 
 
 def policy(bandwidth: float | None, break_even: float) -> wire.CompressionPolicy:
-    fixed = dict.fromkeys(DTYPES, break_even)
-    return wire.CompressionPolicy(lambda host: bandwidth if host == "10.0.0.7" else None, fixed)
+    return wire.CompressionPolicy(
+        lambda host: bandwidth if host == "10.0.0.7" else None, lambda tensor: break_even
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,6 +194,42 @@ def test_break_even_is_higher_for_what_compresses_better() -> None:
     noise = wire.measure_break_even(torch.randint(0, 256, (1 << 20,), dtype=torch.uint8))
     assert zeros > 1e6
     assert noise < zeros / 10
+
+
+def test_break_even_is_that_of_the_same_kind_of_tensor_and_measured_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured: list[bool] = []
+
+    def measure(tensor: torch.Tensor) -> float:
+        measured.append(bool(tensor.any()))
+        return 1e6 if tensor.any() else 1e9
+
+    monkeypatch.setattr(wire, "_MEASURED_EVERY", 3)
+    pays = wire.CompressionPolicy(lambda host: 1e8, measure).pays
+    zeros, ones = torch.zeros(1 << 16), torch.ones(1 << 16)
+    # Whichever came first doesn't decide for the other.
+    assert [pays("mask", zeros, "a"), pays("gradient of mask", ones, "a")] == [True, False]
+    assert [pays("mask", zeros, "a") for _ in range(2)] == [True, True]
+    assert measured == [False, True]
+    assert [pays("mask", ones, "a") for _ in range(2)] == [False, False]
+    assert measured == [False, True, True]
+
+
+def test_values_and_their_gradients_are_kinds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Asking(wire.CompressionPolicy):
+        def pays(self, kind: str, tensor: torch.Tensor, host: str) -> bool:
+            asked.append(kind)
+            return False
+
+    monkeypatch.setattr(wire, "POLICY", Asking(lambda host: 1.0, lambda tensor: 1.0))
+    tensor = torch.zeros(4)
+    there_and_back(
+        BackwardResult({"x": tensor}, None, forward=ForwardResult({"x": tensor})), CONTEXT
+    )
+    assert asked == ["gradient of x", "x"]
 
 
 def test_bandwidth_is_that_of_the_last_large_transfer_to_the_host() -> None:
