@@ -170,7 +170,7 @@ class StepGraph:
         found: dict[int, dict[int, tuple[list[str], list[str]]]] = {}
         for program in self.programs:
             for use in program.parameters:
-                if use.owner != program.stage:
+                if use.owner != program.stage and use.trainable:
                     names, uses = found.setdefault(use.owner, {}).setdefault(
                         program.stage, ([], [])
                     )

@@ -13,11 +13,19 @@ from safetensors import SafetensorError, safe_open
 
 from dagflow.errors import ProgramInvalid, SettingsInvalid
 from dagflow.graph.dag import OperatorDag
-from dagflow_storage import ShardRecord, Snapshot, Store, fields
+from dagflow_storage import (
+    DamagedData,
+    NotFound,
+    ShardRecord,
+    Snapshot,
+    Store,
+    fields,
+    list_snapshots,
+)
 from dagflow_storage.bounded_json import load_json
 from dagflow_tasks.operators import dtype_of
 from dagflow_tasks.program import StageProgram
-from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors, stream_tensors, write_tensors
+from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors, stream_tensors
 
 
 @contextmanager
@@ -132,6 +140,7 @@ class WeightFiles:
 
 
 _INDEX = "model.safetensors.index.json"
+_UNUSED = "unused"
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -336,21 +345,42 @@ class Leftovers:
     """Tensors that no stage owns, because the loss doesn't need them; they stay as they were."""
 
     def __init__(self, store: Store, step: int, programs: Sequence[StageProgram]) -> None:
-        snapshot = Snapshot.open(store, step)
         owned = {(PARAMETER, use.parameter) for p in programs for use in p.owned_parameters}
         owned |= {(BUFFER, use.buffer) for p in programs for use in p.buffers}
         self._store = store
-        self._tensors: dict[tuple[str, str], torch.Tensor] = {}
-        for role in (PARAMETER, BUFFER):
-            names = [name for name in snapshot.names(role) if (role, name) not in owned]
-            for name, tensor in read_tensors(snapshot, role, names).items():
-                self._tensors[(role, name)] = tensor
+        self._snapshot = Snapshot.open(store, step)
+        self._wanted = [
+            (role, name)
+            for role in (PARAMETER, BUFFER)
+            for name in self._snapshot.names(role)
+            if (role, name) not in owned
+        ]
 
     def write(self, step: int) -> list[ShardRecord]:
-        """Write them as a shard of a step's snapshot, if there are any."""
-        if not self._tensors:
+        """Write them as a shard of a step's snapshot, if there are any.
+
+        Once: later snapshots refer to that. They don't refer to where they lay before, beside weights
+        that have changed since and would have to be kept with them.
+        """
+        if not self._wanted:
             return []
-        return [write_tensors(self._store, step, "unused", self._tensors)]
+        arrays = self._snapshot.arrays
+        forms = [(*key, dtype_of(arrays[key].dtype), arrays[key].shape) for key in self._wanted]
+        frozen = {name for _, name in self._wanted} if self._is_written() else set()
+        return [stream_tensors(self._store, step, _UNUSED, forms, self._read, frozen)]
+
+    def _is_written(self) -> bool:
+        """Tell whether the newest snapshot has them as a shard of their own."""
+        steps = list_snapshots(self._store)
+        try:
+            shards = Snapshot.open(self._store, steps[-1]).shards if steps else ()
+        except (NotFound, DamagedData):
+            return False
+        known = {(a.role, a.name) for s in shards if s.shard == _UNUSED for a in s.arrays}
+        return known.issuperset(self._wanted)
+
+    def _read(self, role: str, name: str) -> torch.Tensor:
+        return read_tensors(self._snapshot, role, [name])[name]
 
 
 def read_state_dict(store: Store, step: int, aliases: Mapping[str, str]) -> dict[str, torch.Tensor]:

@@ -203,6 +203,18 @@ class StageProgram:
         return tuple(owned.values())
 
     @cached_property
+    def held_parameters(self) -> tuple[ParameterUse, ...]:
+        """One use for each parameter that this stage reads from the run's snapshots.
+
+        Its own, and frozen ones of others: what never changes needn't be lent.
+        """
+        held = {use.parameter: use for use in self.owned_parameters}
+        for use in self.parameters:
+            if not use.trainable:
+                held.setdefault(use.parameter, use)
+        return tuple(held.values())
+
+    @cached_property
     def multiplies_weights(self) -> bool:
         """Whether an operator is a product with a trainable parameter."""
         trainable = {use.value for use in self.parameters if use.trainable}
@@ -210,8 +222,8 @@ class StageProgram:
 
     @cached_property
     def lenders(self) -> tuple[int, ...]:
-        """Stages that own (and update) parameters which this stage uses, too, ascending."""
-        return tuple(sorted({use.owner for use in self.parameters} - {self.stage}))
+        """Stages that own and update parameters which this stage uses, too, ascending."""
+        return tuple(sorted({use.owner for use in self.parameters if use.trainable} - {self.stage}))
 
     @cached_property
     def sources(self) -> tuple[int, ...]:

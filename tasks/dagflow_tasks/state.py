@@ -64,9 +64,9 @@ def load_state(ref: StageRef, program: StageProgram, step: int, device: torch.de
             f"The weights of stage {ref.stage} after step {step} were on a worker that is gone, "
             f"and the store has no snapshot of that step. {error}"
         ) from error
-    owned = {use.parameter: use for use in program.owned_parameters}
+    held = {use.parameter: use for use in program.held_parameters}
     for (role, name), shape in {
-        **{(PARAMETER, use.parameter): use.shape for use in owned.values()},
+        **{(PARAMETER, use.parameter): use.shape for use in held.values()},
         **{(BUFFER, use.buffer): use.shape for use in program.buffers},
     }.items():
         stored = snapshot.arrays.get((role, name))
@@ -76,10 +76,10 @@ def load_state(ref: StageRef, program: StageProgram, step: int, device: torch.de
                 f"{list(stored.shape)}; stage {ref.stage} wants {list(shape)}"
             )
     parameters = {
-        name: with_strides(tensor.to(device), owned[name].strides).requires_grad_(
-            owned[name].trainable
+        name: with_strides(tensor.to(device), held[name].strides).requires_grad_(
+            held[name].trainable
         )
-        for name, tensor in read_tensors(snapshot, PARAMETER, owned).items()
+        for name, tensor in read_tensors(snapshot, PARAMETER, held).items()
     }
     uses = {use.buffer: use for use in program.buffers}
     buffers = {
@@ -105,7 +105,8 @@ def state_tensors(program: StageProgram, state: StageState) -> dict[tuple[str, s
     """Return what a snapshot holds of a stage, by (role, name)."""
     owned_buffers = [use.buffer for use in program.buffers if use.owner == program.stage]
     tensors: dict[tuple[str, str], torch.Tensor] = {
-        (PARAMETER, name): tensor for name, tensor in state.parameters.items()
+        (PARAMETER, use.parameter): state.parameters[use.parameter]
+        for use in program.owned_parameters
     }
     tensors |= {(BUFFER, name): state.buffers[name] for name in dict.fromkeys(owned_buffers)}
     if state.optimizer is not None:
