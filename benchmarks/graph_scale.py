@@ -50,8 +50,9 @@ def step_graph(num_stages: int, num_microbatches: int) -> tuple[StepGraph, Plan]
 def measure(num_stages: int, num_microbatches: int) -> dict[str, Any]:
     graph, plan = step_graph(num_stages, num_microbatches)
     begin = time.perf_counter()
-    priorities = Priorities(plan.schedule())
+    plan.pipeline.schedule()
     scheduled = time.perf_counter() - begin
+    priorities = Priorities(plan.pipeline)
     places = Places([f"tcp://10.0.{s // 250}.{s % 250 + 1}:4000" for s in range(num_stages)])
     process = subprocess.Popen(
         [sys.executable, "-m", "dask", "scheduler", "--port", "0", "--no-dashboard"],

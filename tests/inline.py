@@ -61,7 +61,7 @@ class InlineRun:
             self.store.write_bytes(f"programs/p/stage-{program.stage:03d}.json", text)
         run_id = uuid.uuid4().hex
         plan = Plan.in_turn(cut, [f"worker-{s}" for s in range(len(cut))], num_microbatches)
-        self.priorities = Priorities(plan.schedule())
+        self.priorities = Priorities(plan.pipeline)
         self.refs = [
             StageRef(self.store, run_id, "p", s, self.settings, journal) for s in range(len(cut))
         ]

@@ -6,21 +6,23 @@ operators, and with it the order of every sum, is that of the uncut model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dagflow.errors import PlanInvalid, StageTooLarge
-from dagflow.graph.dag import OperatorDag, Parameter, dtype_bytes
+from dagflow.graph.dag import OperatorDag
 from dagflow.graph.show import amount
 from dagflow.plan.analysis import DagAnalysis
 from dagflow.plan.assemble import assemble
+from dagflow.plan.cuts import Chain, can_be_cut, fewest_bytes, least, least_slowest
+from dagflow.plan.memory import StageNeeds, TrainingMemory, by_worker, state_bytes_by_node
 from dagflow_tasks.program import StageProgram
 
-# Weights, gradients and AdamW's two moments, all in the weights' dtype.
-DEFAULT_STATE_COPIES = 4
-
+# What a cut can't see, borrowed weights above all, and what stages of one worker take together is found
+# out afterwards; the cut is then made anew with less memory, so often at most.
+_MAX_CUTS = 8
 # Of all cuts whose slowest stage is within this factor of the best, take the one with fewest bytes.
 _BALANCE_SLACK = 1.03
 
@@ -35,24 +37,24 @@ class StageEstimate:
         Forward FLOPs of one micro-batch.
     seconds : float
         Nominal seconds of forward and backward; only ratios between stages mean anything.
-    parameter_bytes : int
-    activation_bytes : int
-        Left behind by one micro-batch's forward for its backward.
+    needs : StageNeeds
+        What it takes of its worker's memory.
     in_flight : int
         Micro-batches under way at once in the 1F1B schedule.
-    memory_bytes : int
-        Weights, gradients, optimizer state and the activations in flight.
     output_bytes : int
         Boundary values of one micro-batch.
     """
 
     flops: int
     seconds: float
-    parameter_bytes: int
-    activation_bytes: int
+    needs: StageNeeds
     in_flight: int
-    memory_bytes: int
     output_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """All that it takes of its worker's memory, with the micro-batches in flight."""
+        return self.needs.total(self.in_flight)
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ class Partition:
             readers = sorted({reader for output in program.outputs for reader in output.readers})
             lines.append(
                 f"{program.stage:>5}  {len(program.nodes):>9}  {amount(e.flops, ''):>8}  "
-                f"{e.seconds / slowest:>5.0%}  {amount(e.parameter_bytes, 'B'):>8}  "
-                f"{amount(e.activation_bytes, 'B'):>11}  {e.in_flight:>9}  "
+                f"{e.seconds / slowest:>5.0%}  {amount(e.needs.weight_bytes, 'B'):>8}  "
+                f"{amount(e.needs.activation_bytes, 'B'):>11}  {e.in_flight:>9}  "
                 f"{amount(e.memory_bytes, 'B'):>8}  {amount(e.output_bytes, 'B'):>7}  "
                 f"{', '.join(map(str, readers)) or '-'}"
             )
@@ -107,7 +109,7 @@ def partition(
     *,
     split_points: Sequence[str] | None = None,
     memory_limit_bytes: int | None = None,
-    state_copies: int = DEFAULT_STATE_COPIES,
+    training: TrainingMemory | None = None,
 ) -> Partition:
     """Cut the DAG into stages.
 
@@ -119,9 +121,9 @@ def partition(
     split_points : sequence of str, optional
         Or cut before the first operator of each of these modules.
     memory_limit_bytes : int, optional
-        Memory of the smallest worker.
-    state_copies : int
-        Tensors kept for each weight: itself, its gradient, the optimizer's slots.
+        Memory for a stage.
+    training : TrainingMemory, optional
+        What decides how much memory stages take; AdamW's by default.
 
     Raises
     ------
@@ -132,13 +134,14 @@ def partition(
     """
     if (num_stages is None) == (split_points is None):
         raise PlanInvalid("Give either num_stages= or split_points=, and only one of them.")
-    analysis = DagAnalysis(dag)
-    if split_points is not None:
-        cuts = _cuts_at_modules(analysis, split_points)
-    else:
-        assert num_stages is not None
-        cuts = _balanced_cuts(analysis, num_stages, memory_limit_bytes, state_copies)
-    return _build(analysis, cuts, memory_limit_bytes, state_copies)
+    analysis, training = DagAnalysis(dag), training or TrainingMemory()
+    cuts = None if split_points is None else cuts_at_modules(analysis, split_points)
+    wanted = num_stages if cuts is None else len(cuts) + 1
+    assert wanted is not None
+    if memory_limit_bytes is not None:
+        limits = [memory_limit_bytes] * wanted
+        return fitting(analysis, range(wanted), limits, training, cuts)
+    return build(analysis, cuts or balanced_cuts(analysis, wanted, None, training), training)
 
 
 def partition_by_operator(dag: OperatorDag) -> Partition:
@@ -152,7 +155,7 @@ def partition_by_operator(dag: OperatorDag) -> Partition:
         for cut in _allowed_cuts(analysis)
         if dag.nodes[cut - 1].name not in analysis.free_of_parameters
     ]
-    return _build(analysis, _without_empty_stages(analysis, cuts), None, DEFAULT_STATE_COPIES)
+    return build(analysis, _without_empty_stages(analysis, cuts), TrainingMemory())
 
 
 def _without_empty_stages(analysis: DagAnalysis, cuts: list[int]) -> list[int]:
@@ -163,47 +166,101 @@ def _without_empty_stages(analysis: DagAnalysis, cuts: list[int]) -> list[int]:
     return [cut for cut in kept if cut > 0]
 
 
-def _build(
-    analysis: DagAnalysis, cuts: Sequence[int], memory_limit_bytes: int | None, state_copies: int
+def fitting(
+    analysis: DagAnalysis,
+    placement: Sequence[int],
+    memory_bytes: Sequence[int],
+    training: TrainingMemory,
+    cuts: Sequence[int] | None = None,
 ) -> Partition:
-    programs = assemble(analysis, cuts)
-    estimates = tuple(_estimate(analysis, program, cuts, state_copies) for program in programs)
-    for stage, estimate in enumerate(estimates):
-        if memory_limit_bytes is not None and estimate.memory_bytes > memory_limit_bytes:
-            raise StageTooLarge(_too_large(stage, len(programs), estimate, memory_limit_bytes))
-    return Partition(tuple(cuts), programs, estimates)
+    """Return a cut with which every worker has the memory for all its stages.
+
+    Parameters
+    ----------
+    placement
+        Worker of each stage.
+    memory_bytes
+        Of each worker.
+    cuts
+        The cuts, if they are given.
+
+    Raises
+    ------
+    StageTooLarge
+    """
+    limits = [float(max(1, memory_bytes[worker])) for worker in placement]
+    refusal: StageTooLarge | None = None
+    for _ in range(_MAX_CUTS):
+        try:
+            chosen = cuts or balanced_cuts(analysis, len(placement), limits, training)
+        except StageTooLarge as error:
+            raise refusal or error from None
+        cut = build(analysis, chosen, training)
+        needed = by_worker([e.memory_bytes for e in cut.estimates], placement)
+        share = {worker: memory_bytes[worker] / needed[worker] for worker in needed}
+        if min(share.values()) >= 1:
+            return cut
+        refusal = _refusal(cut, placement, memory_bytes, share)
+        if cuts:
+            break
+        limits = [
+            limit if share[worker] >= 1 else share[worker] * min(limit, estimate.memory_bytes)
+            for limit, worker, estimate in zip(limits, placement, cut.estimates, strict=True)
+        ]
+    assert refusal is not None
+    raise refusal
 
 
-def _too_large(stage: int, num_stages: int, e: StageEstimate, limit: int) -> str:
-    return (
-        f"Stage {stage} of {num_stages} needs about {amount(e.memory_bytes, 'B')}: "
-        f"{amount(e.parameter_bytes, 'B')} of weights with gradients and optimizer state, and "
-        f"{e.in_flight} micro-batches in flight with {amount(e.activation_bytes, 'B')} of "
-        f"activations each; the smallest worker has {amount(limit, 'B')}. Use more stages, smaller "
+def _refusal(
+    cut: Partition,
+    placement: Sequence[int],
+    memory_bytes: Sequence[int],
+    share: Mapping[int, float],
+) -> StageTooLarge:
+    """Return what says of the worker that lacks most what it would need."""
+    worker = min(share, key=lambda worker: share[worker])
+    stages = [stage for stage, place in enumerate(placement) if place == worker]
+    if len(stages) == 1:
+        estimate = cut.estimates[stages[0]]
+        return StageTooLarge(_too_large(stages[0], estimate, len(cut), memory_bytes[worker]))
+    needed = sum(cut.estimates[stage].memory_bytes for stage in stages)
+    return StageTooLarge(
+        f"The stages {', '.join(map(str, stages))} of {len(cut)} need about {amount(needed, 'B')} "
+        f"together; their worker has {amount(memory_bytes[worker], 'B')}. Use more workers, smaller "
         "micro-batches, or workers with more memory."
     )
 
 
+def build(analysis: DagAnalysis, cuts: Sequence[int], training: TrainingMemory) -> Partition:
+    """Return the stages between cuts, and what each costs."""
+    programs = assemble(analysis, cuts)
+    estimates = tuple(_estimate(analysis, program, cuts, training) for program in programs)
+    return Partition(tuple(cuts), programs, estimates)
+
+
+def _too_large(stage: int, e: StageEstimate, num_stages: int, limit: float) -> str:
+    """Say why a stage fits nowhere."""
+    return (
+        f"Stage {stage} of {num_stages} needs about {amount(e.memory_bytes, 'B')}: "
+        f"{amount(e.needs.weight_bytes, 'B')} of weights, with gradients, optimizer and a copy for "
+        f"snapshots {amount(e.needs.state_bytes, 'B')}, and {e.in_flight} micro-batches in flight "
+        f"with {amount(e.needs.activation_bytes, 'B')} of activations each; its worker has "
+        f"{amount(limit, 'B')}. Use more stages, smaller micro-batches, or workers with more memory."
+    )
+
+
 def _estimate(
-    analysis: DagAnalysis, program: StageProgram, cuts: Sequence[int], state_copies: int
+    analysis: DagAnalysis, program: StageProgram, cuts: Sequence[int], training: TrainingMemory
 ) -> StageEstimate:
     bounds = [0, *cuts, len(analysis.dag.nodes)]
-    span = range(bounds[program.stage], bounds[program.stage + 1])
-    by_name = {parameter.name: parameter for parameter in analysis.dag.parameters}
-    weights = {use.parameter for use in program.parameters}
-    parameter_bytes = sum(
-        by_name[name].num_elements * dtype_bytes(by_name[name].dtype) for name in weights
-    )
-    activation_bytes = sum(analysis.saved_bytes[i] for i in span)
-    in_flight = program.num_stages - program.stage
+    span = slice(bounds[program.stage], bounds[program.stage + 1])
     outputs = sum(analysis.dag.tensor_bytes(o.value.dtype, o.value.shape) for o in program.outputs)
+    saved_bytes = sum(analysis.saved_bytes[span])
     return StageEstimate(
         flops=sum(analysis.dag.info[node.name].flops for node in program.nodes),
-        seconds=sum(analysis.node_seconds[i] for i in span),
-        parameter_bytes=parameter_bytes,
-        activation_bytes=activation_bytes,
-        in_flight=in_flight,
-        memory_bytes=parameter_bytes * state_copies + activation_bytes * in_flight,
+        seconds=sum(analysis.node_seconds[span]),
+        needs=StageNeeds.of(analysis.dag, program, saved_bytes, training),
+        in_flight=program.num_stages - program.stage,
         output_bytes=outputs,
     )
 
@@ -212,7 +269,14 @@ def _allowed_cuts(analysis: DagAnalysis) -> list[int]:
     return [c for c in range(1, len(analysis.dag.nodes)) if c not in analysis.forbidden_cuts]
 
 
-def _cuts_at_modules(analysis: DagAnalysis, split_points: Sequence[str]) -> list[int]:
+def cuts_at_modules(analysis: DagAnalysis, split_points: Sequence[str]) -> list[int]:
+    """Return the cuts before the first operator of each of these modules.
+
+    Raises
+    ------
+    PlanInvalid
+        If there is no such module, or no cut.
+    """
     cuts = []
     for path in split_points:
         found = [
@@ -238,40 +302,83 @@ def _cuts_at_modules(analysis: DagAnalysis, split_points: Sequence[str]) -> list
     return cuts
 
 
-def _balanced_cuts(
-    analysis: DagAnalysis, num_stages: int, memory_limit_bytes: int | None, state_copies: int
+def balanced_cuts(
+    analysis: DagAnalysis,
+    num_stages: int,
+    limits: Sequence[float] | None,
+    training: TrainingMemory,
 ) -> list[int]:
-    """Minimise the slowest stage, then the bytes that cross, by dynamic programming over cuts."""
+    """Minimise the slowest stage, then the bytes that cross.
+
+    Parameters
+    ----------
+    limits
+        Memory for each stage, if there are any. Borrowed weights and the journal's spool aren't seen
+        here, only in what `build` returns.
+
+    Raises
+    ------
+    PlanInvalid
+        If the DAG has fewer parts.
+    StageTooLarge
+        If there is no such cut.
+    """
     if num_stages < 1:
         raise PlanInvalid(f"num_stages must be at least 1; found {num_stages}.")
     if num_stages == 1:
         return []
     points = _candidates(analysis, num_stages)
-    seconds, memory = _segment_costs(analysis, points, num_stages, state_copies)
-    if memory_limit_bytes is not None:
-        seconds = np.where(memory <= memory_limit_bytes, seconds, np.inf)
-    best = _bottleneck(seconds)
-    if not np.isfinite(best):
-        cuts = _cheapest(
-            points, _segment_costs(analysis, points, num_stages, state_copies)[1], None
-        )
-        worst = _build(analysis, cuts, None, state_copies).estimates
-        stage = max(range(num_stages), key=lambda s: worst[s].memory_bytes)
-        assert memory_limit_bytes is not None
-        raise StageTooLarge(_too_large(stage, num_stages, worst[stage], memory_limit_bytes))
-    crossing = np.array([analysis.crossing_bytes[c] for c in points[1:-1]], dtype=float)
-    return _cheapest(points, seconds, (best * _BALANCE_SLACK, crossing))
+    chain = _chain(analysis, points, training)
+    in_flight = [num_stages - stage for stage in range(num_stages)]
+    ends = chain.within_memory(in_flight, limits or [np.inf] * num_stages)
+    if limits is not None and not can_be_cut(ends):
+        raise StageTooLarge(_what_is_too_large(analysis, points, chain, limits, training))
+    slowest = chain.within_seconds(_BALANCE_SLACK * least_slowest(chain, ends))
+    return [points[i] for i in fewest_bytes(chain, [np.minimum(e, slowest) for e in ends])]
 
 
-def _candidates(analysis: DagAnalysis, num_stages: int) -> list[int]:
-    """Return 0, the places where few bytes cross compared with their neighbours, and the end."""
-    crossing, end = analysis.crossing_bytes, len(analysis.dag.nodes)
-    allowed = [
+def _what_is_too_large(
+    analysis: DagAnalysis,
+    points: Sequence[int],
+    chain: Chain,
+    limits: Sequence[float],
+    training: TrainingMemory,
+) -> str:
+    """Name the stage that needs most of what it may have, however the DAG is cut."""
+    in_flight = [len(limits) - stage for stage in range(len(limits))]
+
+    def ends(factor: float) -> list[np.ndarray]:
+        return chain.within_memory(in_flight, [factor * limit for limit in limits])
+
+    enough = 1.0
+    while not can_be_cut(ends(enough)):
+        enough *= 2
+    factor = least(lambda factor: can_be_cut(ends(factor)), 1.0, enough)
+    cut = build(analysis, [points[i] for i in fewest_bytes(chain, ends(factor))], training)
+    needed = [e.memory_bytes / limit for e, limit in zip(cut.estimates, limits, strict=True)]
+    stage = needed.index(max(needed))
+    return _too_large(stage, cut.estimates[stage], len(cut), limits[stage])
+
+
+def num_parts(analysis: DagAnalysis) -> int:
+    """Return into how many stages the DAG can be cut at most."""
+    return len(_places(analysis)) + 1
+
+
+def _places(analysis: DagAnalysis) -> list[int]:
+    """Return where a cut leaves both sides something to do, and sends something."""
+    return [
         c
         for c in _allowed_cuts(analysis)
         if analysis.dag.nodes[c - 1].name not in analysis.free_of_parameters
         and analysis.last_reader.get(analysis.dag.nodes[c - 1].name, -1) >= c
     ]
+
+
+def _candidates(analysis: DagAnalysis, num_stages: int) -> list[int]:
+    """Return 0, the places where few bytes cross compared with their neighbours, and the end."""
+    crossing, end = analysis.crossing_bytes, len(analysis.dag.nodes)
+    allowed = _places(analysis)
     low = [
         c
         for i, c in enumerate(allowed)
@@ -287,66 +394,14 @@ def _candidates(analysis: DagAnalysis, num_stages: int) -> list[int]:
     return [0, *chosen, end]
 
 
-def _segment_costs(
-    analysis: DagAnalysis, points: Sequence[int], num_stages: int, state_copies: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return seconds and memory of every segment, as arrays (stage, begin, end)."""
-    index = np.array(points)
-    seconds = np.concatenate([[0.0], np.cumsum(analysis.node_seconds)])[index]
-    saved = np.concatenate([[0.0], np.cumsum(analysis.saved_bytes)])[index]
-    first_use: dict[str, tuple[int, Parameter]] = {}
-    for i, node in enumerate(analysis.dag.nodes):
-        for name in node.references():
-            parameter = analysis.parameter_uses.get(name)
-            if parameter is not None:
-                first_use.setdefault(parameter.name, (i, parameter))
-    weights = np.zeros(len(analysis.dag.nodes) + 1)
-    for i, parameter in first_use.values():
-        weights[i + 1] += parameter.num_elements * dtype_bytes(parameter.dtype) * state_copies
-    weights = np.cumsum(weights)[index]
-    in_flight = (num_stages - np.arange(num_stages))[:, None, None]
+def _chain(analysis: DagAnalysis, points: Sequence[int], training: TrainingMemory) -> Chain:
+    def before(by_node: Sequence[float]) -> np.ndarray:
+        return np.concatenate([[0.0], np.cumsum(by_node, dtype=float)])[list(points)]
 
-    def between(prefix: np.ndarray) -> np.ndarray:
-        difference = prefix[None, :] - prefix[:, None]
-        forward = np.arange(len(prefix))[None, :] > np.arange(len(prefix))[:, None]
-        return np.where(forward, difference, np.inf)[None]
-
-    memory = between(weights) + between(saved) * in_flight
-    return np.broadcast_to(between(seconds), memory.shape), memory
-
-
-def _bottleneck(seconds: np.ndarray) -> float:
-    """Return the least possible cost of the slowest stage."""
-    reach = np.full(seconds.shape[1], np.inf)
-    reach[0] = 0.0
-    for stage_seconds in seconds:
-        reach = np.maximum(reach[:, None], stage_seconds).min(axis=0)
-    return float(reach[-1])
-
-
-def _cheapest(
-    points: Sequence[int], cost: np.ndarray, bound: tuple[float, np.ndarray] | None
-) -> list[int]:
-    """Return the cuts of least total price by dynamic programming.
-
-    With a bound (largest cost of a stage, price of every inner point) the price is the bytes that
-    cross; without one it is the largest cost itself.
-    """
-    num_points = len(points)
-    total = np.full(num_points, np.inf)
-    total[0] = 0.0
-    choices = []
-    for stage_cost in cost:
-        if bound is None:
-            step = np.maximum(total[:, None], stage_cost)
-        else:
-            limit, price = bound
-            priced = np.concatenate([[0.0], price, [0.0]])
-            step = total[:, None] + np.where(stage_cost <= limit, priced[None, :], np.inf)
-        choices.append(step.argmin(axis=0))
-        total = step.min(axis=0)
-    position, cuts = num_points - 1, []
-    for choice in reversed(choices):
-        position = int(choice[position])
-        cuts.append(points[position])
-    return cuts[-2::-1]
+    crossing = np.array([0.0, *(analysis.crossing_bytes[c] for c in points[1:-1]), 0.0])
+    return Chain(
+        before(analysis.node_seconds),
+        before(state_bytes_by_node(analysis.dag, training)),
+        before(analysis.saved_bytes),
+        crossing,
+    )

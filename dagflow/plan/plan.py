@@ -7,14 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dagflow.graph.show import amount
+from dagflow.plan.memory import by_worker
 from dagflow.plan.partition import Partition
-from dagflow.plan.schedule import (
-    Schedule,
-    halved_stages,
-    in_flight_limits,
-    one_forward_one_backward,
-    useful_slack,
-)
+from dagflow.plan.schedule import Pipeline, halved_stages, in_flight_limits, useful_slack
 
 
 @dataclass(frozen=True)
@@ -43,49 +38,58 @@ class Plan:
     halved: tuple[bool, ...]
 
     @classmethod
-    def in_turn(
+    def placed(
         cls,
         partition: Partition,
+        placement: Sequence[int],
         workers: Sequence[str],
         num_microbatches: int,
+        *,
         slack: int | None = None,
-        memory_limit_bytes: int | None = None,
+        memory_bytes: Sequence[int] | None = None,
     ) -> Plan:
-        """Deal the stages out to the workers one after the other.
+        """Decide on what is left when stages have their workers.
 
         Parameters
         ----------
         slack : int, optional
             Micro-batches in flight beyond 1F1B's; `useful_slack` by default, or as many of it as
-            the memory limit allows.
-        memory_limit_bytes : int, optional
-            Of every stage.
+            the memory allows.
+        memory_bytes : sequence of int, optional
+            Of each worker.
         """
-        placement = place_in_turn(len(partition), len(workers))
         if slack is None:
             slack = useful_slack(placement, num_microbatches, _costs(partition))
-            while slack and not _fits(partition, slack, memory_limit_bytes):
+            while slack and not _fits(partition, placement, slack, memory_bytes):
                 slack -= 1
         limits = in_flight_limits(len(partition), slack)
         halved = tuple(
             is_halved and program.multiplies_weights
             for program, is_halved in zip(partition.programs, halved_stages(placement), strict=True)
         )
-        return cls(partition, placement, tuple(workers), limits, num_microbatches, halved)
+        return cls(partition, tuple(placement), tuple(workers), limits, num_microbatches, halved)
+
+    @classmethod
+    def in_turn(
+        cls,
+        partition: Partition,
+        workers: Sequence[str],
+        num_microbatches: int,
+        slack: int | None = None,
+    ) -> Plan:
+        """Deal the stages out to the workers one after the other, whatever their memory."""
+        placement = [stage % len(workers) for stage in range(len(partition))]
+        return cls.placed(partition, placement, workers, num_microbatches, slack=slack)
 
     @property
     def num_stages(self) -> int:
         return len(self.partition)
 
-    def schedule(self) -> Schedule:
-        """Return the 1F1B timetable, with the stages' estimated costs."""
-        return one_forward_one_backward(
-            self.placement,
-            self.num_microbatches,
-            self.limits,
-            self.halved,
-            _costs(self.partition),
-        )
+    @property
+    def pipeline(self) -> Pipeline:
+        """What the 1F1B timetable follows from, with the stages' estimated costs."""
+        costs = tuple(_costs(self.partition))
+        return Pipeline(self.placement, self.num_microbatches, self.limits, self.halved, costs)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -104,7 +108,7 @@ class Plan:
         lines[0] += "  worker"
         for stage in range(self.num_stages):
             lines[stage + 1] += f"  {self.workers[self.placement[stage]]}"
-        total = sum(e.parameter_bytes for e in self.partition.estimates)
+        total = sum(e.needs.weight_bytes for e in self.partition.estimates)
         lines.append(f"{self.num_stages} stages, {amount(total, 'B')} of weights")
         return "\n".join(lines)
 
@@ -116,17 +120,15 @@ def _costs(partition: Partition) -> list[tuple[float, float]]:
     return [(max(s / mean, 1e-3), max(2 * s / mean, 1e-3)) for s in seconds]
 
 
-def _fits(partition: Partition, slack: int, memory_limit_bytes: int | None) -> bool:
-    return memory_limit_bytes is None or all(
-        estimate.memory_bytes + slack * estimate.activation_bytes <= memory_limit_bytes
-        for estimate in partition.estimates
+def _fits(
+    partition: Partition,
+    placement: Sequence[int],
+    slack: int,
+    memory_bytes: Sequence[int] | None,
+) -> bool:
+    if memory_bytes is None:
+        return True
+    needed = [e.needs.total(e.in_flight + slack) for e in partition.estimates]
+    return all(
+        total <= memory_bytes[worker] for worker, total in by_worker(needed, placement).items()
     )
-
-
-def place_in_turn(num_stages: int, num_workers: int) -> tuple[int, ...]:
-    """Deal stages out to workers one after the other.
-
-    With more stages than workers every worker has stages from all over the model, so that the
-    pipeline fills sooner (interleaved 1F1B, arXiv 2104.04473, section 2.2).
-    """
-    return tuple(stage % num_workers for stage in range(num_stages))

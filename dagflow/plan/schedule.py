@@ -60,6 +60,36 @@ class Schedule:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Pipeline:
+    """What a schedule is made for: few numbers, from which anybody makes the same one.
+
+    Attributes
+    ----------
+    placement : tuple of int
+        Worker of each stage.
+    num_microbatches : int
+    limits : tuple of int
+        Largest number of micro-batches in flight for each stage.
+    halved : tuple of bool
+        Whether backwards come in two halves, by stage.
+    costs : tuple of (forward, backward)
+        Durations by stage.
+    """
+
+    placement: tuple[int, ...]
+    num_microbatches: int
+    limits: tuple[int, ...]
+    halved: tuple[bool, ...]
+    costs: tuple[tuple[float, float], ...]
+
+    def schedule(self) -> Schedule:
+        """Return the 1F1B timetable."""
+        return one_forward_one_backward(
+            self.placement, self.num_microbatches, self.limits, self.halved, self.costs
+        )
+
+
 def in_flight_limits(num_stages: int, slack: int = 0) -> tuple[int, ...]:
     """Return how many micro-batches each stage may have between forward and backward.
 

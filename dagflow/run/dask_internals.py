@@ -33,6 +33,7 @@ __all__ = [
     "UnixComm",
     "account_together",
     "add_handler",
+    "cause_of",
     "client_stream",
     "connection_arguments",
     "convert_stream_closed_error",
@@ -229,6 +230,16 @@ def stop_profiling(worker: Worker) -> None:
 def add_handler(worker: Worker, operation: str, handler: Callable[..., Any]) -> None:
     """Have a worker answer whoever connects and names an operation; dask's own shuffle does so."""
     worker.handlers[operation] = handler
+
+
+def cause_of(client: Client, key: Any) -> Any:
+    """Return the key of the task whose failure made another fail; None if nobody knows.
+
+    `Client.recreate_error_locally` asks the scheduler for it, too.
+    """
+    with contextlib.suppress(OSError):  # of a connection that is about to be noticed as lost
+        return client.sync(client.scheduler.get_error_cause, keys=[key])
+    return None
 
 
 def connection_arguments(node: Any) -> dict[str, Any]:

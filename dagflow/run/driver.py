@@ -30,12 +30,22 @@ from dagflow.errors import (
     WorkersLost,
 )
 from dagflow.run.clusters import ask_workers, scheduler_info
+from dagflow.run.dask_internals import cause_of
 from dagflow.run.events import StepEvent
 from dagflow.run.feed import Feed, StepBatch
-from dagflow.run.graph import Key, Places, Priorities, Standing, StepGraph, StepInputs
+from dagflow.run.graph import (
+    Key,
+    Places,
+    Priorities,
+    Standing,
+    StepGraph,
+    StepInputs,
+    attempt_of,
+)
 from dagflow.run.interrupts import Interrupts
 from dagflow.run.ledger import Ledger
-from dagflow.run.membership import STALLED, Membership, ResultGone, place_again
+from dagflow.run.membership import STALLED, Membership, NoRoom, ResultGone, place_again
+from dagflow.run.watch import kind_of
 from dagflow_storage import (
     Lease,
     LeaseUnconfirmed,
@@ -139,7 +149,9 @@ class Driver:
     after_commit : callable
         Called with the step of a snapshot that was just committed, and of those under way.
     stage_bytes : sequence of int
-        Memory for each stage's weights and optimizer.
+        Memory that each stage takes.
+    memory : mapping
+        Memory in bytes of the workers that were there when the run was planned, by address.
     turns : iterator of int
         Counts the rebuildings of all attempts at the run.
     wait_seconds : float
@@ -168,6 +180,7 @@ class Driver:
     after_commit: Callable[[int, Collection[int]], None]
     wait_seconds: float
     stage_bytes: Sequence[int]
+    memory: Mapping[str, int]
     turns: Iterator[int]
     decision: Decision | None = None
     interrupts: Interrupts = field(default_factory=Interrupts)
@@ -192,6 +205,9 @@ class Driver:
     _warming: dict[tuple[int, str], Future] = field(default_factory=dict)
     _lost_stages: Counter[int] = field(default_factory=Counter)
     _failed: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    _handed_out: dict[str, list[str]] = field(default_factory=dict)  # where stages were, by attempt
+    _limits: dict[str, int] = field(default_factory=dict)
+    _asked_of: Collection[str] = ()
     _losses: Counter[int] = field(default_factory=Counter)
     _troubles: Counter[int] = field(default_factory=Counter)
 
@@ -338,7 +354,9 @@ class Driver:
         wanted = list(dsk if keys is None else keys)
         if not wanted:
             return {}
-        places = Places(self.addresses if addresses is None else addresses)
+        if addresses is None:
+            self._handed_out[self.graph.prefix] = addresses = list(self.addresses)
+        places = Places(addresses)
         with dask.annotate(workers=places, priority=self.priorities):
             futures: list[Future] = self.client.get(dsk, wanted, sync=False)
         return dict(zip(wanted, futures, strict=True))
@@ -421,13 +439,13 @@ class Driver:
             raise Disturbed(f"{type(error).__name__}: {error}") from error
         except GarbageReceived as error:
             self._check_workers()
-            self._blame_sender(error)
+            self._blame_sender(error, cause_of(self.client, future.key))
         except TransientError as error:
             self._check_workers()
             raise Disturbed(f"{type(error).__name__}: {error}") from error
         except Exception as error:
             self._check_workers()
-            self._blame_worker(error)
+            self._blame_worker(error, cause_of(self.client, future.key))
 
     def _look_around(self) -> None:
         self.interrupts.heed()
@@ -450,8 +468,13 @@ class Driver:
 
     # Who is to blame
 
-    def _blame_sender(self, error: GarbageReceived) -> NoReturn:
+    def _blame_sender(self, error: GarbageReceived, cause: Key | None) -> NoReturn:
         """Exclude the worker of the stage that sent garbage; twice the same is no accident.
+
+        Parameters
+        ----------
+        cause
+            The task that refused it: its sender is where the stage was when both were handed out.
 
         Raises
         ------
@@ -462,7 +485,9 @@ class Driver:
         stage = error.stage
         if not 0 <= stage < len(self.addresses):
             raise Disturbed(str(error)) from error
-        task, address = (str(error), str(self._done), str(stage)), self.addresses[stage]
+        attempt = self.graph.prefix if cause is None else attempt_of(cause)
+        addresses = self._handed_out.get(attempt, self.addresses)
+        task, address = (str(error), str(self._done), str(stage)), addresses[stage]
         if not self._is_first_failure(task, address):
             twice = f"{error} It was computed twice, on {' and '.join(self._failed[task])}."
             if error.has_nan:
@@ -478,19 +503,18 @@ class Driver:
         delete_segments(self.run.store, plan, self._done, stage)
         raise Disturbed(str(error)) from error
 
-    def _blame_worker(self, error: Exception) -> NoReturn:
+    def _blame_worker(self, error: Exception, cause: Key | None) -> NoReturn:
         """Run a task that failed on another worker; if it fails there, too, the task is to blame."""
-        ours = str(self.graph.key("", 0, 0)[0])
-        failures = [f for f in self.membership.failures if f[0][0].endswith(ours)]
-        if not failures or not self.graph.journal:
+        address = self.membership.where_failed(cause) if cause is not None else None
+        if cause is None or address is None or not self.graph.journal:
             raise error
-        key, address = failures[-1]
-        task = (key[0].removesuffix(ours), *key[1:])
+        kind, stage = kind_of(cause)
+        task = (kind, *map(str, cause[1:]))
         if not self._is_first_failure(task, address):
             raise error
-        self._wrong.add(int(key[2]))
+        self._wrong.add(stage)
         raise Disturbed(
-            f"{task[0]} of stage {task[2]} in step {task[1]} failed on {address}: "
+            f"{kind} of stage {stage} in step {cause[1]} failed on {address}: "
             f"{type(error).__name__}: {error}. It will be tried elsewhere."
         ) from error
 
@@ -518,21 +542,37 @@ class Driver:
         for stage, address in enumerate(self.addresses):
             if address in stalled and stage not in self._moves and self.graph.journal:
                 news = stalled[address]
-                self._move(stage, f"it has stalled for {news['seconds']:.1f} s", address)
+                because = f"it has stalled for {news['seconds']:.1f} s"
+                self._move(stage, because, address, is_frozen=news["silent"])
         for move in self._moves.values():
             if move.stalled is not None and move.future.done():
                 self.membership.exclude(move.stalled, STALLED)
                 raise Disturbed(f"The worker {move.stalled} has stalled; its stages go elsewhere.")
 
-    def _move(self, stage: int, because: str, stalled: str | None = None) -> None:
-        """Begin to rebuild a stage elsewhere, if there is a worker with less to do."""
+    def _move(
+        self, stage: int, because: str, stalled: str | None = None, *, is_frozen: bool = False
+    ) -> None:
+        """Begin to rebuild a stage elsewhere, if a worker has less to do, and room for it.
+
+        Parameters
+        ----------
+        stalled
+            Its worker, if that is why.
+        is_frozen
+            Whether it has fallen silent, so that any other will do.
+        """
         address = self.addresses[stage]
-        others = [a for a in self.membership.usable() if a != address]
-        used = Counter(self.addresses)
-        used.update(move.address for move in self._moves.values())
+        used, taken, memory = Counter[str](), Counter[str](), self._memory()
+        for s, place in (*enumerate(self.addresses), *self._targets().items()):
+            used[place] += 1
+            taken[place] += self.stage_bytes[s]
+        others = [
+            a
+            for a in self.membership.usable()
+            if a != address and taken[a] + self.stage_bytes[stage] <= memory.get(a, math.inf)
+        ]
         spares = [a for a in others if not used[a]]
-        frozen = stalled is not None and self.membership.stalled[stalled]["silent"]
-        if not spares and not (frozen and others):
+        if not spares and not (is_frozen and others):
             return
         target = spares[0] if spares else min(others, key=lambda a: used[a])
         self.note(f"Rebuilding stage {stage} of {address} on {target}, too: {because}.")
@@ -557,10 +597,12 @@ class Driver:
             return
         used = Counter(self.addresses)
         crowded = [s for s, address in enumerate(self.addresses) if used[address] > 1]
-        if crowded and any(address not in used for address in self.membership.usable()):
-            self._move(
-                crowded[-1], f"a worker has joined, and this one has {used.most_common(1)[0][1]}"
-            )
+        if not any(address not in used for address in self.membership.usable()):
+            return
+        for stage in reversed(crowded):
+            if not self._moves:
+                count = used[self.addresses[stage]]
+                self._move(stage, f"a worker has joined, and this one has {count}")
 
     def _drop_moves_to_nowhere(self) -> None:
         usable = self.membership.usable()
@@ -590,7 +632,11 @@ class Driver:
             for (stage, address), future in self._warming.items()
             if future.status == "finished" and address not in self.addresses
         }
-        return {**found, **{stage: move.address for stage, move in self._moves.items()}}
+        return {**found, **self._targets()}
+
+    def _targets(self) -> dict[int, str]:
+        """Return by stage the worker that it is being moved to."""
+        return {stage: move.address for stage, move in self._moves.items()}
 
     def _arrived(self) -> set[int]:
         """Return the stages that are ready elsewhere, to be taken over between two steps."""
@@ -692,11 +738,10 @@ class Driver:
 
     def _rebuild(self, lost: set[int]) -> None:
         """Place lost stages on other workers, and submit what is left of the steps in flight."""
-        if not JOURNAL.flush(self.wait_seconds):
+        if not self._is_flushed(JOURNAL.flush):
             raise WorkersLost(f"The journal can't be written: {JOURNAL.stats().trouble}")
         self.graph = self.graph.again(uuid.uuid4().hex[:8])
-        usable = self._await_somebody()
-        self.addresses[:] = place_again(self.addresses, lost, usable, self._warm())
+        self.addresses[:] = self._placed_again(lost)
         self._lost_stages.update(lost)
         self._unsent |= lost  # also those of an earlier try that was itself disturbed
         if lost:
@@ -720,29 +765,56 @@ class Driver:
             self._submit(flight, first=number == 0)
         self._unsent.clear()
 
-    def _await_somebody(self) -> list[str]:
-        """Return the workers that may get a stage, once there are any."""
-        usable = self.membership.usable()
-        if usable:
-            return usable
-        self.membership.forgive()
-        self.note(
-            f"All workers are gone; waiting for new ones (dagflow join "
-            f"{self.client.scheduler.address})."
-        )
+    def _is_flushed(self, flush: Callable[[float], bool]) -> bool:
+        """Wait until something is written, heeding interrupts; False if it takes too long."""
         deadline = time.monotonic() + self.wait_seconds
-        while not (usable := self.membership.usable()):
+        while not flush(_TICK_SECONDS):
+            self.interrupts.heed()
+            if time.monotonic() > deadline:
+                return False
+        return True
+
+    def _placed_again(self, lost: Collection[int]) -> list[str]:
+        """Return the stages' workers, once there are any with room for those that are lost.
+
+        Raises
+        ------
+        WorkersLost
+            If none has come in time.
+        """
+        if not self.membership.usable():
+            self.membership.forgive()
+        deadline: float | None = None
+        while True:
+            usable, wanted = self.membership.usable(), "All workers are gone"
+            if usable:
+                try:
+                    needs, memory = self.stage_bytes, self._memory()
+                    return place_again(self.addresses, lost, usable, self._warm(), needs, memory)
+                except NoRoom as error:
+                    wanted = str(error)
+            address = self.client.scheduler.address
+            if deadline is None:
+                deadline = time.monotonic() + self.wait_seconds
+                self.note(f"{wanted}; waiting for new ones (dagflow join {address}).")
             left = deadline - time.monotonic()
             if left <= 0:
                 raise WorkersLost(
-                    f"0 of 1 workers joined {self.client.scheduler.address} within "
-                    f"{self.wait_seconds:g} s."
+                    f"{wanted}, and none has joined {address} within {self.wait_seconds:g} s."
                 )
             self.membership.wait(min(left, _TICK_SECONDS))
             self.interrupts.heed()
             with contextlib.suppress(OSError):
                 self.membership.refresh()
-        return usable
+
+    def _memory(self) -> dict[str, int]:
+        """Return the memory of each worker that says how much it has."""
+        if self._asked_of is not self.membership.present:  # which is replaced, not changed
+            self._asked_of = self.membership.present
+            workers = scheduler_info(self.client)["workers"]
+            limits = {address: info.get("memory_limit") for address, info in workers.items()}
+            self._limits = {address: limit for address, limit in limits.items() if limit}
+        return {**self._limits, **self.memory}
 
     def _progress(self, stages: Collection[int]) -> dict[int, StageProgress]:
         """Ask the workers of some stages how far these are."""
@@ -782,7 +854,7 @@ class Driver:
             futures = self._saves[step]
             if step > done or not (wait_for_all or all(f.done() for f in futures.values())):
                 continue
-            if wait_for_all and not self.ledger.flush(self.wait_seconds):
+            if wait_for_all and not self._is_flushed(self.ledger.flush):
                 raise WorkersLost(f"The ledger can't be written: {self.ledger.trouble}")
             if not self.ledger.has_written(step):
                 continue  # the next step will do

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
-from dagflow.plan.schedule import BACKWARD, FORWARD, WEIGHTS, Schedule
+from dagflow.plan.schedule import BACKWARD, FORWARD, WEIGHTS, Pipeline
 from dagflow.run.behind import save_behind
 from dagflow.run.dask_internals import StepTask, Task, TaskRef
 from dagflow_tasks import snapshots, tasks
@@ -574,6 +574,11 @@ class _StepBuilder:
         return TaskRef(self.graph.key("update", self.k, stage))
 
 
+def attempt_of(key: Key) -> str:
+    """Return the prefix of the graph that a key is of, see `StepGraph`."""
+    return str(key[0]).rpartition("-")[2]
+
+
 def task(key: Key, function: Callable[..., Any], *args: Any, after: Sequence[Key] = ()) -> Task:
     """Return a dask task whose arguments may hold `TaskRef`s inside lists.
 
@@ -598,17 +603,21 @@ def task(key: Key, function: Callable[..., Any], *args: Any, after: Sequence[Key
 class Priorities:
     """Gives every key its place in the schedule, as dask understands it: higher goes first.
 
-    Picklable and small: it travels with every step's graph and is called on the scheduler.
+    Travels with every graph, and is called on the scheduler: so it is what the schedule follows from,
+    and the scheduler makes the schedule itself, once for each plan.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
-        self._starts: dict[Key, float] = {
-            (action.kind, action.stage, action.microbatch): start
-            for action, start in schedule.starts.items()
-        }
-        self._span = schedule.length + 4
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._starts: Mapping[Key, float] = {}
+        self._span = 0.0
+
+    def __reduce__(self) -> Any:
+        return Priorities, (self._pipeline,)
 
     def __call__(self, key: Key) -> float:
+        if not self._starts:
+            self._starts, self._span = _starts(self._pipeline)
         kind, step, stage, *more = key
         name = str(kind).partition("-")[0]
         if name in _ACTIONS:
@@ -618,6 +627,17 @@ class Priorities:
         else:
             start = -1.0 if name in _AT_ONCE else self._span - 3
         return -(int(str(step)) * self._span + start)
+
+
+@lru_cache(maxsize=4)
+def _starts(pipeline: Pipeline) -> tuple[Mapping[Key, float], float]:
+    """Return when each action of a step starts, and how far apart two steps are."""
+    schedule = pipeline.schedule()
+    starts: dict[Key, float] = {
+        (action.kind, action.stage, action.microbatch): start
+        for action, start in schedule.starts.items()
+    }
+    return starts, schedule.length + 4
 
 
 class Places:

@@ -25,7 +25,7 @@ class Config:
     split_points : sequence of str, optional
         Module paths to cut at, instead of balancing `num_stages`.
     memory_limit_bytes : int, optional
-        Memory that a stage may take; the smallest worker's by default.
+        Memory that the stages of a worker may take; each worker's own by default.
     granularity : {"stage", "operator"}
         "operator" runs every operator as a dask task of its own: slow, and the reference that
         stages are checked against.

@@ -24,14 +24,18 @@ from dagflow.errors import (
     BatchInvalid,
     SchedulerLost,
     SettingsInvalid,
+    StageTooLarge,
     StoreHoldsAnotherRun,
     TransientError,
 )
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.loss import LossFunction
+from dagflow.plan.analysis import DagAnalysis
 from dagflow.plan.check import CheckReport
 from dagflow.plan.loss_weight import LossWeights
-from dagflow.plan.partition import Partition, partition, partition_by_operator
+from dagflow.plan.memory import TrainingMemory
+from dagflow.plan.partition import cuts_at_modules, partition_by_operator
+from dagflow.plan.placement import place
 from dagflow.plan.plan import Plan
 from dagflow.run.arguments import check_arguments, journal_steps, observers, open_store
 from dagflow.run.clusters import ask_workers, open_cluster, reconnect, roster
@@ -89,6 +93,7 @@ from dagflow_tasks.results import Decision
 # A run whose workers keep leaving before it gets anywhere is given up after so many attempts.
 _MAX_FRUITLESS_ATTEMPTS = 5
 _FLUSH_SECONDS = 20.0
+_LOOK_EVERY_SECONDS = 1.0
 # A store that is away for some minutes holds a run up; it doesn't end it.
 _PATIENT = RetryPolicy(total_seconds=600.0)
 
@@ -181,7 +186,8 @@ def train(
     steps, epochs : int
         How long: `steps` if given, else passes over the data.
     num_stages : int or "auto"
-        "auto" takes one a worker.
+        "auto" takes one for each worker that makes a step shorter, as far as the model can be cut; the
+        others are spares.
     num_microbatches : int
         Parts of a batch that go through the stages one after the other. A batch that it doesn't
         divide is split unevenly; the loss is the mean over the batch all the same.
@@ -437,7 +443,7 @@ class _Session:
 
     def _attempt(self, client: Client, workers: Sequence[WorkerFacts]) -> int:
         """Plan for the workers that are there, and run until the end or until one is lost."""
-        self.plan = make_plan(self.dag, workers, self.num_stages, self.mathematics, self.config)
+        self.plan, workers = self._planned(client, workers)
         name = self._write_programs(self.plan)
         graph = self._graph(self.plan, name)
         ask_workers(client, _settle, self.run.run_id, name, seconds=2 * _FLUSH_SECONDS)
@@ -449,13 +455,47 @@ class _Session:
         self.line.begin(start)
         with Membership(client) as membership, ledger.writing():
             leftovers = Leftovers(self.run.store, newest, graph.programs)
-            driver = self._driver(client, graph, addresses, membership, ledger, start, leftovers)
+            driver = self._driver(
+                client, workers, graph, addresses, membership, ledger, start, leftovers
+            )
             with driver.cleaning_up(), driver.interrupts.noted():
                 try:
                     return driver.go(start, self.total)
                 except KeyboardInterrupt:
                     self._stop(driver, start)
                     raise
+
+    def _planned(
+        self, client: Client, workers: Sequence[WorkerFacts]
+    ) -> tuple[Plan, Sequence[WorkerFacts]]:
+        """Plan for the workers that are there; once a plan was lost, wait for those that it takes.
+
+        Raises
+        ------
+        PlanInvalid, StageTooLarge
+        """
+        deadline: float | None = None
+        training = TrainingMemory(
+            self.mathematics.optimizer.moments(),
+            copies=self.snapshot_every is not None,
+            num_microbatches=self.mathematics.num_microbatches,
+            journal_steps=self.journal,
+        )
+        while True:
+            try:
+                plan = make_plan(
+                    self.dag, workers, self.num_stages, self.mathematics, self.config, training
+                )
+                return plan, workers
+            except StageTooLarge as error:
+                if self.plan is None or (deadline is not None and time.monotonic() > deadline):
+                    raise
+                if deadline is None:
+                    deadline = time.monotonic() + self.config.cluster.wait_seconds
+                    address = client.scheduler.address
+                    self.line.note(f"{error} Waiting for others (dagflow join {address}).")
+            time.sleep(_LOOK_EVERY_SECONDS)
+            workers = roster(client, 1, self.config.cluster.wait_seconds)
 
     def _write_programs(self, plan: Plan) -> str:
         """Store the plan's programs under a name that says what is computed, and return it.
@@ -473,11 +513,9 @@ class _Session:
 
     def _start(self, graph: StepGraph, newest: int) -> tuple[int, Ledger]:
         """Return the step that all stages can be brought to, and the ledger up to there."""
-        rows = self.run.ledger.read()
+        rows = self.run.ledger.read(self._needed_since())
         self.seen.learn(rows)
-        records = {row["step"]: StepRecord.from_json(row) for row in rows if self.journal}
-        since = self._needed_since()
-        kept = {step: record for step, record in records.items() if step >= since}
+        kept = {row["step"]: StepRecord.from_json(row) for row in rows if self.journal}
         start = reach(graph.refs[0], graph.programs, graph.neighbours, newest, kept)
         if start > newest:
             self.line.note(
@@ -522,6 +560,7 @@ class _Session:
     def _driver(
         self,
         client: Client,
+        workers: Sequence[WorkerFacts],
         graph: StepGraph,
         addresses: list[str],
         membership: Membership,
@@ -530,10 +569,13 @@ class _Session:
         leftovers: Leftovers,
     ) -> Driver:
         assert self.plan is not None
+        limit = self.config.memory_limit_bytes
+        estimates = self.plan.partition.estimates
+        is_coarse = self.config.granularity == "stage"  # otherwise nobody has looked what fits
         return Driver(
             client=client,
             graph=graph,
-            priorities=Priorities(self.plan.schedule()),
+            priorities=Priorities(self.plan.pipeline),
             addresses=addresses,
             feed=self._feed(client, addresses, start),
             schedule=self.mathematics.schedule,
@@ -549,7 +591,8 @@ class _Session:
             after_commit=lambda step, saving: self._tidy(ledger, saving),
             wait_seconds=self.config.cluster.wait_seconds,
             turns=self.turns,
-            stage_bytes=[4 * e.parameter_bytes for e in self.plan.partition.estimates],
+            stage_bytes=[e.memory_bytes if is_coarse else 0 for e in estimates],
+            memory={w.address: limit or w.memory_bytes for w in workers},
             decision=self._decision(ledger, start),
         )
 
@@ -624,6 +667,7 @@ def make_plan(
     num_stages: int | str,
     mathematics: Mathematics,
     config: Config,
+    training: TrainingMemory | None = None,
 ) -> Plan:
     """Cut the DAG for these workers and place the stages.
 
@@ -631,27 +675,31 @@ def make_plan(
     ------
     PlanInvalid, StageTooLarge
     """
-    limit = config.memory_limit_bytes or min(worker.memory_bytes for worker in workers)
-    cut = _partition(dag, len(workers), limit, num_stages, config)
+    if isinstance(num_stages, str) and num_stages != "auto":
+        raise SettingsInvalid(f"num_stages is a number or 'auto'; found {num_stages!r}.")
     names = [worker.name for worker in workers]
-    slack = config.in_flight_slack
-    if slack is None and config.granularity == "operator":
-        slack = 0  # looking for what is useful takes long with a stage for every operator
-    return Plan.in_turn(cut, names, mathematics.num_microbatches, slack, memory_limit_bytes=limit)
-
-
-def _partition(
-    dag: OperatorDag, num_workers: int, limit: int, num_stages: int | str, config: Config
-) -> Partition:
     if config.granularity == "operator":
-        return partition_by_operator(dag)
-    if config.split_points is not None:
-        return partition(dag, split_points=config.split_points, memory_limit_bytes=limit)
-    if isinstance(num_stages, str):
-        if num_stages != "auto":
-            raise SettingsInvalid(f"num_stages is a number or 'auto'; found {num_stages!r}.")
-        num_stages = num_workers
-    return partition(dag, num_stages, memory_limit_bytes=limit)
+        # Looking for what is useful takes long with a stage for every operator.
+        slack = config.in_flight_slack or 0
+        return Plan.in_turn(partition_by_operator(dag), names, mathematics.num_microbatches, slack)
+    analysis = DagAnalysis(dag)
+    memory_bytes = [config.memory_limit_bytes or worker.memory_bytes for worker in workers]
+    split_points = config.split_points
+    cut, placement = place(
+        analysis,
+        memory_bytes,
+        training or TrainingMemory(num_microbatches=mathematics.num_microbatches),
+        num_stages=None if isinstance(num_stages, str) else num_stages,
+        cuts=None if split_points is None else cuts_at_modules(analysis, split_points),
+    )
+    return Plan.placed(
+        cut,
+        placement,
+        names,
+        mathematics.num_microbatches,
+        slack=config.in_flight_slack,
+        memory_bytes=memory_bytes,
+    )
 
 
 def _open_run(

@@ -335,6 +335,11 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
             Decision.from_json(value)
 
 
+def most_waiting_bytes() -> int:
+    """Return how much a process's journal keeps that isn't written yet, at most about."""
+    return _SPOOL_BYTES
+
+
 JOURNAL = Journal()
 
 __all__ = ["JOURNAL", "EntryKey", "Journal", "Sent", "read_sent"]

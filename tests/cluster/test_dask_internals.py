@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import dask
 import pytest
@@ -30,6 +30,7 @@ from dagflow.run.dask_internals import (
     StepTask,
     Task,
     TaskRef,
+    cause_of,
     executing_seconds,
     keep_time,
     run_next,
@@ -398,3 +399,22 @@ def test_a_worker_whose_clock_is_set_back_goes_on_working(tmp_path: Path) -> Non
         finally:
             kill_group(worker)
             worker.communicate()
+
+
+def test_the_scheduler_knows_which_tasks_failure_made_others_fail(client: Client) -> None:
+    def fail() -> NoReturn:
+        raise ZeroDivisionError
+
+    keys: list[Any] = [("cause-0123abcd", 0, 0), ("between-0123abcd", 0, 0), ("end-0123abcd", 0, 0)]
+    cause, between, end = keys
+    tasks = {
+        cause: Task(cause, fail),
+        between: Task(between, str, TaskRef(cause)),
+        end: Task(end, str, TaskRef(between)),
+    }
+    with dask.annotate(workers=Places(sorted(scheduler_info(client)["workers"]))):
+        (future,) = client.get(tasks, [end], sync=False)
+    wait_until(future.done, "the last task has failed")
+    assert cause_of(client, end) == cause
+    assert cause_of(client, ("nobody-0123abcd", 0, 0)) is None
+    future.release()

@@ -19,6 +19,7 @@ from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.analysis import DagAnalysis
 from dagflow.plan.assemble import assemble
+from dagflow.plan.memory import TrainingMemory
 from dagflow.plan.partition import partition, partition_by_operator
 from dagflow.plan.plan import Plan
 from dagflow_tasks.operators import aliased_arguments, mutated_arguments
@@ -166,7 +167,7 @@ def test_a_stage_that_fits_nowhere_is_refused_with_the_numbers() -> None:
     with pytest.raises(
         StageTooLarge,
         match=r"Stage \d of 2 needs about [\d.]+ kB: 33.3 kB of weights.* micro-batches in flight "
-        r"with [\d.]+ kB of activations each; the smallest worker has 50 kB. Use more stages",
+        r"with [\d.]+ kB of activations each; its worker has 50 kB. Use more stages",
     ):
         partition(dag, 2, memory_limit_bytes=50_000)
 
@@ -185,12 +186,16 @@ def test_a_memory_limit_moves_the_cuts() -> None:
 
 
 def test_estimates_count_weights_and_activations_in_flight() -> None:
-    cut = partition(uniform(4, width=64), 2, state_copies=3)
+    training = TrainingMemory(moments=1.0, copies=False, num_microbatches=4, journal_steps=1)
+    cut = partition(uniform(4, width=64), 2, training=training)
     assert [e.in_flight for e in cut.estimates] == [2, 1]
     for estimate in cut.estimates:
-        assert estimate.parameter_bytes == 2 * (64 * 64 + 64) * 4
-        wanted = 3 * estimate.parameter_bytes + estimate.in_flight * estimate.activation_bytes
-        assert estimate.memory_bytes == wanted
+        needs = estimate.needs
+        assert needs.weight_bytes == 2 * (64 * 64 + 64) * 4
+        assert needs.state_bytes == 3 * needs.weight_bytes
+        assert needs.spool_bytes == 4 * 16 * 64 * 4  # the first's values, the last's gradients
+        activation_bytes = estimate.in_flight * needs.activation_bytes
+        assert estimate.memory_bytes == needs.state_bytes + needs.spool_bytes + activation_bytes
     assert cut.estimates[0].output_bytes == 16 * 64 * 4
     assert cut.estimates[0].flops >= 2 * (2 * 16 * 64 * 64)
 
@@ -198,12 +203,14 @@ def test_estimates_count_weights_and_activations_in_flight() -> None:
 def test_micro_batches_beyond_1f1b_stay_within_the_memory() -> None:
     cut = partition(uniform(6, width=64), 6)
 
-    def limits(memory_limit_bytes: int | None, workers: Sequence[str] = "abc") -> Sequence[int]:
-        plan = Plan.in_turn(cut, workers, 16, memory_limit_bytes=memory_limit_bytes)
-        return plan.limits
+    def limits(memory_bytes: int | None, workers: Sequence[str] = "abc") -> Sequence[int]:
+        placement = [stage % len(workers) for stage in range(6)]
+        memory = None if memory_bytes is None else [memory_bytes] * len(workers)
+        return Plan.placed(cut, placement, workers, 16, memory_bytes=memory).limits
 
     assert limits(None) == (7, 6, 5, 4, 3, 1)
-    one_more = max(e.memory_bytes + e.activation_bytes for e in cut.estimates)
+    needed = [e.needs.total(e.in_flight + 1) for e in cut.estimates]
+    one_more = max(needed[0] + needed[3], needed[1] + needed[4], needed[2] + needed[5])
     assert limits(one_more) == (7, 6, 5, 4, 3, 1)
     assert limits(one_more - 1) == (6, 5, 4, 3, 2, 1)
     assert limits(None, workers="abcdef") == (6, 5, 4, 3, 2, 1)

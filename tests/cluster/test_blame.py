@@ -1,0 +1,87 @@
+"""Who is blamed for what fails: the worker of the task that failed, of the stage that sent garbage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from distributed import Future
+from drivers import driver_of
+from local import local_client, wait_until
+
+from dagflow.run.clusters import ClusterSettings, open_cluster
+from dagflow.run.dask_internals import Task, TaskRef
+from dagflow.run.driver import Disturbed, Driver
+from dagflow.run.graph import Key
+from dagflow.run.membership import Membership
+from dagflow_storage import Store
+from dagflow_tasks.errors import GarbageReceived
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[Driver]:
+    """A driver of two stages on two workers."""
+    with (
+        local_client(2, processes=False) as client,
+        open_cluster(client, ClusterSettings(), Store(str(tmp_path))),
+        Membership(client) as membership,
+    ):
+        yield driver_of(membership, sorted(membership.present))
+
+
+def handed_out(driver: Driver, tasks: dict[Key, Any], wanted: Key) -> Future:
+    """Hand out tasks as the driver's step, and return when the wanted one is done or has failed."""
+    future = driver._get(tasks, [wanted])[wanted]
+    wait_until(future.done, f"{wanted} is done")
+    return future
+
+
+def failing(driver: Driver, step: int, stage: int) -> dict[Key, Any]:
+    """An update that fails, and what depends on it."""
+
+    def fail() -> NoReturn:
+        raise ZeroDivisionError
+
+    update, report = (driver.graph.key(kind, step, stage) for kind in ("update", "report"))
+    return {update: Task(update, fail), report: Task(report, str, TaskRef(update))}
+
+
+def test_the_task_that_failed_is_to_blame_and_not_the_latest_that_has(driver: Driver) -> None:
+    first = handed_out(driver, failing(driver, 0, 0), driver.graph.key("report", 0, 0))
+    later = handed_out(driver, failing(driver, 0, 1), driver.graph.key("report", 0, 1))
+    with pytest.raises(
+        Disturbed, match=f"update of stage 0 in step 0 failed on {driver.addresses[0]}"
+    ):
+        driver._result(first)
+    assert list(driver.membership.excluded) == driver.addresses[:1]
+    assert driver._wrong == {0}
+    later.release()
+
+
+def test_what_was_handed_out_before_a_rebuilding_is_blamed_as_well(driver: Driver) -> None:
+    # As a snapshot that is still being written is.
+    first = handed_out(driver, failing(driver, 0, 1), driver.graph.key("report", 0, 1))
+    driver.graph = driver.graph.again("89abcdef")
+    with pytest.raises(Disturbed, match="failed on"):
+        driver._result(first)
+    assert list(driver.membership.excluded) == driver.addresses[1:]
+
+
+def test_garbage_is_blamed_on_where_the_stage_was_that_sent_it(driver: Driver) -> None:
+    before = list(driver.addresses)
+
+    def refuse() -> NoReturn:
+        raise GarbageReceived("Stage 0 sent garbage.", 0)
+
+    key = driver.graph.key("update", 0, 1)
+    refused = handed_out(driver, {key: Task(key, refuse)}, key)
+    driver.graph = driver.graph.again("89abcdef")
+    driver.addresses[:] = [before[1], before[1]]
+    again = driver.graph.key("update", 0, 1)
+    fine = handed_out(driver, {again: Task(again, int)}, again)
+    with pytest.raises(Disturbed, match="sent garbage"):
+        driver._result(refused)
+    assert list(driver.membership.excluded) == before[:1]
+    fine.release()
