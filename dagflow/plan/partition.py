@@ -197,14 +197,16 @@ def fitting(
             raise refusal or error from None
         cut = build(analysis, chosen, training)
         needed = by_worker([e.memory_bytes for e in cut.estimates], placement)
-        share = {worker: memory_bytes[worker] / needed[worker] for worker in needed}
+        share = {worker: memory_bytes[worker] / max(1, needed[worker]) for worker in needed}
         if min(share.values()) >= 1:
             return cut
         refusal = _refusal(cut, placement, memory_bytes, share)
         if cuts:
             break
         limits = [
-            limit if share[worker] >= 1 else share[worker] * min(limit, estimate.memory_bytes)
+            limit
+            if share[worker] >= 1
+            else max(1.0, share[worker] * min(limit, estimate.memory_bytes))
             for limit, worker, estimate in zip(limits, placement, cut.estimates, strict=True)
         ]
     assert refusal is not None
