@@ -126,9 +126,9 @@ def state_bytes_by_node(dag: OperatorDag, training: TrainingMemory) -> list[int]
     return found
 
 
-def by_worker(stage_bytes: Iterable[int], placement: Sequence[int]) -> dict[int, int]:
+def by_worker(stage_bytes: Iterable[float], placement: Sequence[int]) -> dict[int, float]:
     """Return what each worker needs for all its stages together."""
-    needed: dict[int, int] = {}
+    needed: dict[int, float] = {}
     for worker, num_bytes in zip(placement, stage_bytes, strict=True):
         needed[worker] = needed.get(worker, 0) + num_bytes
     return needed

@@ -203,14 +203,39 @@ def fitting(
         refusal = _refusal(cut, placement, memory_bytes, share)
         if cuts:
             break
-        limits = [
-            limit
-            if share[worker] >= 1
-            else max(1.0, share[worker] * min(limit, estimate.memory_bytes))
-            for limit, worker, estimate in zip(limits, placement, cut.estimates, strict=True)
-        ]
+        limits = _narrower(limits, placement, memory_bytes, cut, _seen_bytes(analysis, cut, training))
     assert refusal is not None
     raise refusal
+
+
+def _seen_bytes(analysis: DagAnalysis, cut: Partition, training: TrainingMemory) -> list[float]:
+    """Return what `balanced_cuts` sees each stage take of its worker's memory."""
+    bounds = [0, *cut.cuts, len(analysis.dag.nodes)]
+    chain = _chain(analysis, bounds, training)
+    in_flight = np.array([estimate.in_flight for estimate in cut.estimates])
+    seen = np.diff(chain.state_bytes) + in_flight * np.diff(chain.saved_bytes)
+    return [float(num_bytes) for num_bytes in seen]
+
+
+def _narrower(
+    limits: Sequence[float],
+    placement: Sequence[int],
+    memory_bytes: Sequence[int],
+    cut: Partition,
+    seen: Sequence[float],
+) -> list[float]:
+    """Return limits that leave room for what wasn't seen, to the stages whose worker is too small.
+
+    Its stages shrink alike, so each of them has to: the next cut is another one.
+    """
+    total = by_worker([estimate.memory_bytes for estimate in cut.estimates], placement)
+    movable = by_worker(seen, placement)
+    return [
+        limit
+        if total[worker] <= memory_bytes[worker]
+        else max(1.0, num_bytes * (1 - (total[worker] - memory_bytes[worker]) / movable[worker]))
+        for limit, worker, num_bytes in zip(limits, placement, seen, strict=True)
+    ]
 
 
 def _refusal(
