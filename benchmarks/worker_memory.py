@@ -1,83 +1,90 @@
-"""Peak memory of each worker against what 1F1B needs: weights, gradients, optimizer, activations.
+"""Peak memory of each worker against what the plan says that its stages take.
 
-Trains the throughput benchmark's GPT on two workers and compares every worker's peak (beyond what
-Python and torch take before the run) with the sum of
+Trains the throughput benchmark's GPT on two workers, with snapshots written meanwhile, and compares
+every worker's peak, beyond what Python and torch take before the run, with what `dagflow.plan.memory`
+counts for all its stages: weights, gradients, the optimizer's moments, the copy for a snapshot, what
+waits for the journal, and activations.
 
-- its stage's weights, gradients and AdamW moments, and
-- what autograd saves in one micro-batch's forward, measured, times the micro-batches in flight.
-
-    python benchmarks/worker_memory.py [--microbatches 8 64]
+    python benchmarks/worker_memory.py [--optimizers SGD AdamW] [--adapters 0 8] [--stages 1 2 4]
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from common import write_results
+from torch import nn
 from workload import Workload
 
 import dagflow
-from dagflow.plan.schedule import in_flight_limits
+from dagflow.plan.memory import by_worker
+from dagflow.plan.plan import Plan
 from dagflow.run.allocator import allocator_path
 from dagflow.run.clusters import ClusterSettings, open_cluster, scheduler_info
 from dagflow_storage import Store
-from dagflow_tasks.interpreter import Executable, RandomAddress
-from dagflow_tasks.program import StageProgram
 
-STATE_COPIES = 4  # weights, gradients, two moments
-
-
-def saved_bytes(program: StageProgram, values: dict[str, Any], sizes: dict[str, int]) -> int:
-    """Return the bytes that autograd keeps after one forward, parameters aside."""
-    parameters = {values[use.value].untyped_storage().data_ptr() for use in program.parameters}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = Executable(program, torch.device("cpu")).run(
-            values, sizes, RandomAddress(0, 0, 0)
-        )
-        for tensor in outputs.values():
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(kept.values())
+_NUM_WORKERS = 2
+_SNAPSHOT_EVERY = 2
+_OPTIONS = {"SGD": {"lr": 0.01}, "AdamW": {"lr": 3e-4}}
 
 
-def needed_bytes(workload: Workload) -> list[int]:
-    """Return what each stage needs by the book."""
-    rows, length = workload.rows_per_microbatch, workload.context
-    ids = torch.randint(0, workload.vocab_size, (rows, length))
-    batch = {"input_ids": ids, "labels": ids.clone()}
-    dag = dagflow.capture(workload.model().train(), batch)
-    cut = dagflow.partition(dag, workload.num_stages)
-    limits = in_flight_limits(workload.num_stages)
-    sizes = {s.name: s.hint for s in dag.symbols}
-    available: dict[str, Any] = {f"in.{name}": tensor for name, tensor in batch.items()}
-    needed = []
-    for program, limit in zip(cut.programs, limits, strict=True):
-        values = {i.value.name: available[i.value.name] for i in program.inputs}
-        values = {
-            name: t.detach().requires_grad_(t.is_floating_point()) for name, t in values.items()
-        }
-        for use in program.parameters:
-            values[use.value] = torch.randn(use.shape).mul_(0.02).requires_grad_()
-        weights = sum(values[use.value].numel() * 4 for use in program.parameters)
-        needed.append(weights * STATE_COPIES + saved_bytes(program, values, sizes) * limit)
-        outputs = Executable(program, torch.device("cpu")).run(
-            values, sizes, RandomAddress(0, 0, 0)
-        )
-        available.update({name: tensor.detach() for name, tensor in outputs.items()})
-    return needed
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes
+    ----------
+    adapter_rank : int
+        0 trains all weights; otherwise those of low-rank adapters beside frozen ones.
+    stages_a_worker : int
+    """
+
+    workload: Workload
+    optimizer: str
+    adapter_rank: int
+    stages_a_worker: int
+
+    def model(self) -> nn.Module:
+        model = self.workload.model()
+        return with_adapters(model, self.adapter_rank) if self.adapter_rank else model
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer and a product of two narrow ones that is trained (LoRA, 2106.09685)."""
+
+    def __init__(self, frozen: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.down = nn.Linear(frozen.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, frozen.out_features, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        adapted: torch.Tensor = self.frozen(hidden) + self.up(self.down(hidden))
+        return adapted
+
+
+def with_adapters(model: nn.Module, rank: int) -> nn.Module:
+    """Freeze a model, and put an adapter beside each of its linear layers."""
+    model.requires_grad_(False)
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for name, linear in linears:
+        model.set_submodule(name, Adapted(linear, rank))
+    return model
+
+
+def planned_bytes(plan: Plan) -> dict[str, float]:
+    """Return what the plan says of each worker, by name."""
+    estimates = plan.partition.estimates
+    needed = [e.needs.total(limit) for e, limit in zip(estimates, plan.limits, strict=True)]
+    totals = by_worker(needed, plan.placement)
+    return {plan.workers[worker]: total for worker, total in totals.items()}
 
 
 def _resident() -> int:
@@ -91,28 +98,40 @@ def _peak() -> int:
     return int(kibibytes) * 1024
 
 
-def measure(workload: Workload, steps: int) -> list[dict[str, Any]]:
+def measure(case: Case, steps: int) -> list[dict[str, Any]]:
     """Train, and return a row for each worker."""
-    needed = needed_bytes(workload)
+    workload = case.workload
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_cluster(None, ClusterSettings(workload.num_stages), Store(folder)) as client,
+        open_cluster(None, ClusterSettings(_NUM_WORKERS), Store(folder)) as client,
     ):
-        batch = next(iter(workload.batches()))
-        options = {"client": client, "progress": False, "num_stages": workload.num_stages}
+        options: dict[str, Any] = {
+            "client": client,
+            "progress": False,
+            "optimizer": dagflow.Optimizer(case.optimizer, **_OPTIONS[case.optimizer]),
+            "snapshot_every": _SNAPSHOT_EVERY,
+        }
         # A first run of a small model of the same kind loads the code, torch's kernels included, that
         # any such run loads.
-        small = replace(workload, num_layers=2, width=64, num_heads=2, num_microbatches=2)
-        data = [next(iter(small.batches()))]
-        dagflow.train(small.model(), data, num_microbatches=2, store=f"{folder}/small", **options)
+        tiny = replace(workload, num_layers=2, width=64, num_heads=2, num_microbatches=2)
+        small = replace(case, workload=tiny)
+        data = [next(iter(tiny.batches()))]
+        dagflow.train(
+            small.model(),
+            data,
+            steps=_SNAPSHOT_EVERY,
+            num_microbatches=2,
+            num_stages=_NUM_WORKERS,
+            store=f"{folder}/small",
+            **options,
+        )
         before = client.run(_resident)
         result = dagflow.train(
-            workload.model(),
-            [batch],
+            case.model(),
+            [next(iter(workload.batches()))],
             steps=steps,
-            optimizer=dagflow.Optimizer("AdamW", lr=3e-4),
             num_microbatches=workload.num_microbatches,
-            snapshot_every=None,
+            num_stages=_NUM_WORKERS * case.stages_a_worker,
             store=f"{folder}/run",
             **options,
         )
@@ -120,16 +139,18 @@ def measure(workload: Workload, steps: int) -> list[dict[str, Any]]:
         info = scheduler_info(client)["workers"]
         address_of = {str(worker["name"]): address for address, worker in info.items()}
     rows = []
-    for stage, name in enumerate(result.plan.workers):
+    for name, planned in planned_bytes(result.plan).items():
         address = address_of[name]
         used = peak[address] - before[address]
         rows.append(
             {
-                "microbatches": workload.num_microbatches,
-                "stage": stage,
-                "needed_mb": round(needed[stage] / 1e6),
+                "optimizer": case.optimizer,
+                "adapter_rank": case.adapter_rank,
+                "stages": case.stages_a_worker,
+                "worker": name,
+                "planned_mb": round(planned / 1e6),
                 "peak_mb": round(used / 1e6),
-                "ratio": round(used / needed[stage], 3),
+                "ratio": round(used / planned, 3),
                 "before_mb": round(before[address] / 1e6),
             }
         )
@@ -138,15 +159,19 @@ def measure(workload: Workload, steps: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--microbatches", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--optimizers", nargs="+", default=["SGD", "AdamW"], choices=_OPTIONS)
+    parser.add_argument("--adapters", type=int, nargs="+", default=[0, 8], help="ranks; 0: none")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4], help="of each worker")
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=6)
     options = parser.parse_args()
+    workload = Workload(num_stages=_NUM_WORKERS, num_microbatches=options.microbatches)
     rows = []
-    for count in options.microbatches:
-        workload = Workload(num_stages=2, num_microbatches=count)
-        rows += measure(workload, options.steps)
-        for row in rows[-2:]:
+    for optimizer, rank, stages in product(options.optimizers, options.adapters, options.stages):
+        found = measure(Case(workload, optimizer, rank, stages), options.steps)
+        for row in found:
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        rows += found
     write_results(
         "worker_memory", {"allocator": Path(allocator_path() or "libc").name, "rows": rows}
     )

@@ -203,7 +203,9 @@ def fitting(
         refusal = _refusal(cut, placement, memory_bytes, share)
         if cuts:
             break
-        limits = _narrower(limits, placement, memory_bytes, cut, _seen_bytes(analysis, cut, training))
+        limits = _narrower(
+            limits, placement, memory_bytes, cut, _seen_bytes(analysis, cut, training)
+        )
     assert refusal is not None
     raise refusal
 
