@@ -1,4 +1,4 @@
-"""What grows with the length of a run, and how much: one section each, a table, and JSON.
+"""What grows with a run or a model, and how much: one section each, a table, and JSON.
 
 ::
 
@@ -29,6 +29,7 @@ import dagflow
 
 # A scheduler's memory is looked at from here on: its logs of bounded length are full by then.
 FIRST_STEP, LAST_STEP, EVERY_STEPS = 1000, 3000, 500
+NUM_OPERATORS, NUM_STAGES = 3000, 64
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,25 @@ def swarm() -> Iterator[tuple[str, psutil.Process]]:
             process.wait(30)
 
 
-SECTIONS: dict[str, Callable[[], list[Growth]]] = {"scheduler": scheduler}
+def partition() -> list[Growth]:
+    """Export and cut a long chain of operators, and one of twice the length."""
+    program = str(Path(__file__).with_name("growth_partition.py"))
+    rows = []
+    for num_operators in (NUM_OPERATORS // 2, NUM_OPERATORS):
+        command = [sys.executable, program, str(num_operators), str(NUM_STAGES)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), file=sys.stderr)
+    half, whole = rows
+    # Of next to nothing the double is noise.
+    memory = max(whole["peak_megabytes"], 1.0) / max(half["peak_megabytes"], 1.0)
+    return [
+        Growth("cutting", whole["partition_to_export"], "x export", 0.2),
+        Growth("its memory, operators doubled", memory, "x", 2.5),
+    ]
+
+
+SECTIONS: dict[str, Callable[[], list[Growth]]] = {"scheduler": scheduler, "partition": partition}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,22 +1,17 @@
-"""How cutting a model grows with its operators, against exporting it.
+"""One measurement of how long cutting a model takes, in a process of its own: see `growth.py`.
 
-A chain of layers of the wanted number of operators is exported and cut into 64 stages, each in a
-process of its own, whose CPU and peak of memory are taken:
-
-    python benchmarks/growth_partition.py [--operators 3000] [--stages 64]
+python benchmarks/growth_partition.py OPERATORS STAGES
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
 import sys
 import time
 from typing import Any
 
 import torch
-from common import peak_extra_bytes, write_results
+from common import peak_extra_bytes
 from torch import nn
 
 import dagflow
@@ -69,27 +64,5 @@ def measure(num_operators: int, num_stages: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--operators", type=int, default=3000)
-    parser.add_argument("--stages", type=int, default=64)
-    parser.add_argument("--here", action="store_true", help="measure once, in this process")
-    options = parser.parse_args()
-    if options.here:
-        print(json.dumps(measure(options.operators, options.stages)))
-        return
-    rows = []
-    for num_operators in (options.operators // 2, options.operators):
-        command = [sys.executable, __file__, "--here", "--operators", str(num_operators)]
-        found = subprocess.run(
-            [*command, "--stages", str(options.stages)], capture_output=True, text=True, check=True
-        )
-        rows.append(json.loads(found.stdout.splitlines()[-1]))
-        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()))
-    growth = rows[1]["peak_megabytes"] / max(rows[0]["peak_megabytes"], 0.1)
-    print(f"memory grows by {growth:.2f} when operators double")
-    write_results("growth_partition", {"rows": rows, "memory_growth": round(growth, 2)})
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]))))
