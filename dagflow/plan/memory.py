@@ -24,6 +24,8 @@ class TrainingMemory:
         2 of AdamW.
     copies : bool
         Whether snapshots are written while training goes on, each from a copy of the state.
+    scaled : bool
+        Whether gradients are clipped or scaled: a copy of them that an update takes then.
     num_microbatches : int
     journal_steps : int
         Steps that the journal gathers before it writes them; 0 without one.
@@ -31,6 +33,7 @@ class TrainingMemory:
 
     moments: float = 2.0
     copies: bool = True
+    scaled: bool = False
     num_microbatches: int = 8
     journal_steps: int = 1
 
@@ -57,6 +60,8 @@ class StageNeeds:
         keeps, and the copy for a snapshot.
     activation_bytes : int
         Left behind by one micro-batch's forward for its backward.
+    update_bytes : int
+        Taken by an update, when no micro-batch is under way any more.
     spool_bytes : int
         Sent, and not yet written to the journal.
     """
@@ -64,11 +69,13 @@ class StageNeeds:
     weight_bytes: int
     state_bytes: int
     activation_bytes: int
+    update_bytes: int
     spool_bytes: int
 
     def total(self, in_flight: int) -> int:
         """Return all of it with so many micro-batches under way."""
-        return self.state_bytes + self.spool_bytes + self.activation_bytes * in_flight
+        passing = max(self.activation_bytes * in_flight, self.update_bytes)
+        return self.state_bytes + self.spool_bytes + passing
 
     @classmethod
     def of(
@@ -98,6 +105,7 @@ class StageNeeds:
             weight_bytes=owned + lent,
             state_bytes=training.trained(owned) + lent + gradients,
             activation_bytes=activation_bytes,
+            update_bytes=owned if training.scaled else 0,
             spool_bytes=training.sent(sum(dag.tensor_bytes(v.dtype, v.shape) for v in values)),
         )
 

@@ -478,6 +478,8 @@ class _Session:
         training = TrainingMemory(
             self.mathematics.optimizer.moments(),
             copies=self.snapshot_every is not None,
+            scaled=self.mathematics.clip_grad_norm is not None
+            or self.mathematics.precision == "fp16",
             num_microbatches=self.mathematics.num_microbatches,
             journal_steps=self.journal,
         )

@@ -82,6 +82,16 @@ def test_frozen_weights_count_once_and_trained_ones_with_all_that_training_keeps
     assert state(True, sgd) == TABLE_BYTES + 3 * 2 * layer
 
 
+def test_an_update_with_clipping_takes_a_copy_of_the_gradients_beside_no_activations() -> None:
+    _, dag = adapted(frozen=False)
+    plain, clipped = (
+        partition(dag, 1, training=TrainingMemory(scaled=scaled)).estimates[0].needs
+        for scaled in (False, True)
+    )
+    assert clipped.total(0) == plain.total(0) + TABLE_BYTES + 2 * (WIDTH * WIDTH + WIDTH) * 4
+    assert clipped.total(100) == plain.total(100)
+
+
 def test_a_frozen_table_that_two_stages_use_is_read_by_both_and_lent_by_none() -> None:
     example, dag = adapted(frozen=True)
     uncut = run_inline(example, 1, dag=dag)
