@@ -29,9 +29,11 @@ _TRIM_THRESHOLD_BYTES = 2 * _MMAP_THRESHOLD_BYTES
 # Variables for each; who sets one themselves is obeyed.
 # Freed pages are given back over five seconds: the next micro-batches need most of them again. By the
 # default threshold those that have grown together to 8 MiB go back at once (`keep_freed_memory`).
+# One arena for all threads: whenever a snapshot is written, tasks go on in a new thread (`save_behind`),
+# which would begin with an empty arena while the old one keeps a micro-batch's activations and gradients.
 _JEMALLOC = {
     "MALLOC_CONF": (
-        "background_thread:true,dirty_decay_ms:5000,muzzy_decay_ms:0,oversize_threshold:0"
+        "background_thread:true,dirty_decay_ms:5000,muzzy_decay_ms:0,oversize_threshold:0,narenas:1"
     )
 }
 # After five seconds, all at once: sooner costs 8 % of the time. torch asks for large tensors in whole
@@ -69,9 +71,8 @@ def keep_freed_memory() -> None:
     to the system and every new one is faulted in again, page by page: a fifth of the throughput.
     The values are those that glibc would reach by itself.
 
-    In jemalloc it treats the main thread's tensors, messages received among them, like the other
-    threads': that thread's arena is made before the options are read (5.3) and keeps the default
-    threshold, from which on freed memory goes back at once.
+    In jemalloc it does so for the first arena, of our workers the only one: that is made before the
+    options are read (5.3) and keeps the default threshold, from which on freed memory goes back at once.
     """
     if not sys.platform.startswith("linux"):
         return
