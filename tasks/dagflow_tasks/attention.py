@@ -26,6 +26,9 @@ BLOCK_TOKENS = 32
 # Layers with a window keep so many tokens more than it shows: a session can be rewound by these
 # (wrong guesses) without anything being computed again.
 KEPT_BEHIND_TOKENS = 2 * BLOCK_TOKENS
+# Of so many tokens a mask is made at a time, or of so many tokens times heads, where each head's scores
+# are: so temporaries are of this many times the sequence's length, however long the pass.
+_MOST_ROWS = 512
 
 
 def whole_blocks(num_tokens: int) -> int:
@@ -281,10 +284,13 @@ def attending(spans: Sequence[Span]) -> Iterator[None]:
     """Say whose tokens the pass of this thread is made of, in their order."""
     before = current_spans()
     _PASS.spans = spans
+    # Layers of a kind share their masks; those of a pass that is sent again, and may be of any length,
+    # aren't kept.
+    _PASS.masks = {} if sum(span.count for span in spans) <= _MOST_ROWS else None
     try:
         yield
     finally:
-        _PASS.spans = before
+        _PASS.spans, _PASS.masks = before, None
     for span in spans:
         if span.cache is not None:
             span.cache.length = max(span.cache.length, span.start + span.count)
@@ -340,6 +346,8 @@ def attend(
     if spans is None:
         spans = [Span(None, 0, count)]
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    has_scores = bool(softcap) or not (sinks is None and slopes is None and distances is None)
+    most = max(1, _MOST_ROWS // query.shape[1]) if has_scores else _MOST_ROWS
     begin = 0
     for span in spans:
         end = begin + span.count
@@ -351,13 +359,21 @@ def attend(
             keys, values, first = span.cache.put_within(layer, span.start, keys, values, reach)
         elif span.cache is not None and not again:
             keys, values = span.cache.put(layer, span.start, keys, values)
-        mask = _mask(query, span, first, keys.shape[1], window, slopes, chunk)
-        if distances is not None:
-            bias = _by_distance(distances[0, :, begin:end], span, first, keys.shape[1])
-            mask = bias if mask is None else mask + bias
-        own = sinks if sinks is None or sinks.dim() == 1 else sinks[0, :, begin:end]
-        looked = _look_back(query[0, :, begin:end], keys, values, scale, mask, softcap, own)
-        output[begin:end] = looked.transpose(0, 1)
+        for low in range(begin, end, most):
+            piece = slice(low, min(low + most, end))
+            start, count = span.start + low - begin, piece.stop - low
+            shown = start + count - first  # keys up to the piece's last token
+            seen = (keys[:, :shown], values[:, :shown]) if piece.stop < end else (keys, values)
+            mask = _mask(query, start, count, first, shown, window, slopes, chunk)
+            if distances is not None:
+                bias = _by_distance(distances[0, :, piece], start, first, shown)
+                mask = bias if mask is None else mask + bias
+            own = sinks if sinks is None or sinks.dim() == 1 else sinks[0, :, piece]
+            if softcap or sinks is not None:
+                looked = _by_scores(query[0, :, piece], *seen, scale, mask, softcap, own)
+            else:
+                looked = _look_back(query[0, :, piece], *seen, scale, mask)
+            output[piece] = looked.transpose(0, 1)
         begin = end
     return output[None]
 
@@ -368,30 +384,37 @@ def _look_back(
     values: torch.Tensor,
     scale: float,
     mask: torch.Tensor | None,
-    softcap: float,
-    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of one session's newest tokens (H, T, D) over its keys (K, L, D)."""
     heads, count, width = query.shape
-    groups = heads // keys.shape[0]
-    length = keys.shape[1]
-    if softcap and sinks is None:
-        return _capped(query, keys, values, scale, mask, softcap)
-    # The heads that share a key are rows of one product: nothing is copied for them.
-    rows = query.reshape(1, keys.shape[0], groups * count, width)
-    if sinks is not None:
-        return _with_sinks(rows[0], keys, values, scale, mask, softcap, sinks)
+    key_heads, length = keys.shape[:2]
+    groups = heads // key_heads
+    if heads * count <= _MOST_ROWS:
+        # The heads that share a key are rows of one product, which reads the key once.
+        rows = query.reshape(1, key_heads, groups * count, width)
+        if mask is not None:
+            mask = mask.expand(heads, count, length).reshape(1, key_heads, -1, length)
+        looked = functional.scaled_dot_product_attention(
+            rows, keys[None], values[None], mask, scale=scale
+        )
+        return looked.reshape(heads, count, values.shape[2])
+    # Of many tokens the mask would be copied for each of these heads: here they share that, too.
     if mask is not None:
-        mask = mask.expand(heads, count, length).reshape(1, keys.shape[0], groups * count, length)
+        mask = mask.reshape(-1, groups if len(mask) == heads else 1, count, length)
     looked = functional.scaled_dot_product_attention(
-        rows, keys[None], values[None], mask, scale=scale
+        query.reshape(key_heads, groups, count, width),
+        keys[:, None].expand(-1, groups, -1, -1),
+        values[:, None].expand(-1, groups, -1, -1),
+        mask,
+        scale=scale,
     )
     return looked.reshape(heads, count, values.shape[2])
 
 
 def _mask(
     query: torch.Tensor,
-    span: Span,
+    start: int,
+    count: int,
     first: int,
     length: int,
     window: int,
@@ -400,72 +423,82 @@ def _mask(
 ) -> torch.Tensor | None:
     """What is added to the scores (H or 1, T, L); None if a single token sees everything.
 
-    Keys are those from position `first` on.
+    Tokens are those from position `start` on, keys those from position `first` on.
     """
-    start, count = span.start, span.count
     seen = window == 0 or length <= window
     if chunk:
         seen = seen and first >= (start + count - 1) // chunk * chunk
     if count == 1 and seen and slopes is None:
         return None
-    at = torch.arange(start, start + count, device=query.device)[:, None]
-    of = torch.arange(first, first + length, device=query.device)[None, :]
-    hidden = of > at
-    if window and not seen:
-        hidden = hidden | (of <= at - window)
-    if chunk and not seen:
-        hidden = hidden | (of < at // chunk * chunk)
-    bias = torch.zeros(1, count, length, dtype=query.dtype, device=query.device)
-    bias = bias.masked_fill(hidden, float("-inf"))
+    made = (start, count, first, length, *((0, 0) if seen else (window, chunk)), query.dtype)
+    kept: dict[tuple[Any, ...], torch.Tensor] | None = getattr(_PASS, "masks", None)
+    bias = None if kept is None else kept.get(made)
+    if bias is None:
+        bias = _hiding(*made, query.device)
+        if kept is not None:
+            kept[made] = bias
     if slopes is None:
         return bias
+    of = torch.arange(first, first + length, device=query.device)[None, :]
     return bias + slopes[:, None, None].to(query.dtype) * of.to(query.dtype)
 
 
-def _by_distance(distances: torch.Tensor, span: Span, first: int, length: int) -> torch.Tensor:
-    """Return what is added to the scores (H, T, L) of keys from position `first` on."""
-    at = torch.arange(span.start, span.start + span.count, device=distances.device)[:, None]
+def _hiding(
+    start: int,
+    count: int,
+    first: int,
+    length: int,
+    window: int,
+    chunk: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """Return minus infinity (1, T, L) where a token doesn't see a key, and zero elsewhere."""
+    at = torch.arange(start, start + count, device=device)[:, None]
+    of = torch.arange(first, first + length, device=device)[None, :]
+    hidden = of > at
+    if window:
+        hidden |= of <= at - window
+    if chunk:
+        hidden |= of < at // chunk * chunk
+    bias = torch.zeros(1, count, length, dtype=dtype, device=device)
+    return bias.masked_fill_(hidden, float("-inf"))
+
+
+def _by_distance(distances: torch.Tensor, start: int, first: int, length: int) -> torch.Tensor:
+    """Return what is added to the scores (H, T, L) of tokens from position `start` on.
+
+    Keys are those from position `first` on.
+    """
+    at = torch.arange(start, start + distances.shape[1], device=distances.device)[:, None]
     back = at - torch.arange(first, first + length, device=distances.device)[None, :]
     most = distances.shape[2] - 1
     index = back.clamp(0, most).expand(distances.shape[0], -1, -1)
     return distances.gather(2, index).masked_fill((back < 0) | (back > most), 0.0)
 
 
-def _with_sinks(
-    rows: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None,
-    softcap: float,
-    sinks: torch.Tensor,
-) -> torch.Tensor:
-    """Attention of rows (K, H / K * T, D), with a further score a head that has no value."""
-    heads, length = sinks.shape[0], keys.shape[1]
-    sinks = sinks if sinks.dim() == 3 else sinks[:, None, None]
-    scores = torch.matmul(rows, keys.transpose(1, 2)) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.reshape(heads, -1, length)
-    if mask is not None:
-        scores = scores + mask
-    sink = sinks.to(scores.dtype).expand(heads, scores.shape[1], 1)
-    shares = torch.softmax(torch.cat([scores, sink], -1).float(), -1)[..., :-1].to(rows.dtype)
-    looked = torch.matmul(shares.reshape(keys.shape[0], -1, length), values)
-    return looked.reshape(heads, -1, values.shape[2])
-
-
-def _capped(
+def _by_scores(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     scale: float,
     mask: torch.Tensor | None,
     softcap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    groups = query.shape[0] // keys.shape[0]
-    keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
-    scores = softcap * torch.tanh(torch.matmul(query, keys.transpose(1, 2)) * scale / softcap)
+    """`_look_back` where scores are capped, or have a further one a head that has no value."""
+    heads, count, width = query.shape
+    key_heads, length = keys.shape[:2]
+    rows = query.reshape(key_heads, -1, width)
+    scores = torch.matmul(rows, keys.transpose(1, 2)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.reshape(heads, count, length)
     if mask is not None:
         scores = scores + mask
-    return torch.matmul(torch.softmax(scores.float(), -1).to(query.dtype), values)
+    if sinks is not None:
+        sinks = sinks if sinks.dim() == 3 else sinks[:, None, None]
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(heads, count, 1)], -1)
+    shares = torch.softmax(scores.float(), -1)[..., :length].to(query.dtype)
+    looked = torch.matmul(shares.reshape(key_heads, -1, length), values)
+    return looked.reshape(heads, count, values.shape[2])

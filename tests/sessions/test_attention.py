@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dagflow_tasks.attention import (
     BLOCK_TOKENS,
@@ -213,6 +218,53 @@ def test_a_fork_is_independent_of_its_origin() -> None:
     found, _ = fork.put(0, 5, others[:, 5:], others[:, 5:])
     assert torch.equal(found, torch.cat([keys[:, :5], others[:, 5:]], 1))
     assert torch.equal(cache.layers[0].keys[:, :8], keys)
+
+
+class _Temporaries(TorchDispatchMode):
+    """Watches how many bytes operators' results take at once, whoever holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most_bytes = 0
+        self._made: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if torch.is_tensor(t)}
+        found = function(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(found) if torch.is_tensor(t)):
+            if storage.data_ptr() not in given:
+                self._made[StorageWeakRef(storage)] = storage.nbytes()
+        self._made = {ref: size for ref, size in self._made.items() if not ref.expired()}
+        self.most_bytes = max(self.most_bytes, sum(self._made.values()))
+        return found
+
+
+@pytest.mark.parametrize("window", [0, 900])
+@pytest.mark.parametrize("count", [200, 1500])
+def test_long_prompts_with_grouped_queries_share_one_mask(count: int, window: int) -> None:
+    """Of 32 heads it was copied for each: 537 MB for 512 tokens that follow on 8 thousand."""
+    heads, length, rows = 32, 2000, min(count, 512)
+    query, key, value = torch.randn(1, heads, length, 4), *torch.randn(2, 1, 2, length, 4)
+    cache, start = SessionCache(), length - count
+    before, given = (
+        [t[:, :, s] for t in (query, key, value)] for s in (slice(start), slice(start, None))
+    )
+    with attending([Span(cache, 0, start)]):
+        for layer in range(2):
+            attend(*before, layer, SCALE, window)
+    with attending([Span(cache, start, count)]), _Temporaries() as temporaries:
+        found = [attend(*given, layer, SCALE, window) for layer in range(2)]
+    taken = 2 * found[0].nbytes + 2 * query[0, :, :rows].nbytes + cache.num_bytes
+    assert temporaries.most_bytes < 2 * rows * length * 4 + taken
+    keys, values = key.repeat_interleave(16, 1), value.repeat_interleave(16, 1)
+    back = torch.arange(start, length)[:, None] - torch.arange(length)
+    hidden = (back < 0) | (back >= (window or length))
+    scores = (given[0] @ keys.transpose(2, 3) * SCALE).masked_fill(hidden, -torch.inf)
+    wanted = (torch.softmax(scores, -1) @ values).transpose(1, 2)
+    for one in found:
+        torch.testing.assert_close(one, wanted)
 
 
 def test_tokens_that_come_twice_take_nothing_from_the_cache() -> None:
