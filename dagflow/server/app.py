@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -15,7 +16,7 @@ from dagflow.errors import DagflowError
 from dagflow.server.bodies import ChatBody, CompletionBody
 from dagflow.server.errors import ApiError, as_api_error
 from dagflow.server.gate import Gate, refuse
-from dagflow.server.metrics import CONTENT_TYPE, Counting
+from dagflow.server.metrics import Counting
 from dagflow.server.page import page
 from dagflow.server.replies import ChatReply, CompletionReply
 from dagflow.server.service import Service
@@ -48,7 +49,7 @@ def make_app(service: Service, hosts: frozenset[str] | None = None) -> ASGIApp:
     async def metrics() -> Response:
         running, waiting = service.admission.num_running, service.admission.num_waiting
         text = service.metrics.to_text(running, waiting, service.deployment.caches)
-        return PlainTextResponse(text, media_type=CONTENT_TYPE)
+        return PlainTextResponse(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
+from prometheus_client import Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dagflow.server.bridge import Ending
 from dagflow.sessions.pool import CacheState
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass
@@ -54,36 +55,49 @@ class Metrics:
         caches
             Of the workers.
         """
-        lines = ["# TYPE dagflow_responses_total counter"]
+        responses = CounterMetricFamily("dagflow_responses", "By status.", labels=["status"])
         for status, count in sorted(self.responses.items()):
-            lines.append(f'dagflow_responses_total{{status="{status}"}} {count}')
-        lines.append("# TYPE dagflow_requests_total counter")
+            responses.add_metric([str(status)], count)
+        requests = CounterMetricFamily("dagflow_requests", "By how they ended.", labels=["ended"])
         for how in Ending:
-            lines.append(f'dagflow_requests_total{{ended="{how.value}"}} {self.requests[how]}')
-        counters = {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "prefix_hits": caches.num_hits,
-            "prefix_hit_tokens": caches.hit_tokens,
-        }
-        for name, value in counters.items():
-            lines += [f"# TYPE dagflow_{name}_total counter", f"dagflow_{name}_total {value}"]
-        gauges = {
-            "requests_running": running,
-            "requests_waiting": waiting,
-            "cache_capacity_tokens": caches.capacity_tokens,
-            "cache_used_tokens": caches.used_tokens,
-            "cache_kept_tokens": caches.kept_tokens,
-            "cache_waiting_answers": caches.num_waiting,
-        }
-        for name, value in gauges.items():
-            lines += [f"# TYPE dagflow_{name} gauge", f"dagflow_{name} {value}"]
-        lines += [
-            "# TYPE dagflow_request_seconds summary",
-            f"dagflow_request_seconds_sum {self.request_seconds:.6f}",
-            f"dagflow_request_seconds_count {self.requests.total()}",
+            requests.add_metric([how.value], self.requests[how])
+        num_requests, seconds = self.requests.total(), self.request_seconds
+        now: list[Metric] = [
+            responses,
+            requests,
+            _counter("prompt_tokens", "Tokens of prompts.", self.prompt_tokens),
+            _counter("completion_tokens", "Tokens of answers.", self.completion_tokens),
+            _counter("prefix_hits", "Answers that went on from others' tokens.", caches.num_hits),
+            _counter("prefix_hit_tokens", "How many tokens these were.", caches.hit_tokens),
+            _gauge("requests_running", "Requests that are being answered.", running),
+            _gauge("requests_waiting", "Requests that wait for their turn.", waiting),
+            _gauge("cache_capacity_tokens", "Tokens that caches hold.", caches.capacity_tokens),
+            _gauge("cache_used_tokens", "Tokens reserved for answers.", caches.used_tokens),
+            _gauge("cache_kept_tokens", "Tokens kept for prompts to come.", caches.kept_tokens),
+            _gauge("cache_waiting_answers", "Answers that wait for room.", caches.num_waiting),
+            SummaryMetricFamily(
+                "dagflow_request_seconds", "Without the queue.", num_requests, seconds
+            ),
         ]
-        return "\n".join(lines) + "\n"
+        return generate_latest(_Now(now)).decode()
+
+
+class _Now(Collector):
+    """What there is at one moment."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
+
+
+def _counter(name: str, what: str, value: float) -> Metric:
+    return CounterMetricFamily(f"dagflow_{name}", what, value)
+
+
+def _gauge(name: str, what: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"dagflow_{name}", what, value)
 
 
 class Counting:

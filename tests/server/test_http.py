@@ -146,7 +146,7 @@ def test_caches_with_too_little_memory_shorten_what_may_be_asked(
     ):
         room = http.get("/v1/models/tiny").json()["max_model_len"]
         assert 0 < room < MODEL_TOKENS
-        assert f"dagflow_cache_capacity_tokens {room}\n" in http.get("/metrics").text
+        assert f"dagflow_cache_capacity_tokens {room}.0\n" in http.get("/metrics").text
 
         def ask(**options: object) -> httpx.Response:
             body = {"model": "tiny", "logit_bias": GOES_ON, **options}
