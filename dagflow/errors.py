@@ -10,6 +10,7 @@
     │   ├── SessionInUse               an answer or a session is being made by somebody
     │   ├── WorkersLost                too few workers are left, or none came in time
     │   │   └── SchedulerLost          the scheduler went away
+    │   ├── NoProgress                 a request's tokens were under way for too long
     │   ├── CacheFull                  workers' caches have no room for more tokens now
     │   └── ...
     └── PermanentError                 the same inputs fail again
@@ -96,6 +97,10 @@ class SchedulerLost(WorkersLost):
     """The scheduler has gone away; the run goes on from the store when there is one again."""
 
 
+class NoProgress(TransientError):
+    """A request's tokens were under way for too long though workers answer; another may come through."""
+
+
 class CacheFull(TransientError):
     """The workers' caches have no room for a session's tokens now; others may make some."""
 
@@ -123,6 +128,7 @@ __all__ = [
     "GarbageReceived",
     "LeaseLost",
     "LeaseUnconfirmed",
+    "NoProgress",
     "NonFiniteLoss",
     "NotFound",
     "OperatorNotAllowed",

@@ -160,11 +160,13 @@ def reconnect(client: Client, seconds: float) -> None:
         If none comes in time.
     """
     deadline = time.monotonic() + seconds
+    scheduler = client.scheduler  # a client that has given up has none
+    where = f" at {scheduler.address}" if scheduler is not None else ""
     while client.status != "running":
         if client.status in ("closed", "closing") or time.monotonic() > deadline:
             raise SchedulerLost(
-                f"No scheduler has come back at {client.scheduler.address} within {seconds:g} s. "
-                "Start it again, and call train again with the same store."
+                f"No scheduler has come back{where} within {seconds:g} s. Start it again, and go on "
+                "with the same store."
             )
         time.sleep(_LOOK_EVERY_SECONDS)
     _register_plugins(client, StageWorker(), seconds)

@@ -111,7 +111,11 @@ def worker_stream(worker: Worker) -> Any:
 
 
 def client_stream(client: Client) -> Any:
-    """Return the stream in which a client tells its scheduler what it wants."""
+    """Return the stream in which a client tells its scheduler what it wants.
+
+    Another one when the client has connected again: whoever answers at the address then knows
+    nothing of plugins and of topics that were subscribed to.
+    """
     return client.scheduler_comm
 
 

@@ -69,8 +69,8 @@ class Membership:
         # A client has one handler a topic, and may drive several runs at once.
         listeners = _LISTENERS.setdefault(self.client, [])
         listeners.append(self)
-        if len(listeners) == 1:
-            self.client.subscribe_topic(TOPIC, partial(_tell_all, listeners))
+        # Also if others listen already: the scheduler may be another than when they came.
+        self.client.subscribe_topic(TOPIC, partial(_tell_all, listeners))
         self.refresh()
         return self
 

@@ -44,6 +44,10 @@ class _Server(uvicorn.Server):
         for listening in sockets or ():
             listening.listen(_QUEUED)  # asyncio has taken how many it accepts at a time for it
 
+    async def on_tick(self, counter: int) -> bool:
+        """Tell whether it is time to end: also if no answer can be made any more."""
+        return await super().on_tick(counter) or self._service.deployment.engine.is_over
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.end()
         await super().shutdown(sockets)
@@ -81,6 +85,7 @@ def serve(
     SettingsInvalid
         If there is no such model, or somebody else has the port.
     WorkersLost
+        Or `SchedulerLost`, if the scheduler goes away and none comes back at its address in time.
     """
     # A service manager ends with SIGTERM what a terminal ends with Ctrl-C: workers end with us.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -119,6 +124,7 @@ def serve(
             gc.collect()
             gc.freeze()
             server_of(service, host, listening).run(sockets=[listening])
+            deployment.engine.check()
 
 
 def server_of(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from dagflow.sessions.draft import DraftSession
-from dagflow.sessions.engine import Engine, Live
+from dagflow.sessions.engine import Engine
+from dagflow.sessions.live import Live
 from dagflow.sessions.models import Model
 from dagflow.sessions.sampling import Sampling
 from dagflow.sessions.speculation import Guesser

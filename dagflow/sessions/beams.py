@@ -21,7 +21,8 @@ import torch
 
 from dagflow.errors import SettingsInvalid
 from dagflow.sessions.answers import Request
-from dagflow.sessions.engine import Engine, Live, Step
+from dagflow.sessions.engine import Engine
+from dagflow.sessions.live import Live, Step
 from dagflow.sessions.sampling import Sampling
 from dagflow_tasks.attention import whole_blocks
 

@@ -7,115 +7,45 @@ back, and the last stage answers.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import math
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import astuple, dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from distributed import Client
 
-from dagflow.errors import CacheFull, DagflowError, SettingsInvalid, TaskFailed, WorkersLost
-from dagflow.graph.dag import OperatorDag
-from dagflow.plan.partition import Partition, partition
-from dagflow.run.clusters import in_background
+from dagflow.errors import (
+    CacheFull,
+    DagflowError,
+    NoProgress,
+    SettingsInvalid,
+    TaskFailed,
+)
+from dagflow.sessions.cutting import cut_at_layers
+from dagflow.sessions.forgetting import Forgetting
 from dagflow.sessions.links import Message
+from dagflow.sessions.live import Live, Step
+from dagflow.sessions.mending import Lacking, SessionBack, StagesLost, TryAgain
 from dagflow.sessions.models import Model
+from dagflow.sessions.on_loop import OnLoop
 from dagflow.sessions.pace import Pace
+from dagflow.sessions.passes import Passes
 from dagflow.sessions.placement import Placement
-from dagflow.sessions.pool import CachePool, Holder, common
-from dagflow.sessions.service import MOST_TOKENS
-from dagflow_tasks.attention import ATTEND
-from dagflow_tasks.decoding import ALL, LAST, NOTHING, TOKENS, Part
-from dagflow_tasks.recurrence import RECURRENT
-from dagflow_tasks.results import TensorDict
+from dagflow.sessions.pool import CachePool
+from dagflow.sessions.repairing import Repairs
+from dagflow_tasks.decoding import ALL, LAST, NOTHING, Part
 
 _LOGGER = logging.getLogger(__name__)
 _CHUNK_TOKENS = 256
-_LAST_WORDS_SECONDS = 5.0
+_LOOK_SECONDS = 0.5
 _NO_ROOM = (
     "Workers have left, and the caches of those left have no room for the session now: try again "
     "later, or close others."
 )
 
 
-@dataclass
-class _Wanted:
-    """Logits that somebody waits for: of the tokens from `start` to `end`, or of the last.
-
-    Stages that have computed all that was waited for before have the tokens up to `start`.
-
-    Attributes
-    ----------
-    alone_since : float or None
-        When they were sent, unless the session had other tokens on their way.
-    """
-
-    epoch: int
-    start: int
-    end: int
-    want: str
-    future: asyncio.Future[torch.Tensor]
-    alone_since: float | None
-
-    @property
-    def first_row(self) -> int:
-        return self.end - 1 if self.want == LAST else self.start
-
-
-@dataclass(eq=False)
-class Live(Holder):
-    """A session as the driver knows it.
-
-    Attributes
-    ----------
-    name : str
-        By which the stages know it.
-    epoch : int
-        Counts rewinds.
-    num_shared : int
-        Tokens that another session had computed.
-    is_away : bool
-        Whether the stages have had to forget it, for want of room. The tokens are here.
-    error : Exception or None
-        Why it can't go on.
-    sharing : Task or None
-        Tells the stages whose tokens it begins with.
-    is_lead : bool
-        Whether it was admitted with room for others, too, that come and go with it.
-    """
-
-    name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    epoch: int = 0
-    wanted: list[_Wanted] = field(default_factory=list)
-    num_shared: int = 0
-    is_away: bool = False
-    error: Exception | None = None
-    sharing: asyncio.Task[None] | None = None
-    is_lead: bool = False
-
-
-@dataclass
-class _Forgetting:
-    """Tokens whose room is free again when some places, stages and addresses, have forgotten them."""
-
-    num_tokens: int
-    places: set[tuple[int, str]]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token that follows a session's, or those of another, which it takes over first."""
-
-    live: Live
-    token: int
-    origin: Live | None = None
-
-
-class Engine:
+class Engine(OnLoop):
     """One model on one swarm. Coroutines run on the client's loop; the rest may be called anywhere.
 
     Parameters
@@ -134,8 +64,6 @@ class Engine:
     ----------
     pool : CachePool
         Who may keep how many tokens on the workers.
-    note : callable
-        Tells people what happens; says nothing unless it is set.
     num_fed : int
         How often tokens were sent through the stages.
     num_refused : int
@@ -153,6 +81,7 @@ class Engine:
         cache_bytes: int | None = None,
         prefix_reuse: bool = True,
     ) -> None:
+        super().__init__(client)
         self.model = model
         self.name = uuid.uuid4().hex[:8]
         self.cut = cut_at_layers(model.dag, num_stages)
@@ -161,10 +90,8 @@ class Engine:
         self.pool: CachePool[Live] = CachePool(
             prefix_reuse, self._share, self._take_over, self._drop
         )
-        self._forgetting: dict[str, _Forgetting] = {}
-        self._posted: list[tuple[Part, Sequence[int]]] = []
+        self._forgetting = Forgetting(self.pool.forgotten)
         self.pace = Pace()
-        self.note: Callable[[str], None] = lambda text: None
         self.placement = Placement(
             self.name,
             model,
@@ -174,19 +101,15 @@ class Engine:
             cache_bytes=cache_bytes,
             hear=self._hear,
             lost=self._left,
-            came=self._mend,
+            came=self._came,
             note=lambda text: self.note(text),
-            spawn=self._spawn,
+            spawn=self.spawn,
         )
-        self._client = client
-        # Stages that were placed again and haven't been told what those before them know.
-        self._bare: set[int] = set()
-        self._lacking: set[tuple[int, str]] = set()
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._live: dict[str, Live] = {}
-        self._mending = asyncio.Lock()
-        self._begun: set[concurrent.futures.Future[Any]] = set()
-        self._closed = False
+        self._passes = Passes(self.placement, self._live, self.spawn)
+        self._repairs = Repairs(
+            self.placement, self._live, self._passes, self._make_room, self.fail, self.spawn
+        )
 
     # From any thread
 
@@ -205,41 +128,8 @@ class Engine:
 
     def close(self) -> None:
         """End all sessions and forget the stages."""
-        if self._closed:
-            return
-        self._closed = True
-        if self.is_over:
-            return
-        in_background(self._client, self._end()).result()
-        # Whoever waits for tokens hears why none come before the loop ends.
-        concurrent.futures.wait(set(self._begun), _LAST_WORDS_SECONDS)
-        self.placement.stop()
-
-    def call(self, doing: Any) -> Any:
-        """Run a coroutine on the client's loop, and return what it returns."""
-        return self.begin(doing).result()
-
-    def begin(self, doing: Any) -> Any:
-        """Run a coroutine on the client's loop, and return its future at once.
-
-        Raises
-        ------
-        SettingsInvalid
-            If the model or the client was closed.
-        """
-        if self._closed or self.is_over:
-            doing.close()
-            what = "deployment" if self._closed else "dask client"
-            raise SettingsInvalid(f"The {what} was closed: open another.")
-        begun = in_background(self._client, doing)
-        self._begun.add(begun)
-        begun.add_done_callback(self._begun.discard)
-        return begun
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the client was closed, and with it the loop that all of this runs on."""
-        return bool(self._client.status == "closed")
+        if self._close(self._end()):
+            self.placement.stop()
 
     # On the loop
 
@@ -247,51 +137,61 @@ class Engine:
         await self.placement.place()
         self._resize()
         for stage in range(len(self.cut)):
-            await self._route(stage)
+            await self._repairs.route(stage)
         self.placement.look_after()
-        await self._mend()
+        self.spawn(self._look_after_requests())
+        if missing := self.placement.missing():
+            self._repairs.about(StagesLost("", tuple(missing)))
+            await self._repairs.finished()
 
     async def _end(self) -> None:
         """End everything."""
-        closed = TaskFailed("The model was closed.")
-        self.pool.fail(closed)
-        for live in list(self._live.values()):
-            self._give_up(live, closed)
+        self.fail(TaskFailed("The model was closed."))
         self._live.clear()
-        ended = list(self._tasks)
-        for task in ended:
-            task.cancel()
         await self.placement.end()
-        await asyncio.gather(*ended, return_exceptions=True)
+        await self._cancel_all()
 
-    def _spawn(self, doing: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(doing)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
+    def fail(self, error: Exception) -> None:
+        """Let all who wait, for room or for tokens, hear that nothing comes."""
+        self.pool.fail(error)
+        for live in self._live.values():
+            live.give_up(error)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """Have whoever waits hear of an error that nobody has expected."""
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.note(f"{type(error).__name__}: {error}")
-            self.pool.fail(TaskFailed(f"{type(error).__name__}: {error}"))
-            for live in self._live.values():
-                self._give_up(live, TaskFailed(f"{type(error).__name__}: {error}"))
+    async def _look_after_requests(self) -> None:
+        """Send tokens again that have been under way for too long, and then give them up.
+
+        Looks are counted rather than seconds: if it is this process that didn't move, nobody else is
+        to blame. While stages are missing, nothing can move.
+        """
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            if self.placement.missing() or not self._repairs.is_idle:
+                continue
+            most = math.ceil(self.placement.patience_seconds / _LOOK_SECONDS)
+            for live in [live for live in self._live.values() if live.wanted and not live.is_away]:
+                live.num_unmoved += 1
+                seconds = f"{live.num_unmoved * _LOOK_SECONDS:.0f} s"
+                if live.num_unmoved == most:
+                    self.note(f"Tokens have been under way for {seconds}; they are sent again.")
+                    self._repairs.about(SessionBack(live.name))
+                elif live.num_unmoved >= 2 * most:
+                    error = NoProgress(
+                        f"The request's tokens have been under way for {seconds}, and nothing came "
+                        "of them, though all stages answer: ask again."
+                    )
+                    live.give_up(error)
 
     # Workers
 
     def _left(self, address: str, how: str, stages: Sequence[int]) -> None:
-        """A worker is gone."""
+        """A worker is gone, or some of its stages."""
         if self._closed:
             return
-        for name, forgetting in list(self._forgetting.items()):
-            forgetting.places = {place for place in forgetting.places if place[1] != address}
-            self._forgotten(name)
+        self._forgetting.left(address, stages if self.placement.is_here(address) else None)
+        self._repairs.about(StagesLost(address, tuple(stages)))
         if stages:
             self.pool.drop_kept()  # cheaper than having them computed again for nobody yet
             self.note(f"The worker {address} {how}, with stage {', '.join(map(str, stages))}.")
-            self._spawn(self._mend())
 
     def _resize(self) -> None:
         """Take the capacity that the workers have for sessions where the stages are now."""
@@ -303,19 +203,30 @@ class Engine:
         for live in self.pool.resize(self.placement.room()):
             self._send_away(live)
 
+    async def _make_room(self) -> None:
+        """Take the room that caches have now, and wait until those who must leave have left."""
+        self._resize()
+        await self.pool.settle()
+
+    async def _came(self) -> None:
+        """A worker has come: it may be needed."""
+        self._repairs.about(TryAgain())
+        await self._repairs.finished()
+
     def _hear(self, message: Message, address: str) -> None:
         kind = message["kind"]
-        if kind == "logits":
+        if kind == "moved":
+            for name in message["sessions"]:
+                if name in self._live:
+                    self._live[name].num_unmoved = 0
+        elif kind == "logits":
             self.pace.add_computing(message["computed"])
             self._answer([Part(*part) for part in message["parts"]], message["values"]["logits"])
         elif kind == "gap":
-            self._lacking |= {(message["stage"], name) for name in message["sessions"]}
-            self._spawn(self._refill())
+            self._repairs.about(Lacking(message["stage"], tuple(message["sessions"])))
         elif kind == "closed":
             for name in message["sessions"]:
-                if name in self._forgetting:
-                    self._forgetting[name].places.discard((message["stage"], address))
-                    self._forgotten(name)
+                self._forgetting.heard(name, (message["stage"], address))
         elif kind == "refused":
             self._tell_of_stranger(message["peer"], message["role"], address)
         elif kind == "unreached":
@@ -323,7 +234,7 @@ class Engine:
         elif kind == "failed":
             for name in message["sessions"]:
                 if name in self._live:
-                    self._give_up(self._live[name], TaskFailed(message["why"]))
+                    self._live[name].give_up(TaskFailed(message["why"]))
 
     def _tell_of_stranger(self, peer: str, role: str, worker: str) -> None:
         """Somebody has told a worker to be the driver, or a stage, and couldn't prove it."""
@@ -345,25 +256,10 @@ class Engine:
             live = self._live.get(part.session)
             if live is None:
                 continue
-            for wanted in list(live.wanted):
-                same = wanted.epoch == part.epoch
-                if same and first <= wanted.first_row and wanted.end <= part.end:
-                    live.wanted.remove(wanted)
-                    live.num_computed = max(live.num_computed, wanted.end)
-                    if wanted.alone_since is not None:
-                        seconds = asyncio.get_running_loop().time() - wanted.alone_since
-                        self.pace.add_traversal(wanted.end - wanted.start, seconds)
-                    if not wanted.future.done():
-                        found = rows[wanted.first_row - first : wanted.end - first]
-                        wanted.future.set_result(found)
-
-    @staticmethod
-    def _give_up(live: Live, error: Exception) -> None:
-        live.error = error
-        for wanted in live.wanted:
-            if not wanted.future.done():
-                wanted.future.set_exception(error)
-        live.wanted.clear()
+            for wanted in live.hear(part, first, rows):
+                if wanted.alone_since is not None:
+                    seconds = asyncio.get_running_loop().time() - wanted.alone_since
+                    self.pace.add_traversal(wanted.end - wanted.start, seconds)
 
     # Sessions
 
@@ -407,7 +303,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """How many sessions have tokens on their way."""
-        return sum(bool(live.wanted) for live in self._live.values())
+        return self._passes.num_waiting
 
     async def feed(self, live: Live, tokens: Sequence[int], want: str = LAST) -> torch.Tensor:
         """Send tokens after those sent before, and return logits (R, V): the last token's, or all.
@@ -448,15 +344,11 @@ class Engine:
             chunk = list(tokens[begin : begin + _CHUNK_TOKENS])
             last = begin + len(chunk) == len(tokens)
             asked = want if last or want == ALL else NOTHING
-            start = len(live.tokens)
-            live.tokens += chunk
-            live.most_tokens = max(live.most_tokens, len(live.tokens))
-            part = Part(live.name, live.epoch, start, len(chunk), start, asked)
+            part = live.add(chunk, asked)
             if asked != NOTHING:
-                since = loop.time() if alone else None
-                futures.append(_want(live, part, start, since))
+                futures.append(live.want(part, part.start, loop.time() if alone else None))
             if not live.is_away:
-                self._post(part, chunk)
+                self._passes.post(part, chunk)
         return futures
 
     async def step(self, steps: Sequence[Step]) -> torch.Tensor:
@@ -472,40 +364,23 @@ class Engine:
         for step in steps:
             self._check_open(step.live)
         self._begin_traversal()
-        parts = [self._part_of(step) for step in steps]  # before any has its new token
+        parts = [step.part() for step in steps]  # before any has its new token
         futures = []
         for step, part in zip(steps, parts, strict=True):
-            step.live.tokens.append(step.token)
-            step.live.most_tokens = max(step.live.most_tokens, len(step.live.tokens))
-            futures.append(_want(step.live, part, part.shared if part.origin else part.start))
-        await self._send_tokens(parts, torch.tensor([step.token for step in steps]), [])
+            step.live.add([step.token], LAST)
+            futures.append(step.live.want(part, part.shared if part.origin else part.start))
+        await self._passes.send(parts, [step.token for step in steps])
         return torch.cat(await asyncio.gather(*futures))
-
-    @staticmethod
-    def _part_of(step: Step) -> Part:
-        live, origin = step.live, step.origin
-        if origin is None:
-            return Part(live.name, live.epoch, len(live.tokens), 1, len(live.tokens), LAST)
-        shared, start = common(live.tokens, origin.tokens), len(origin.tokens)
-        live.tokens = list(origin.tokens)
-        live.num_computed = min(live.num_computed, shared)
-        live.epoch += 1
-        return Part(live.name, live.epoch, start, 1, start, LAST, origin.name, origin.epoch, shared)
 
     def _begin_traversal(self) -> None:
         self.num_fed += 1
-        if self.placement.missing() and not self._mending.locked():
-            self._spawn(self._mend())  # nobody was there when it was tried last
+        if self.placement.missing():
+            self._repairs.about(TryAgain())  # nobody was there when it was tried last
 
     def rewind(self, live: Live, position: int) -> None:
         """Forget the tokens from a position on."""
         self._check_open(live)
-        del live.tokens[position:]
-        live.num_computed = min(live.num_computed, position)
-        live.epoch += 1
-        for wanted in live.wanted:
-            wanted.future.cancel()
-        live.wanted.clear()
+        live.rewind(position)
 
     async def fork(self, live: Live, length: int) -> Live:
         """Begin a session, fed by hand, with the first tokens of another.
@@ -518,6 +393,9 @@ class Engine:
         self._check_open(live)
         new = Live(owner=live.owner)
         await self.pool.extend(new, length)
+        if new.is_away:  # its room was there, and went in the same moment
+            await asyncio.shield(self._drop(new))
+            raise CacheFull(_NO_ROOM)
         self._share(live, new, length)
         if new.sharing is not None:
             await asyncio.shield(new.sharing)
@@ -528,8 +406,8 @@ class Engine:
         if live.name not in self._live:
             return
         useful = keep and live.error is None and not live.is_away
-        self._give_up(live, TaskFailed("The session was closed."))
-        if useful and not self.placement.missing() and not self._mending.locked():
+        live.give_up(TaskFailed("The session was closed."))
+        if useful and not self.placement.missing() and self._repairs.is_idle:
             if len(live.tokens) > live.num_computed:
                 self.rewind(live, live.num_computed)
             del self._live[live.name]  # first: somebody may wait for just this one, or for its room
@@ -546,7 +424,7 @@ class Engine:
         new.most_tokens = new.num_shared = length
         self._live[new.name] = new
         message = {"kind": "fork", "session": source.name, "new": new.name, "length": length}
-        new.sharing = self._spawn(self.placement.tell(0, message))
+        new.sharing = self.spawn(self.placement.tell(0, message))
 
     def _take_over(self, kept: Live, length: int) -> None:
         """Make a session that was kept one again, from a position on."""
@@ -559,49 +437,42 @@ class Engine:
     def _drop(self, live: Live) -> asyncio.Task[None]:
         """Forget a session; the task returns when the stages have been told."""
         self._live.pop(live.name, None)
-        return self._spawn(self._forget(live.name, self.pool.leave(live)))
+        return self.spawn(self._forget(live.name, self.pool.leave(live)))
 
     async def _forget(self, name: str, num_tokens: int) -> None:
-        self._forgetting[name] = _Forgetting(num_tokens, self.placement.places())
+        self._forgetting.begin(name, num_tokens, self.placement.places())
         for stage in range(len(self.cut)):
             await self.placement.tell(stage, {"kind": "close", "sessions": [name]})
-        self._forgotten(name)
-
-    def _forgotten(self, name: str) -> None:
-        """Free a session's room once all stages that are there have forgotten it."""
-        forgetting = self._forgetting.get(name)
-        if forgetting is not None and not forgetting.places:
-            del self._forgetting[name]
-            self.pool.forgotten(forgetting.num_tokens)
+        self._forgetting.heard(name)
 
     def _send_away(self, live: Live) -> None:
         """Have the stages forget a session, for want of room; it comes back when there is some."""
         num_tokens = self.pool.leave(live)
-        del self._live[live.name]
-        self._spawn(self._forget(live.name, num_tokens))
+        # It isn't there if its turn came a moment ago: whoever asked for it hasn't heard yet.
+        self._live.pop(live.name, None)
+        self.spawn(self._forget(live.name, num_tokens))
         live.name, live.is_away, live.num_computed = Live().name, True, 0
         self._live[live.name] = live
         if live.by_hand or live.is_lead:
-            self._give_up(live, CacheFull(_NO_ROOM))
+            live.give_up(CacheFull(_NO_ROOM))
         else:
-            self._spawn(self._readmit(live, num_tokens))
+            self.spawn(self._readmit(live, num_tokens))
 
     async def _readmit(self, live: Live, num_tokens: int) -> None:
+        if live.name not in self._live:
+            return  # it has ended since: nobody would give the room back
         try:
             await self.pool.readmit(live, num_tokens)
         except DagflowError as error:
-            self._give_up(live, error)
+            live.give_up(error)
         else:
             await self._come_back(live)
 
     async def _come_back(self, live: Live) -> None:
-        """Have the stages compute again what a session had."""
-        async with self._mending:
-            if not live.reserved:
-                return  # it has ended, or was sent away once more: then it comes back once more
-            live.is_away = False
-            live.most_tokens = len(live.tokens)
-            await self._send_again(0, list(range(len(self.cut))), [live.name])
+        """Have the stages compute again what a session had; it isn't away any more then."""
+        if live.reserved:
+            self._repairs.about(SessionBack(live.name))
+            await self._repairs.finished()
 
     def _check_open(self, live: Live) -> None:
         if self._closed:
@@ -610,188 +481,3 @@ class Engine:
             raise SettingsInvalid("The session was closed: open another, or fork it before.")
         if live.is_away and not live.by_hand and live.error is not None:
             raise live.error
-
-    def _post(self, part: Part, tokens: Sequence[int]) -> None:
-        """Send tokens, along with those that other sessions send at the same time."""
-        self._posted.append((part, tokens))
-        if len(self._posted) == 1:
-            self._spawn(self._send_posted())
-
-    async def _send_posted(self) -> None:
-        posted, self._posted = self._posted, []
-        for group in _groups(posted, self._most_sessions):
-            tokens = torch.tensor([token for _, some in group for token in some])
-            await self._send_tokens([part for part, _ in group], tokens, [])
-
-    async def _send_tokens(
-        self, parts: Sequence[Part], tokens: torch.Tensor, rebuilt: Sequence[int]
-    ) -> None:
-        message = {
-            "kind": "pass",
-            "parts": [astuple(part) for part in parts],
-            "rebuilt": rebuilt,
-            "most_sessions": self._most_sessions,
-        }
-        await self.placement.tell(0, message, TensorDict({TOKENS: tokens}))
-
-    @property
-    def _most_sessions(self) -> int:
-        """How many sessions may share a pass: so many that every worker has one to compute.
-
-        With all of them in one pass, the workers would take turns.
-        """
-        return math.ceil(self.num_waiting / self.placement.num_placed_on)
-
-    # Mending
-
-    async def _mend(self) -> None:
-        """Put lost stages on other workers, and have what they knew sent to them again."""
-        async with self._mending:
-            while self.placement.missing() or self._bare:
-                try:
-                    for stage in self.placement.missing():
-                        self._bare.add(stage)
-                        await self.placement.replace(stage)
-                except WorkersLost as error:
-                    self.pool.fail(error)
-                    for live in self._live.values():
-                        self._give_up(live, error)
-                    return
-                self._resize()
-                await self.pool.settle()
-                if self.placement.missing():
-                    continue  # another one has left meanwhile
-                bare = sorted(self._bare)
-                self._bare.clear()
-                for stage in bare:
-                    await self._route(stage)
-                for first, last in _runs(bare):
-                    await self._send_again(first, list(range(first, last + 1)), None)
-
-    async def _route(self, stage: int) -> None:
-        following = (*self.placement.addresses, None)[stage + 1]
-        await self.placement.tell(stage, {"kind": "route", "following": following})
-
-    async def _send_again(
-        self, stage: int, rebuilt: list[int], names: Sequence[str] | None
-    ) -> None:
-        """Have a stage sent again what it has got so far, for all sessions or some."""
-        lives = [
-            live
-            for live in self._live.values()
-            if not live.is_away and (names is None or live.name in names)
-        ]
-        lives.sort(key=lambda live: not live.wanted)  # those that somebody waits for first
-        sessions = [(live, *_still_wanted(live)) for live in lives if live.tokens]
-        if stage == 0:
-            for live, deliver, want in sessions:
-                tokens = torch.tensor(live.tokens)
-                part = Part(live.name, live.epoch, 0, len(tokens), deliver, want)
-                await self._send_tokens([part], tokens, rebuilt)
-            return
-        message = {
-            "kind": "resend",
-            "following": self.placement.addresses[stage],
-            "sessions": [(live.name, deliver, want) for live, deliver, want in sessions],
-            "rebuilt": rebuilt,
-        }
-        await self.placement.tell(stage - 1, message)
-
-    async def _refill(self) -> None:
-        """Some stages lack what came before: they have got something out of turn."""
-        async with self._mending:
-            lacking, self._lacking = self._lacking, set()
-            for stage in sorted({stage for stage, _ in lacking}):
-                names = [name for number, name in lacking if number == stage]
-                await self._send_again(stage, [stage], names)
-
-
-def _groups(
-    posted: Sequence[tuple[Part, Sequence[int]]], most_sessions: int
-) -> list[list[tuple[Part, Sequence[int]]]]:
-    """Divide parts into passes: so many sessions in each that every worker has one to compute.
-
-    >>> posted = [(Part(name, 0, 0, 1, 0, "last"), [7]) for name in "abcbd"]
-    >>> [[part.session for part, _ in group] for group in _groups(posted, 4)]
-    [['a', 'b', 'c'], ['b', 'd']]
-    >>> [len(group) for group in _groups(posted, 2)]
-    [2, 2, 1]
-    """
-    groups: list[list[tuple[Part, Sequence[int]]]] = []
-    sessions: set[str] = set()
-    room = 0
-    for part, tokens in posted:
-        room -= part.count
-        if not groups or part.session in sessions or len(sessions) >= most_sessions or room < 0:
-            groups.append([])
-            sessions, room = set(), MOST_TOKENS - part.count
-        groups[-1].append((part, tokens))
-        sessions.add(part.session)
-    return groups
-
-
-def _want(
-    live: Live, part: Part, start: int, since: float | None = None
-) -> asyncio.Future[torch.Tensor]:
-    """Note that somebody waits for a part's logits, and from where on stages may lack tokens."""
-    future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
-    future.add_done_callback(_heard)
-    live.wanted.append(_Wanted(part.epoch, start, part.end, part.want, future, since))
-    return future
-
-
-def _heard(future: asyncio.Future[torch.Tensor]) -> None:
-    """Nobody need wait for guesses behind a wrong one: their errors aren't lost but known."""
-    if not future.cancelled():
-        future.exception()
-
-
-def _still_wanted(live: Live) -> tuple[int, str]:
-    """Return from which token on the stages behind must be given a session's tokens, and why.
-
-    Tokens that are fed from now on may get to the stage that sends again before it is told to: what
-    they are wanted for isn't known yet, so it is all.
-    """
-    if not live.wanted:
-        return len(live.tokens), ALL
-    first = min(wanted.start for wanted in live.wanted)
-    one = len(live.wanted) == 1 and live.wanted[0].want == LAST
-    return first, LAST if one and live.wanted[0].end == len(live.tokens) else ALL
-
-
-def _runs(stages: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring stages, first and last.
-
-    >>> _runs([0, 2, 3])
-    [(0, 0), (2, 3)]
-    """
-    found: list[tuple[int, int]] = []
-    for stage in stages:
-        if found and found[-1][1] == stage - 1:
-            found[-1] = (found[-1][0], stage)
-        else:
-            found.append((stage, stage))
-    return found
-
-
-def cut_at_layers(dag: OperatorDag, num_stages: int) -> Partition:
-    """Cut a decoder between its layers, evenly."""
-    layers: list[str] = []
-    for node in dag.nodes:
-        if node.op == ATTEND or node.op in RECURRENT:
-            layer = _layer_of(node.module)
-            layers += [layer] if layer not in layers else []
-    count = max(1, min(num_stages, len(layers)))
-    points = [layers[len(layers) * stage // count] for stage in range(1, count)]
-    return partition(dag, split_points=points) if points else partition(dag, 1)
-
-
-def _layer_of(module: str) -> str:
-    """Return the path of the layer that a module is in.
-
-    >>> _layer_of("model.layers.3.self_attn")
-    'model.layers.3'
-    """
-    parts = module.split(".")
-    number = next(i for i, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[: number + 1])

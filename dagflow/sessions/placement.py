@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -17,19 +16,12 @@ from distributed import Client, Future
 from dagflow.errors import StoreUnreachable, WorkersLost
 from dagflow.graph.show import amount
 from dagflow.plan.partition import Partition
-from dagflow.run.clusters import register_on_workers
-from dagflow.run.dask_internals import connection_arguments
+from dagflow.run.clusters import reconnect, register_on_workers
+from dagflow.run.dask_internals import client_stream, connection_arguments
 from dagflow.run.membership import Membership
+from dagflow.sessions.holdings import Holdings
 from dagflow.sessions.links import CommClosedError, Link, Message
-from dagflow.sessions.memory import (
-    Room,
-    StageNeeds,
-    WorkerMemory,
-    fits,
-    place_stages,
-    room_of,
-    together,
-)
+from dagflow.sessions.memory import Room, StageNeeds, WorkerMemory, place_stages
 from dagflow.sessions.models import Model
 from dagflow.sessions.proofs import DRIVER, Issuer, introduced
 from dagflow.sessions.service import SessionWorker, StageSpec, open_stage, take_part
@@ -60,7 +52,7 @@ class Placement:
     hear : callable
         Gets the messages that workers send, and their addresses.
     lost : callable
-        Hears which worker is gone, how, and with which stages.
+        Hears which worker is gone, how, and with which stages; or which of its stages are.
     came : callable
         Awaited when a worker has come, before it is made a spare.
     note : callable
@@ -74,6 +66,8 @@ class Placement:
         The worker of each stage; empty while nobody has it.
     needs : list of StageNeeds
         Of each stage.
+    patience_seconds : float
+        A worker that computes one pass for longer is given up.
     """
 
     def __init__(
@@ -92,6 +86,7 @@ class Placement:
         spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
         self.addresses: list[str] = []
+        self.patience_seconds = 300.0
         self.needs = [StageNeeds.of(model.dag, program) for program in cut.programs]
         self._name = name
         self._ref = model.ref
@@ -103,6 +98,8 @@ class Placement:
         self._note, self._spawn = note, spawn
         self._issuer = Issuer()
         self._membership = Membership(client)
+        self._connection: object = None
+        self._scheduler = client.scheduler.address
         self._memory: dict[str, WorkerMemory] = {}
         # Open stages, and those that are being opened, by stage and address.
         self._opened: dict[tuple[int, str], asyncio.Task[Future]] = {}
@@ -112,12 +109,31 @@ class Placement:
 
     def start(self) -> None:
         """Hear of workers that come and go, and have them take part."""
+        connection = client_stream(self._client)
         self._membership.__enter__()
         register_on_workers(self._client, SessionWorker(), self._wait_seconds)
+        # Last: if it was lost meanwhile, all of it is to be done again.
+        self._connection = connection
 
     def stop(self) -> None:
         """Hear of them no more."""
         self._membership.__exit__()
+
+    def _start_again(self) -> None:
+        """Go on with the scheduler that is there now: the connection to the one before was lost.
+
+        Not on the client's loop: it waits.
+
+        Raises
+        ------
+        SchedulerLost
+            If none comes in time.
+        """
+        reconnect(self._client, self._wait_seconds)
+        self.stop()
+        self._membership = Membership(self._client)
+        self.start()
+        self._note(f"The scheduler {self._scheduler} is back.")
 
     async def place(self) -> None:
         """Connect to all workers, and have the stages opened.
@@ -175,6 +191,10 @@ class Placement:
         """How many workers have a stage."""
         return len(set(self.addresses))
 
+    def is_here(self, address: str) -> bool:
+        """Tell whether a worker takes part."""
+        return address in self._links
+
     def missing(self) -> list[int]:
         """Return the stages that no worker has now."""
         return [s for s, address in enumerate(self.addresses) if address not in self._links]
@@ -201,21 +221,14 @@ class Placement:
 
     def room(self) -> Room:
         """Return how many tokens all sessions together may have where the stages are now."""
-        weights = {address: self._weights_on(address) for address in self.addresses}
-        return room_of(self.addresses, self.needs, weights, self._memory, self._cache_bytes)
+        return self._holdings().room()
 
-    def _weights_on(self, address: str) -> int:
-        """Bytes of the weights that a worker has open, or is opening."""
-        return sum(self.needs[s].weight_bytes for s, a in self._opened if a == address)
-
-    def _can_hold(self, stage: int, address: str, besides: int = 0) -> bool:
-        """Tell whether a worker has memory for one stage more, and for so many bytes besides."""
-        needs = [self.needs[s] for s, a in enumerate(self.addresses) if a == address]
-        needs.append(self.needs[stage])
-        own = sum(need.weight_bytes for need in needs)
-        weight_bytes = max(own, besides + self.needs[stage].weight_bytes)
-        least_bytes = together(needs).least_bytes
-        return fits(self._memory[address], weight_bytes, least_bytes, self._cache_bytes)
+    def _holdings(self) -> Holdings:
+        opened = {place for place in self._opened if self.is_open(*place)}
+        memory = {address: self._memory[address] for address in self._links}
+        return Holdings(
+            self.addresses, self.needs, set(self._opened), opened, memory, self._cache_bytes
+        )
 
     # Messages
 
@@ -228,7 +241,11 @@ class Placement:
     async def _listen(self, address: str, link: Link) -> None:
         try:
             while True:
-                self._hear(await link.receive(), address)
+                message = await link.receive()
+                if message["kind"] == "pong":
+                    self._hear_pong(address, message)
+                else:
+                    self._hear(message, address)
         except CommClosedError:
             if self._links.get(address) is link:
                 self.give_up(address, "has left")
@@ -262,6 +279,9 @@ class Placement:
         """Notice workers that are silent, though their connections are open, and those that come."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
+            if client_stream(self._client) is not self._connection:
+                with contextlib.suppress(OSError):  # lost once more: the next look tries again
+                    await asyncio.to_thread(self._start_again)
             usable = set(self._membership.usable())
             for address, link in list(self._links.items()):
                 link.num_unheard += 1
@@ -270,9 +290,37 @@ class Placement:
                 elif link.num_unheard > _MOST_UNHEARD:
                     self.give_up(address, "has fallen silent")
                 elif not link.is_sending:
-                    self._spawn(self._send(link, {"kind": "ping"}))
+                    self._spawn(self._send(link, {"kind": "ping", "stages": self._on(address)}))
             for address in usable - self._links.keys() - self._inviting:
                 self._spawn(self._invite(address))
+
+    def _on(self, address: str) -> list[tuple[int, str]]:
+        """Return the stages that a worker has open, as it told us, and which opening of them."""
+        return [
+            (stage, opening.result().key)
+            for (stage, other), opening in self._opened.items()
+            if other == address and self.is_open(stage, address)
+        ]
+
+    def _hear_pong(self, address: str, message: Message) -> None:
+        """Notice that a worker which answers has lost a stage, or computes one pass for ever."""
+        if message["busy_seconds"] > self.patience_seconds:
+            why = f"has been computing one pass for {message['busy_seconds']:.0f} s"
+            self._membership.exclude(address, why)
+            self.give_up(address, why)
+            return
+        # One that was shut or opened again since the ping is another opening.
+        lacking = {(stage, opening) for stage, opening in message["lacking"]}
+        gone = [stage for stage, opening in self._on(address) if (stage, opening) in lacking]
+        for stage in gone:
+            del self._opened[stage, address]
+        stages = [stage for stage in gone if self.addresses[stage] == address]
+        for stage in stages:
+            self.addresses[stage] = ""
+        if stages:
+            self._lost(address, "has lost what it had open", stages)
+        if gone:
+            self._spawn(self._make_useful(address))
 
     async def _invite(self, address: str) -> None:
         """Make a worker that has come, or come back, a spare."""
@@ -282,8 +330,12 @@ class Placement:
         finally:
             self._inviting.discard(address)
         if address in self._links:
-            await self._came()  # first: what it gets leaves less memory for a spare's weights
-            await self._warm(address)
+            await self._make_useful(address)
+
+    async def _make_useful(self, address: str) -> None:
+        """Give a worker a stage that nobody has, or have it read weights as a spare."""
+        await self._came()  # first: what it gets leaves less memory for a spare's weights
+        await self._warm(address)
 
     def give_up(self, address: str, how: str) -> None:
         """A worker can't be reached any more, or doesn't move."""
@@ -347,27 +399,12 @@ class Placement:
     async def _warm(self, address: str) -> None:
         """Have a spare read all weights that it has memory for: it may have to replace anybody."""
         try:
-            while (stage := self._most_useful(address)) is not None:
+            while (stage := self._holdings().most_useful(address)) is not None:
                 await self._open(stage, address)
         except OSError:
             return
         except Exception as error:
             self._note(f"The spare {address} can't read all weights: {error}")
-
-    def _most_useful(self, spare: str) -> int | None:
-        """Return which stage a spare should open next: one that the fewest others could replace."""
-        if spare in self.addresses:
-            return None
-        copies = Counter(s for s, address in self._opened if address not in self.addresses)
-        held = self._weights_on(spare)
-
-        def has_room(stage: int) -> bool:
-            need = self.needs[stage]
-            weight_bytes = held + need.weight_bytes
-            return fits(self._memory[spare], weight_bytes, need.least_bytes, self._cache_bytes)
-
-        lacking = [s for s in range(len(self._cut)) if (s, spare) not in self._opened]
-        return min(filter(has_room, lacking), key=lambda s: (copies[s], s), default=None)
 
     def shut_unneeded(self, address: str) -> None:
         """Have a worker forget weights of stages that it hasn't got."""
@@ -377,8 +414,10 @@ class Placement:
                 message = {"kind": "shut", "stage": stage, "opening": opening}
                 self._spawn(self._send(self._links[address], message))
 
-    async def replace(self, stage: int) -> None:
-        """Put a stage on another worker: a spare that has its weights, if there is one.
+    async def replace(self, stage: int) -> str:
+        """Put a stage on another worker, and return its address: a spare's that has its weights.
+
+        If there is none, another's that has memory for it.
 
         Raises
         ------
@@ -388,7 +427,7 @@ class Placement:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait_seconds
         while True:
-            address = self._best_for(stage)
+            address = self._holdings().best_for(stage)
             if address is None:
                 self._joined.clear()
                 try:
@@ -398,7 +437,7 @@ class Placement:
                 continue
             if not self.is_open(stage, address):
                 self._note(f"Stage {stage} is being opened on {address}.")
-                if not self._can_hold(stage, address, besides=self._weights_on(address)):
+                if self._holdings().must_shut(stage, address):
                     self.shut_unneeded(address)
             try:
                 await self._open(stage, address)
@@ -416,20 +455,11 @@ class Placement:
                 self.give_up(address, f"can't open stage {stage}: {error}")
             else:
                 self.addresses[stage] = address
-                return
-
-    def _best_for(self, stage: int) -> str | None:
-        """Return who should take a stage: whoever has the fewest, and its weights already."""
-        used = Counter(self.addresses)
-        return min(
-            (a for a in self._links if self._can_hold(stage, a)),
-            key=lambda a: (used[a], not self.is_open(stage, a), a),
-            default=None,
-        )
+                return address
 
     def _nobody_has_joined(self) -> str:
         waited = f"within {self._wait_seconds:g} s"
-        return f"0 of 1 workers joined {self._client.scheduler.address} {waited}."
+        return f"0 of 1 workers joined {self._scheduler} {waited}."
 
     def _nobody_for(self, stage: int) -> str:
         if not self._links:
@@ -437,6 +467,6 @@ class Placement:
         weights = amount(self.needs[stage].weight_bytes, "B")
         return (
             f"None of the {len(self._links)} workers left has memory for stage {stage} ({weights} of "
-            f"weights), and none that has joined {self._client.scheduler.address} within "
+            f"weights), and none that has joined {self._scheduler} within "
             f"{self._wait_seconds:g} s."
         )

@@ -25,13 +25,20 @@ from dagflow.sessions.links import OPERATION, CommClosedError, Link, Message
 from dagflow.sessions.memory import WorkerMemory
 from dagflow.sessions.models import ModelRef, read_stage
 from dagflow.sessions.proofs import DRIVER, STAGE, Credentials, introduced, is_proven, may_send
-from dagflow_tasks.decoding import DecoderStage, Part, join, keep_from, select, split_logits
+from dagflow.sessions.queueing import is_rewound, rewound, together
+from dagflow_tasks.decoding import (
+    NOTHING,
+    DecoderStage,
+    Part,
+    join,
+    keep_from,
+    select,
+    split_logits,
+)
 from dagflow_tasks.device import current_device
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.results import TensorDict
 
-# A pass that is too long holds up everybody's next token.
-MOST_TOKENS = 512
 # A pass of few tokens that is done so soon is computed on the event loop itself: it would be handed
 # to another thread and back in a quarter of a millisecond, and in several if the machine is busy.
 _FEW_TOKENS = 8
@@ -197,7 +204,7 @@ class _Hub:
                 if not may_send(role, message, deployment):
                     await self._refuse(link, comm.peer_address, deployment, role)
                 if message["kind"] == "ping":
-                    await link.send({"kind": "pong"})
+                    await link.send(self._how_it_goes(deployment, message["stages"]))
                 elif message["kind"] == "lost":
                     self._hang_up(deployment, message["address"])
                 elif message["kind"] == "shut":
@@ -223,8 +230,29 @@ class _Hub:
         if running is not None and running.opening == opening:
             self._stages.pop(key).stop()
 
+    def _how_it_goes(self, deployment: str, stages: Sequence[tuple[int, str]]) -> Message:
+        """Return which of the stages that a driver has open here aren't, and how long passes take.
+
+        Parameters
+        ----------
+        stages
+            Numbers and openings.
+        """
+        there = {
+            (number, running.opening): running
+            for (name, number), running in self._stages.items()
+            if name == deployment and running.is_running
+        }
+        lacking = [(stage, opening) for stage, opening in stages if (stage, opening) not in there]
+        seconds = max((running.busy_seconds for running in there.values()), default=0.0)
+        return {"kind": "pong", "lacking": lacking, "busy_seconds": seconds}
+
     def take(self, message: Message) -> None:
-        """Queue a message for its stage; those for stages that aren't here any more are dropped."""
+        """Queue a message for its stage.
+
+        Those for stages that aren't here any more are dropped: the driver learns from the next ping
+        that the stage is gone, and has what matters sent to another.
+        """
         running = self._stages.get((message["deployment"], message["stage"]))
         if running is None:
             return
@@ -290,6 +318,7 @@ class _Running:
         self.opening = spec.opening
         self.weight_bytes = stage.num_weight_bytes
         self._last_seconds = math.inf  # of passes of few tokens
+        self._busy_since: float | None = None
         self._following: str | None = None
         self._stage = stage
         self.queue: asyncio.Queue[Message] = asyncio.Queue()
@@ -302,6 +331,16 @@ class _Running:
     @property
     def num_sessions(self) -> int:
         return len(self._stage.sessions)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether anybody takes its messages."""
+        return not self._pump.done()
+
+    @property
+    def busy_seconds(self) -> float:
+        """For how long it has been computing the pass of this moment."""
+        return 0.0 if self._busy_since is None else time.perf_counter() - self._busy_since
 
     @property
     def cache_bytes(self) -> tuple[int, int]:
@@ -317,11 +356,11 @@ class _Running:
                 waiting.append(await self.queue.get())
             while not self.queue.empty():
                 waiting.append(self.queue.get_nowait())
-            passes = _together(waiting)
+            passes = together(waiting)
             try:
                 if passes:
                     del waiting[: len(passes)]
-                    await self._compute(passes, _rewound(waiting))
+                    await self._compute(passes, rewound(waiting))
                     await asyncio.sleep(0)  # what has come meanwhile may join the next pass
                 else:
                     await self._obey(waiting.pop(0))
@@ -330,14 +369,14 @@ class _Running:
                 await self._tell({"kind": "failed", "sessions": sessions, "why": str(error)})
 
     async def _compute(
-        self, messages: Sequence[Message], rewound: Mapping[str, tuple[int, int]]
+        self, messages: Sequence[Message], newest: Mapping[str, tuple[int, int]]
     ) -> None:
         """Compute one pass and send it on, without what sessions have been rewound from meanwhile."""
         rebuilt = messages[0]["rebuilt"]
         accepted: list[tuple[list[Part], TensorDict]] = []
         for message in messages:
             parts = message["parts"]
-            over = {p for p in parts if self._stage.is_over(p) or _is_rewound(p, rewound)}
+            over = {p for p in parts if self._stage.is_over(p) or is_rewound(p, newest)}
             gaps = {part for part in parts if part not in over and not self._stage.accepts(part)}
             if gaps:
                 await self._tell({"kind": "gap", "sessions": [part.session for part in gaps]})
@@ -376,8 +415,12 @@ class _Running:
         if few and self._last_seconds < _SHORT_SECONDS:
             found = timed()
         else:
-            loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(self._hub.computing, timed)
+            self._busy_since = time.perf_counter()
+            try:
+                loop = asyncio.get_running_loop()
+                found = await loop.run_in_executor(self._hub.computing, timed)
+            finally:
+                self._busy_since = None
         if few:
             self._last_seconds = found[2]
         return found
@@ -389,6 +432,8 @@ class _Running:
         if found:
             message = {"kind": "logits", "parts": [astuple(part) for part in found]}
             await self._tell({**message, "computed": computed}, outputs)
+        if silent := [part.session for part in parts if part.want == NOTHING]:
+            await self._tell({"kind": "moved", "sessions": silent})
 
     async def _send_on(
         self,
@@ -432,49 +477,6 @@ class _Running:
 
     async def _tell(self, message: Message, values: TensorDict | None = None) -> None:
         await self._hub.tell_driver(self._deployment, {**message, "stage": self._number}, values)
-
-
-def _together(waiting: Sequence[Message]) -> list[Message]:
-    """Return the first messages that make one pass; none if the first isn't a pass.
-
-    >>> parts = [[Part(session, 0, 0, 1, 0, "last")] for session in "abc"]
-    >>> message = {"kind": "pass", "rebuilt": []}
-    >>> [len(_together([{**message, "parts": p, "most_sessions": m} for p in parts])) for m in (1, 2)]
-    [1, 2]
-    """
-    found: list[Message] = []
-    tokens = 0
-    sessions: set[str] = set()
-    for message in waiting:
-        if message["kind"] != "pass" or (found and message["rebuilt"] != found[0]["rebuilt"]):
-            break
-        parts = message["parts"]
-        own = {name for part in parts for name in (part.session, part.origin) if name}
-        tokens += sum(part.count for part in parts)
-        # Tokens of one session come one part after the other, and before those of its copies.
-        if found and (tokens > MOST_TOKENS or own & sessions):
-            break
-        if found and len(own | sessions) > message.get("most_sessions", math.inf):
-            break
-        sessions |= own
-        found.append(message)
-    return found
-
-
-def _rewound(waiting: Sequence[Message]) -> dict[str, tuple[int, int]]:
-    """Return from where on the sessions that wait begin anew: the newest epoch, and its first token."""
-    found: dict[str, tuple[int, int]] = {}
-    for message in waiting:
-        for part in message["parts"] if message["kind"] == "pass" else ():
-            if part.epoch > found.get(part.session, (0, 0))[0]:
-                found[part.session] = (part.epoch, part.start)
-    return found
-
-
-def _is_rewound(part: Part, rewound: Mapping[str, tuple[int, int]]) -> bool:
-    """Tell whether all of a part's tokens will be cut off."""
-    epoch, start = rewound.get(part.session, (0, 0))
-    return part.epoch < epoch and start <= part.start
 
 
 _HUBS: WeakKeyDictionary[Any, _Hub] = WeakKeyDictionary()

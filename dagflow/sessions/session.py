@@ -10,8 +10,8 @@ import torch
 
 from dagflow.errors import BatchInvalid, DagflowError, DamagedData, SettingsInvalid
 from dagflow.sessions.deployment import Deployment
-from dagflow.sessions.engine import Live
 from dagflow.sessions.keeping import SESSION, Record
+from dagflow.sessions.live import Live
 from dagflow_tasks.decoding import ALL, LAST
 
 

@@ -245,8 +245,8 @@ class DecoderStage:
 
     def fork(self, session: str, new: str, length: int) -> bool:
         """Begin a session with the first tokens of another; False if those aren't here."""
-        if new in self.sessions:
-            return True  # what it was to begin with has been sent again meanwhile
+        if new in self.sessions or new in self._closed:
+            return True  # what it was to begin with has been sent again meanwhile, or it has ended
         if session not in self.sessions or not self._reaches(session, length):
             return False
         self._copy(session, new, 0, length)

@@ -31,6 +31,7 @@ from dagflow.run.dask_internals import (
     Task,
     TaskRef,
     cause_of,
+    client_stream,
     executing_seconds,
     keep_time,
     run_next,
@@ -86,6 +87,15 @@ def test_plugins_shorten_both_directions_of_messages(cluster: LocalCluster, clie
         return type(dask_worker.batched_stream).__name__, dask_worker.batched_stream.interval
 
     assert set(client.run(interval).values()) == {("BatchedSend", -math.inf)}
+
+
+def test_a_client_that_has_connected_again_has_another_connection(cluster: LocalCluster) -> None:
+    with Client(cluster.scheduler_address, set_as_default=False) as client:
+        before = client_stream(client)
+        assert before is client_stream(client) is not None
+        client.loop.add_callback(client.scheduler_comm.comm.abort)
+        wait_until(lambda: client_stream(client) not in (None, before), "it is connected again")
+        assert client.status == "running"
 
 
 def test_workers_log_what_they_send_with_its_bandwidth(client: Client) -> None:

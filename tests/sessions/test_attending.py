@@ -21,7 +21,7 @@ from dagflow.graph.dag import input_value
 from dagflow.graph.decoder import capture_decoder
 from dagflow.graph.tokenwise import check_tokenwise, take_positions
 from dagflow.graph.translate import translate
-from dagflow.sessions.engine import cut_at_layers
+from dagflow.sessions.cutting import cut_at_layers
 from dagflow_tasks.attention import ATTEND
 from dagflow_tasks.decoding import ALL, DecoderStage, Part
 from dagflow_tasks.program import ValueSpec

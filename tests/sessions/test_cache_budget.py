@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -159,6 +160,72 @@ def test_a_waiting_answer_is_left_alone_by_another_that_is_cancelled(
     assert done.wait(60)
     assert heard[-1] is None
     assert len(heard) == 41
+
+
+def smaller(deployment: dagflow.Deployment, num_blocks: int) -> None:
+    """Shrink the room for sessions now, as when a stage moves in with another."""
+    needs = deployment.engine.placement.needs
+    deployment.engine.placement._cache_bytes = (
+        num_blocks * BLOCK_TOKENS * max(need.token_bytes for need in needs)
+    )
+    deployment.engine._resize()
+
+
+@pytest.mark.parametrize("then", ["goes on", "has left"])
+def test_a_session_whose_turn_comes_as_the_room_shrinks_fails_nobody(
+    llama: tuple[Any, dagflow.Model], small: dagflow.Deployment, then: str
+) -> None:
+    engine, prompt = small.engine, [5, 17, 3]
+
+    async def at_once() -> list[torch.Tensor]:
+        first, leaves = [await engine.admit(n * BLOCK_TOKENS) for n in (2, 3)]
+        asking = asyncio.ensure_future(engine.admit(2 * BLOCK_TOKENS))
+        await asyncio.sleep(0)
+        assert small.caches.num_waiting == 1
+        await engine.end(leaves)
+        while small.caches.num_waiting:
+            await asyncio.sleep(0)
+        smaller(small, 3)  # its turn has come, and `asking` hasn't heard of that
+        if then == "has left":
+            asking.cancel()
+            found = [await engine.feed(first, prompt)]
+            await engine.end(first)
+            return found
+        second = await asking
+        assert second.is_away
+        waits = asyncio.ensure_future(engine.feed(second, prompt))
+        found = [await engine.feed(first, prompt)]
+        await engine.end(first)
+        found.append(await waits)
+        await engine.end(second)
+        return found
+
+    wanted = logits_of(llama[0], prompt)[-1:]
+    for found in engine.call(at_once()):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    wait_until(lambda: small.caches.used_tokens == 0, "nothing is reserved")
+
+
+def test_a_fork_whose_room_goes_as_it_comes_is_refused(small: dagflow.Deployment) -> None:
+    engine = small.engine
+
+    async def at_once() -> None:
+        kept = await engine.admit(4 * BLOCK_TOKENS)
+        await engine.feed(kept, [9] * 4 * BLOCK_TOKENS)
+        await engine.end(kept, keep=True)
+        live = await engine.open()
+        await engine.feed(live, [5, 17, 3])
+        forking = asyncio.ensure_future(engine.fork(live, 3))
+        while small.caches.used_tokens == BLOCK_TOKENS:  # until what is kept has been forgotten
+            await asyncio.sleep(0)
+        smaller(small, 1)
+        with pytest.raises(CacheFull, match="no room"):
+            await forking
+        await engine.feed(live, [7])
+        await engine.end(live)
+
+    engine.call(at_once())
+    wait_until(lambda: small.caches.used_tokens == 0, "nothing is reserved")
 
 
 @pytest.mark.parametrize("wrong", [0, -1])

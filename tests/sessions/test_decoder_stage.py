@@ -10,7 +10,7 @@ import torch
 from families import SOME, language_model, logits_of
 
 from dagflow.graph.decoder import capture_decoder
-from dagflow.sessions.engine import cut_at_layers
+from dagflow.sessions.cutting import cut_at_layers
 from dagflow_tasks.decoding import (
     ALL,
     LAST,
@@ -170,6 +170,15 @@ def test_forks_go_on_by_themselves_and_can_be_sent_again() -> None:
     fresh = _stages("llama", 2)[1]
     _, outputs = fresh.run([sent[0]], sent[1])
     torch.testing.assert_close(outputs["logits"], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_fork_that_comes_after_its_own_end_leaves_nothing() -> None:
+    """The driver tells each stage of the end; the fork goes from stage to stage, and may be later."""
+    [stage] = _stages("llama", 1)
+    _feed([stage], _part(0, 8), TOKENS[:8])
+    stage.close("b")
+    assert stage.fork("a", "b", 5)
+    assert list(stage.sessions) == ["a"]
 
 
 def test_a_session_takes_over_what_another_has_and_it_has_not() -> None:

@@ -10,7 +10,7 @@ from families import SOME
 from test_decoder_stage import TOKENS, _captured, _feed, _part, _stages
 
 from dagflow.errors import StageTooLarge
-from dagflow.sessions.engine import cut_at_layers
+from dagflow.sessions.cutting import cut_at_layers
 from dagflow.sessions.memory import (
     CACHE_SHARE,
     Room,

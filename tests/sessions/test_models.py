@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import dagflow
 from dagflow.errors import DagflowError, NotFound, SettingsInvalid
-from dagflow.sessions.engine import cut_at_layers
+from dagflow.sessions.cutting import cut_at_layers
 from dagflow.sessions.models import read_stage, read_weights
 from dagflow_storage import Store
 from dagflow_tasks.decoding import ALL, TOKENS, Part

@@ -16,7 +16,7 @@ from zoo.recurrent import RECURRENT
 import dagflow
 from dagflow.errors import CaptureFailed
 from dagflow.graph.decoder import capture_decoder
-from dagflow.sessions.engine import cut_at_layers
+from dagflow.sessions.cutting import cut_at_layers
 from dagflow.sessions.memory import StageNeeds
 from dagflow.sessions.models import read_stage
 from dagflow_tasks.decoding import ALL, LAST, NOTHING, Part, join, split_logits

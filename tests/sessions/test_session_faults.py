@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from families import beam_search, greedy, logits_of, stored
 from local import local_cluster, wait_until
 
 import dagflow
+from dagflow.errors import NoProgress
+from dagflow.sessions import service
 from dagflow.sessions.service import num_tokens_computed
 
 PROMPT = [5, 17, 3, 42, 8, 23, 5, 17]
@@ -208,6 +211,89 @@ def test_a_beam_search_survives_a_loss(
     ]
     assert [tokens.tolist() for tokens in found.tokens] == [tokens for tokens, _ in answers]
     assert not addresses & {swarm.address(stage) for stage in range(2)}
+
+
+def hub_of(worker: Any) -> Any:
+    return service._hub(worker)
+
+
+def forget_stage(dask_worker: Any) -> None:
+    for running in hub_of(dask_worker)._stages.values():
+        running.stop()
+    hub_of(dask_worker)._stages.clear()
+
+
+def stop_taking_messages(dask_worker: Any) -> None:
+    for running in hub_of(dask_worker)._stages.values():
+        running.stop()
+
+
+def lose_a_pass(dask_worker: Any) -> None:
+    hub, is_lost = hub_of(dask_worker), []
+
+    def take(message: dict[str, Any]) -> None:
+        if message["kind"] == "pass" and not is_lost:
+            is_lost.append(True)
+            del hub.take
+        else:
+            type(hub).take(hub, message)
+
+    hub.take = take
+
+
+def lose_all_passes(dask_worker: Any) -> None:
+    hub_of(dask_worker).take = lambda message: None
+
+
+def compute_for_ever(dask_worker: Any) -> None:
+    for running in hub_of(dask_worker)._stages.values():
+        running._last_seconds = float("inf")  # not on the loop, which would be a frozen worker
+        running._stage.run = lambda *_: threading.Event().wait(4)
+
+
+def break_in_mid_answer(swarm: Swarm, stage: int, how: Callable[[Any], None]) -> list[int]:
+    address = swarm.address(stage)
+    return answer(swarm, lambda: swarm.client.run(how, workers=[address]) and None)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("how", [forget_stage, stop_taking_messages])
+def test_a_stage_that_is_gone_from_a_worker_that_answers_is_replaced(
+    llama: tuple[Any, dagflow.Model], swarm: Swarm, stage: int, how: Callable[[Any], None]
+) -> None:
+    assert break_in_mid_answer(swarm, stage, how) == greedy(llama[0], PROMPT, NUM_NEW)
+    swarm.wait_for_spares(1)  # the worker has read its weights again, and is as good as before
+
+
+def test_tokens_that_are_lost_on_their_way_are_sent_again(
+    llama: tuple[Any, dagflow.Model], swarm: Swarm
+) -> None:
+    swarm.engine.placement.patience_seconds = 1.0
+    before = swarm.address(1)
+    assert break_in_mid_answer(swarm, 1, lose_a_pass) == greedy(llama[0], PROMPT, NUM_NEW)
+    assert swarm.address(1) == before
+
+
+def test_a_request_that_makes_no_progress_ends_with_an_error(swarm: Swarm) -> None:
+    swarm.engine.placement.patience_seconds = 1.0
+    address = swarm.address(1)
+    with pytest.raises(NoProgress, match=r"under way for 2 s.*ask again"):
+        break_in_mid_answer(swarm, 1, lose_all_passes)
+
+    def heal(dask_worker: Any) -> None:
+        del hub_of(dask_worker).take
+
+    swarm.client.run(heal, workers=[address])
+    assert len(answer(swarm, lambda: None)) == NUM_NEW
+
+
+def test_a_worker_that_computes_one_pass_for_ever_is_replaced(
+    llama: tuple[Any, dagflow.Model], swarm: Swarm
+) -> None:
+    swarm.engine.placement.patience_seconds = 1.0
+    before = swarm.address(1)
+    assert break_in_mid_answer(swarm, 1, compute_for_ever) == greedy(llama[0], PROMPT, NUM_NEW)
+    assert swarm.address(1) != before
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import dagflow
-from dagflow.sessions.engine import cut_at_layers
+from dagflow.sessions.cutting import cut_at_layers
 from dagflow.sessions.models import read_stage
 from dagflow_tasks.decoding import LAST, Part
 from dagflow_tasks.results import TensorDict
