@@ -51,8 +51,7 @@ class Holdings:
         needs.append(self.needs[stage])
         own = sum(need.weight_bytes for need in needs)
         weight_bytes = max(own, besides + self.needs[stage].weight_bytes)
-        least_bytes = together(needs).least_bytes
-        return fits(self.memory[address], weight_bytes, least_bytes, self.cache_bytes)
+        return fits(self.memory[address], weight_bytes, together(needs), self.cache_bytes)
 
     def must_shut(self, stage: int, address: str) -> bool:
         """Tell whether a worker has no memory for a stage beside all that it has read."""
@@ -77,8 +76,7 @@ class Holdings:
 
         def has_room(stage: int) -> bool:
             need = self.needs[stage]
-            weight_bytes = held + need.weight_bytes
-            return fits(self.memory[spare], weight_bytes, need.least_bytes, self.cache_bytes)
+            return fits(self.memory[spare], held + need.weight_bytes, need, self.cache_bytes)
 
         lacking = [s for s in range(len(self.needs)) if (s, spare) not in self.reading]
         return min(filter(has_room, lacking), key=lambda s: (copies[s], s), default=None)

@@ -11,7 +11,7 @@ import torch
 from dagflow.errors import StageTooLarge
 from dagflow.graph.dag import OperatorDag, dtype_bytes
 from dagflow.graph.show import amount
-from dagflow_tasks.attention import ATTEND, BLOCK_TOKENS, reach_of
+from dagflow_tasks.attention import ATTEND, BLOCK_TOKENS, look_back_bytes, reach_of
 from dagflow_tasks.operators import Node, argument_references
 from dagflow_tasks.program import StageProgram
 from dagflow_tasks.recurrence import RECURRENT, SCAN, WINDOW
@@ -36,12 +36,15 @@ class StageNeeds:
         of `token_bytes`.
     session_bytes : int
         For each session, however long: what its recurrent layers remember at most.
+    pass_bytes : int
+        For each token of one session: what a pass takes to look back at it, in one layer at a time.
     """
 
     weight_bytes: int
     token_bytes: int
     windows: tuple[tuple[int, int], ...] = ()
     session_bytes: int = 0
+    pass_bytes: int = 0
 
     @property
     def least_bytes(self) -> int:
@@ -59,7 +62,7 @@ class StageNeeds:
         tensors |= {use.buffer: (use.dtype, use.shape) for use in program.buffers}
         tensors |= {use.name: (use.dtype, use.shape) for use in program.constants}
         token_bytes = sum(_bytes(o.value.dtype, o.value.shape) for o in program.outputs)
-        windows, session_bytes = [], 0
+        windows, session_bytes, pass_bytes = [], 0, 0
         for node in program.nodes:
             if node.op in RECURRENT:
                 session_bytes += _state_bytes(dag, node)
@@ -67,11 +70,12 @@ class StageNeeds:
                 names = [name for a in node.args[1:3] for name in argument_references(a)]
                 layer_bytes = sum(_bytes(*dag.info[name].outputs[0]) for name in names)
                 token_bytes += layer_bytes
+                pass_bytes = max(pass_bytes, look_back_bytes(node.args))
                 reach = reach_of(node.args)
                 if reach is not None:
                     windows.append((reach.most_tokens, layer_bytes))
         weight_bytes = sum(_bytes(*tensor) for tensor in tensors.values())
-        return cls(weight_bytes, token_bytes, tuple(windows), session_bytes)
+        return cls(weight_bytes, token_bytes, tuple(windows), session_bytes, pass_bytes)
 
 
 def _state_bytes(dag: OperatorDag, node: Node) -> int:
@@ -166,17 +170,30 @@ class WorkerMemory:
         return self.limit_bytes - self.taken_bytes
 
 
-def cache_budget(memory: WorkerMemory, weight_bytes: int, cache_bytes: int | None) -> int:
-    """Return what caches may take on a worker that holds so many bytes of weights."""
-    left = memory.free_bytes - weight_bytes
-    return int(left * CACHE_SHARE) if cache_bytes is None else min(left, cache_bytes)
+def cache_budget(
+    memory: WorkerMemory, weight_bytes: int, needs: StageNeeds, cache_bytes: int | None
+) -> int:
+    """Return what caches of stages may take on a worker that holds so many bytes of weights.
+
+    One session may have all of it, and a pass of it looks back at all: that takes its part, too.
+    """
+    most = int((memory.free_bytes - weight_bytes) * _share(needs, cache_bytes))
+    return most if cache_bytes is None else min(most, cache_bytes)
+
+
+def _share(needs: StageNeeds, cache_bytes: int | None) -> float:
+    """Return which part of what weights leave caches may take."""
+    beside_passes = 1.0
+    if needs.pass_bytes:
+        beside_passes = needs.token_bytes / (needs.token_bytes + needs.pass_bytes)
+    return min(beside_passes, CACHE_SHARE if cache_bytes is None else 1.0)
 
 
 def fits(
-    memory: WorkerMemory, weight_bytes: int, least_bytes: int, cache_bytes: int | None
+    memory: WorkerMemory, weight_bytes: int, needs: StageNeeds, cache_bytes: int | None
 ) -> bool:
     """Tell whether a worker can hold stages, and a session of a block in their caches."""
-    return cache_budget(memory, weight_bytes, cache_bytes) >= least_bytes
+    return cache_budget(memory, weight_bytes, needs, cache_bytes) >= needs.least_bytes
 
 
 def together(needs: Iterable[StageNeeds]) -> StageNeeds:
@@ -187,6 +204,7 @@ def together(needs: Iterable[StageNeeds]) -> StageNeeds:
         sum(need.token_bytes for need in found),
         tuple(window for need in found for window in need.windows),
         sum(need.session_bytes for need in found),
+        max((need.pass_bytes for need in found), default=0),
     )
 
 
@@ -209,7 +227,7 @@ def room_of(
     """
     capacity = tokens_that_fit(addresses, needs, weight_bytes, workers, cache_bytes)
     own = needs_by_worker(addresses, needs)
-    budgets = {a: cache_budget(workers[a], weight_bytes[a], cache_bytes) for a in own}
+    budgets = {a: cache_budget(workers[a], weight_bytes[a], own[a], cache_bytes) for a in own}
     shares = [-(-capacity * need.session_bytes // max(1, budgets[a])) for a, need in own.items()]
     return Room(capacity, tuple(own.values()), max(shares))
 
@@ -237,7 +255,7 @@ def tokens_that_fit(
         Budget of a worker; None for `CACHE_SHARE` of what weights leave.
     """
     room = min(
-        max(0, cache_budget(workers[address], weight_bytes[address], cache_bytes))
+        max(0, cache_budget(workers[address], weight_bytes[address], need, cache_bytes))
         // max(1, need.token_bytes)
         for address, need in needs_by_worker(addresses, needs).items()
     )
@@ -279,7 +297,7 @@ def _fits(needs: Iterable[StageNeeds], memory: WorkerMemory, cache_bytes: int | 
     all_of_them = together(needs)
     weight_bytes = all_of_them.weight_bytes
     enough = cache_bytes is None or weight_bytes + cache_bytes <= memory.free_bytes
-    return enough and fits(memory, weight_bytes, all_of_them.least_bytes, cache_bytes)
+    return enough and fits(memory, weight_bytes, all_of_them, cache_bytes)
 
 
 def _too_small(
@@ -290,8 +308,7 @@ def _too_small(
     cache_bytes: int | None,
 ) -> str:
     need = needs[stage]
-    least = need.least_bytes
-    caches = max(least, cache_bytes) if cache_bytes is not None else math.ceil(least / CACHE_SHARE)
+    caches = max(math.ceil(need.least_bytes / _share(need, cache_bytes)), cache_bytes or 0)
     short = need.weight_bytes + caches - left
     stages = ", ".join(amount(n.weight_bytes, "B") for n in needs)
     have = ", ".join(f"{a} {amount(w.free_bytes, 'B')}" for a, w in sorted(workers.items()))

@@ -82,6 +82,16 @@ def reach_of(arguments: Sequence[Any]) -> Reach | None:
     return Reach(window, chunk) if window or chunk else None
 
 
+def look_back_bytes(arguments: Sequence[Any]) -> int:
+    """Return what a call of `attend` takes for each token it looks back at, besides its tensors.
+
+    That is a mask, and what it is made of. Where there are scores they are float32, and up to five are
+    there at a time: capped, biased, with sinks, and their softmax.
+    """
+    has_scores = any(arguments[index] for index in (6, 7, 8, 10) if len(arguments) > index)
+    return (5 if has_scores else 2) * _MOST_ROWS * torch.float32.itemsize
+
+
 @dataclass
 class LayerCache:
     """Keys and values of one session in one layer.

@@ -242,7 +242,7 @@ def tiny_cluster() -> Iterator[Client]:
     settings = ("target", "spill", "pause", "terminate")
     with (
         dask.config.set({f"distributed.worker.memory.{name}": False for name in settings}),
-        local_client(4, processes=False, memory_limit=130_000) as client,
+        local_client(4, processes=False, memory_limit=260_000) as client,
     ):
         yield client
 
@@ -250,10 +250,10 @@ def tiny_cluster() -> Iterator[Client]:
 def test_workers_too_small_for_the_model_are_refused_with_the_numbers(
     tiny_cluster: Client, llama: tuple[Any, dagflow.Model]
 ) -> None:
-    with pytest.raises(StageTooLarge, match=r"missing\. Stage 0 .* of weights.*Workers: .* 130 kB"):
+    with pytest.raises(StageTooLarge, match=r"missing\. Stage 0 .* of weights.*Workers: .* 260 kB"):
         dagflow.Deployment(llama[1], tiny_cluster, num_stages=1)
     with pytest.raises(StageTooLarge, match="smaller cache_bytes"):
-        dagflow.Deployment(llama[1], tiny_cluster, cache_bytes=100_000)
+        dagflow.Deployment(llama[1], tiny_cluster, cache_bytes=230_000)
     with dagflow.Deployment(llama[1], tiny_cluster, num_stages=2) as deployment:
         assert deployment.caches.capacity_tokens > 0
         assert len(set(deployment.engine.placement.addresses)) == 2

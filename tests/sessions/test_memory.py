@@ -18,6 +18,7 @@ from dagflow.sessions.memory import (
     WorkerMemory,
     cache_budget,
     fits,
+    needs_by_worker,
     place_stages,
     room_of,
     tokens_that_fit,
@@ -79,9 +80,26 @@ def test_what_a_long_session_takes_with_windows_is_known() -> None:
 
 def test_caches_get_a_share_of_what_weights_leave() -> None:
     memory = WorkerMemory(limit_bytes=10_000, taken_bytes=2000)
-    assert cache_budget(memory, 3000, None) == 5000 * CACHE_SHARE
-    assert cache_budget(memory, 3000, 700) == 700
-    assert cache_budget(memory, 7500, 700) == 500
+    needs = StageNeeds(3000, 10)
+    assert cache_budget(memory, 3000, needs, None) == 5000 * CACHE_SHARE
+    assert cache_budget(memory, 3000, needs, 700) == 700
+    assert cache_budget(memory, 7500, needs, 700) == 500
+
+
+def test_one_session_may_take_all_caches_and_a_pass_of_it_has_room_to_look_back() -> None:
+    memory, needs = WorkerMemory(limit_bytes=11_000), StageNeeds(1000, 10, pass_bytes=30)
+    for cache_bytes, budget in ((None, 2500), (9000, 2500), (700, 700)):
+        assert cache_budget(memory, 1000, needs, cache_bytes) == budget
+        num_tokens = tokens_that_fit(["a"], [needs], {"a": 1000}, {"a": memory}, cache_bytes)
+        assert num_tokens == budget // 10 // BLOCK_TOKENS * BLOCK_TOKENS
+        assert num_tokens * (needs.token_bytes + needs.pass_bytes) <= 10_000
+    stages = [StageNeeds(0, 1, pass_bytes=20), needs, StageNeeds(5, 0)]
+    both = next(iter(needs_by_worker("aaa", stages).values()))
+    assert (both.token_bytes, both.pass_bytes) == (11, 30)  # a worker computes one stage at a time
+    assert cache_budget(memory, 1000, stages[2], None) == 10_000 * CACHE_SHARE
+    with pytest.raises(StageTooLarge, match=r"at least 1\.28 kB for caches"):
+        place_stages([needs], {"a": WorkerMemory(2000)}, None)
+    assert place_stages([needs], {"a": WorkerMemory(1000 + 32 * 40)}, None) == ["a"]
 
 
 def test_the_fullest_worker_says_how_many_tokens_there_may_be() -> None:
@@ -106,7 +124,7 @@ def test_a_session_takes_the_largest_share_that_its_states_take_of_a_budget() ->
         count = room.capacity // room.taken(num_tokens)
         for need in needs:
             assert count * (need.session_bytes + num_tokens * need.token_bytes) <= 64_000
-    assert not fits(workers["a"], 0, needs[1].least_bytes, 9000)
+    assert not fits(workers["a"], 0, needs[1], 9000)
     assert room_of(["a"], [StageNeeds(0, 1)], {"a": 0}, workers, 640).reach is None
 
 
