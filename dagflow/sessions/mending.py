@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import TypeAlias
 
 from dagflow.errors import WorkersLost
@@ -146,13 +145,6 @@ class GiveUp:
 Instruction: TypeAlias = Place | MakeRoom | Send | GiveUp
 
 
-class _State(Enum):
-    IDLE = auto()
-    PLACING = auto()
-    MAKING_ROOM = auto()
-    SENDING = auto()
-
-
 class Mending:
     """Decides what is done about lost stages and tokens, one instruction at a time.
 
@@ -177,8 +169,8 @@ class Mending:
         self._num_stages = num_stages
         self._lacking: set[tuple[int, str]] = set()
         self._back: dict[str, None] = {}  # in their order
-        self._state = _State.IDLE
         self._attempt = 0
+        self._is_busy = False
         self._placing = 0
         self._gone: set[str] = set()  # since a stage is being placed
         self._has_room = False
@@ -187,11 +179,11 @@ class Mending:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is under way."""
-        return self._state is _State.IDLE
+        return not self._is_busy
 
     def abandon(self) -> None:
         """What is under way has failed as nobody expected: it is done again when there is a reason to."""
-        self._state, self._is_hopeless = _State.IDLE, True
+        self._is_busy, self._is_hopeless = False, True
 
     def handle(self, event: Event) -> list[Instruction]:
         """Return what to do about an event."""
@@ -207,7 +199,7 @@ class Mending:
             case _ if event.attempt != self._attempt or self.is_idle:
                 return []  # too late to matter
             case NobodyCame(_, error):
-                self._state, self._is_hopeless = _State.IDLE, True
+                self._is_busy, self._is_hopeless = False, True
                 return [GiveUp(error)]
             case _:
                 self._hear(event)
@@ -223,7 +215,7 @@ class Mending:
 
     def _hear(self, report: Report) -> None:
         """An instruction has been carried out."""
-        self._state = _State.IDLE
+        self._is_busy = False
         if isinstance(report, Placed) and report.address not in self._gone:
             self.lost.discard(self._placing)
             self.bare.add(self._placing)
@@ -239,15 +231,16 @@ class Mending:
                 return []
             self._placing = min(self.lost)
             self._gone.clear()
-            return [Place(self._begin(_State.PLACING), self._placing)]
+            return [Place(self._begin(), self._placing)]
         if self.bare and not self._has_room:
-            return [MakeRoom(self._begin(_State.MAKING_ROOM))]
+            return [MakeRoom(self._begin())]
         if self.bare or self._lacking or self._back:
             return [self._send()]
         return []
 
-    def _begin(self, state: _State) -> int:
-        self._state = state
+    def _begin(self) -> int:
+        """Return by which number the instruction that is given now will be reported."""
+        self._is_busy = True
         self._attempt += 1
         return self._attempt
 
@@ -263,7 +256,7 @@ class Mending:
         self.bare.clear()
         self._lacking.clear()
         self._back.clear()
-        return Send(self._begin(_State.SENDING), tuple(bare), tuple(resends))
+        return Send(self._begin(), tuple(bare), tuple(resends))
 
 
 def neighbours(stages: Iterable[int]) -> list[tuple[int, ...]]:
