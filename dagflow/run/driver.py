@@ -875,7 +875,7 @@ class Driver:
             _release(self._saves.pop(step).values())
             try:
                 commit_snapshot(self.run.store, step, records, meta)
-            except NotFound as error:
+            except (NotFound, StoreNotWritable) as error:
                 if wait_for_all:
                     raise
                 self.note(f"No snapshot of step {step}: {error}")  # the next one will do

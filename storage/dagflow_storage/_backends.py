@@ -9,6 +9,7 @@ import threading
 import uuid
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Backend(ABC):
     def read(self, path: str) -> bytes: ...
 
     @abstractmethod
-    def write(self, path: str, data: bytes) -> None: ...
+    def write(self, path: str, data: bytes, *, durable: bool = True) -> None: ...
 
     @abstractmethod
     def create(self, path: str, data: bytes, *, look_first: bool) -> bool:
@@ -92,7 +93,7 @@ class FolderBackend(Backend):
                 )
             return file.read()
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, *, durable: bool = True) -> None:
         target = self._root / path
         unfinished = _write_beside(target, data)
         try:
@@ -100,7 +101,8 @@ class FolderBackend(Backend):
         except OSError:
             unfinished.unlink(missing_ok=True)
             raise
-        _sync_folder(target.parent)
+        if durable:
+            _sync_folder(target.parent)
 
     def create(self, path: str, data: bytes, *, look_first: bool) -> bool:
         target = self._root / path
@@ -144,6 +146,10 @@ class FolderBackend(Backend):
             list(pool.map(_sync_file, files))
         for parent in folders:
             _sync_folder(parent)
+        # Those above may be new as well.
+        above = (self._root / path).parents
+        for parent in above[: len(Path(path).parts) + 1]:
+            _sync_name_in(parent)
 
 
 class ObjectBackend(Backend):
@@ -158,7 +164,7 @@ class ObjectBackend(Backend):
         limits = self._limits(LARGEST_READ_BYTES)
         return bytes(self._filesystem.cat_file(self._at(path), **limits))
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, *, durable: bool = True) -> None:
         self._filesystem.pipe_file(self._at(path), data, **self._limits(len(data)))
 
     def create(self, path: str, data: bytes, *, look_first: bool) -> bool:
@@ -232,7 +238,7 @@ class MemoryBackend(ObjectBackend):
         with _one_at_a_time:
             return super().read(path)
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, *, durable: bool = True) -> None:
         with _one_at_a_time:
             super().write(path, data)
 
@@ -250,7 +256,7 @@ class MemoryBackend(ObjectBackend):
 
 
 def _write_beside(target: Path, data: bytes) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_UNFINISHED_SUFFIX}")
     try:
         _write_synced(unfinished, data)
@@ -258,6 +264,20 @@ def _write_beside(target: Path, data: bytes) -> Path:
         unfinished.unlink(missing_ok=True)
         raise
     return unfinished
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, so that their names survive a power cut like their content."""
+    new = list(takewhile(lambda one: not one.exists(), (folder, *folder.parents)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in new:
+        _sync_name_in(made.parent)
+
+
+def _sync_name_in(folder: Path) -> None:
+    # What isn't there has no names, and who may write to a folder may not always read it.
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        _sync_folder(folder)
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -22,6 +22,8 @@ from dagflow_storage.location import Store, limited_options
 from dagflow_storage.retries import Clock
 
 PROTOCOL = "faulty"
+# What was listed last, by script and path, for listings that are stale.
+_LISTED: dict[tuple[str, str], Any] = {}
 Operation = Literal["put", "get", "info", "list", "delete"]
 
 
@@ -36,9 +38,11 @@ class FaultKind(Enum):
     EXPIRED = "expired credentials"
     NO_BUCKET = "no such bucket"
     FULL = "disk full"
+    FULL_MIDWAY = "disk full, with half of the bytes written"
     READ_ONLY = "read-only file system"
     TRUNCATED = "the last bytes are missing"
     FLIPPED = "one bit is wrong"
+    STALE = "a listing is that of the time before"
     CONDITION_IGNORED = "a conditional put is done whatever is there"
     CONDITION_UNKNOWN = "501 for a conditional put"
 
@@ -175,7 +179,12 @@ class FaultyFileSystem(AsyncFileSystem):  # type: ignore[misc]
 
     async def _ls(self, path: str, detail: bool = True, **_: Any) -> Any:
         kinds = await self._meet("list", path)
-        found = await asyncio.to_thread(self._target.ls, path, detail=True)
+        where = (str(self._counters), path)
+        if FaultKind.STALE in kinds and where in _LISTED:
+            found = _LISTED[where]
+        else:
+            found = await asyncio.to_thread(self._target.ls, path, detail=True)
+            _LISTED[where] = found
         # Some file systems begin all paths with a slash.
         lead = "/" if path.startswith("/") else ""
         entries = [{**entry, "name": lead + entry["name"].strip("/")} for entry in found]
@@ -216,8 +225,8 @@ class FaultyFileSystem(AsyncFileSystem):  # type: ignore[misc]
         return frozenset(fault.kind for fault in met)
 
     def _answered(self, kinds: frozenset[FaultKind], answer: Any) -> Any:
-        if FaultKind.LOST_ANSWER in kinds:
-            raise _said(FaultKind.LOST_ANSWER)
+        for late in kinds & _LATE:
+            raise _said(late)
         return answer
 
     def _count(self, index: int) -> int:
@@ -241,9 +250,11 @@ _S3_ANSWERS = {
 _SYSTEM_ANSWERS = {
     FaultKind.RESET: errno.ECONNRESET,
     FaultKind.FULL: errno.ENOSPC,
+    FaultKind.FULL_MIDWAY: errno.ENOSPC,
     FaultKind.READ_ONLY: errno.EROFS,
 }
-_REFUSALS = (_S3_ANSWERS.keys() | _SYSTEM_ANSWERS.keys()) - {FaultKind.LOST_ANSWER}
+_LATE = {FaultKind.LOST_ANSWER, FaultKind.FULL_MIDWAY}
+_REFUSALS = (_S3_ANSWERS.keys() | _SYSTEM_ANSWERS.keys()) - _LATE
 
 
 def _said(kind: FaultKind) -> Exception:
@@ -267,6 +278,8 @@ def _said(kind: FaultKind) -> Exception:
 def _damaged(kinds: frozenset[FaultKind], data: bytes) -> bytes:
     if FaultKind.TRUNCATED in kinds:
         data = data[:-3]
+    if FaultKind.FULL_MIDWAY in kinds:
+        data = data[: len(data) // 2]
     if FaultKind.FLIPPED in kinds and data:
         middle = len(data) // 2
         data = data[:middle] + bytes([data[middle] ^ 0x10]) + data[middle + 1 :]

@@ -280,9 +280,10 @@ class FlatArray:
 
         self._chunks.each(lambda number: self._store.retries.run(lambda: read(number)), by_chunk)
 
-    def put_metadata(self) -> None:
+    def put_metadata(self, *, durable: bool = True) -> None:
         """Write what zarr and `open` find the array by."""
-        self._store.write_bytes(f"{self._path}/{_METADATA}", self._metadata[_METADATA].to_bytes())
+        data = self._metadata[_METADATA].to_bytes()
+        self._store.write_bytes(f"{self._path}/{_METADATA}", data, durable=durable)
 
     def _diagnosis(self, start: int, stop: int) -> DagflowError:
         chunk = self.chunk_elements

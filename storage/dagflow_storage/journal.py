@@ -14,7 +14,7 @@ few. Nothing is overwritten: the same entry written twice has the same content, 
 import re
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -166,7 +166,7 @@ def write_segment(
         read_soon=False,  # only after a loss
     )
     array.write(0, raw)
-    array.put_metadata()
+    array.put_metadata(durable=False)
     return segment
 
 
@@ -201,10 +201,14 @@ def _commonest_itemsize(segment: Segment) -> int:
     return max(sizes, key=lambda size: sizes[size], default=1)
 
 
-def read_segments(store: Store, plan: str, step: int) -> list[Segment]:
-    """All segments of a step that are there, whoever wrote them; unfinished ones are left out."""
+def read_segments(
+    store: Store, plan: str, step: int, stages: Collection[int] | None = None
+) -> list[Segment]:
+    """The segments of a step that are there, of these stages or of all; unfinished ones are left out."""
     folder = _step_folder(plan, step)
-    paths = [f"{folder}/{name}" for name in store.list(folder)]
+    wanted = None if stages is None else set(map(str, stages))
+    names = [n for n in store.list(folder) if wanted is None or n.partition("-")[0] in wanted]
+    paths = [f"{folder}/{name}" for name in names]
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
         found = pool.map(lambda path: _read_index(store, path), paths)
         return [segment for segment in found if segment is not None]

@@ -150,10 +150,13 @@ class Store:
         """
         return self._reading(path, lambda: self.backend().read(_clean(path)))
 
-    def write_bytes(self, path: str, data: bytes) -> None:
-        """Put `data` at `path`: afterwards it holds all of it, or what it held before."""
+    def write_bytes(self, path: str, data: bytes, *, durable: bool = True) -> None:
+        """Put `data` at `path`: afterwards it holds all of it, or what it held before.
+
+        What needn't be `durable` a power cut may take, whole; that saves a folder a sync.
+        """
         target = _required(path)
-        self._writing(path, lambda: self.backend().write(target, data))
+        self._writing(path, lambda: self.backend().write(target, data, durable=durable))
 
     def create_bytes(self, path: str, data: bytes) -> bool:
         """Put `data` at `path` unless something is there; of several creators one wins.

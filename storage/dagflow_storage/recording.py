@@ -27,9 +27,9 @@ class RecordingStore(Store):
             if found.startswith(prefix)
         )
 
-    def write_bytes(self, path: str, data: bytes) -> None:
+    def write_bytes(self, path: str, data: bytes, *, durable: bool = True) -> None:
         """As `Store.write_bytes`."""
-        self._store.write_bytes(path, data)
+        self._store.write_bytes(path, data, durable=durable)
         self.written(path, len(data), claimed_crc32c(path, data))
 
     def written(self, path: str, size_bytes: int, crc32c: int) -> None:

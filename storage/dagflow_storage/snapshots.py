@@ -301,7 +301,9 @@ def _check_presence(store: Store, step: int, records: Sequence[ShardRecord]) -> 
     """Notice shards that retention or a garbage collector took for abandoned."""
     there = {f"{step_folder(step)}/{name}" for name in store.list(step_folder(step))}
     lent = borrowed(records, step_folder(step))
-    gone = [record.path for record in records if record not in lent and record.path not in there]
+    # Some stores list what is new after a while only: what isn't listed is looked for.
+    own = [record.path for record in records if record not in lent]
+    gone = [path for path in own if path not in there and not store.exists(path)]
     for record in lent:
         folders = sorted(record.array_folders)
         gone += [folder for folder in folders if not store.exists(f"{folder}/zarr.json")]

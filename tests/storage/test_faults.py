@@ -1,5 +1,7 @@
 """A store whose file system fails as told."""
 
+import errno
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +25,12 @@ from dagflow_storage import (
     StoreNotWritable,
     StoreUnreachable,
     commit_snapshot,
+    delete_snapshot,
     list_snapshots,
+    newest_whole_snapshot,
     read_arrays,
+    set_aside_newer,
+    walk,
     write_arrays,
     write_shard,
 )
@@ -36,6 +42,15 @@ from dagflow_storage.faults import (
     num_attempts,
     with_faults,
 )
+from dagflow_storage.journal import (
+    Entry,
+    EntryKey,
+    journalled_steps,
+    read_segments,
+    trim_journal,
+    write_segment,
+)
+from dagflow_storage.rows import RowLog
 from dagflow_storage.testing import StoreConformance
 
 TRANSIENT = [FaultKind.UNAVAILABLE, FaultKind.RESET, FaultKind.LOST_ANSWER]
@@ -275,6 +290,82 @@ def test_a_put_that_fails_for_good_leaves_no_manifest(broken: Broken) -> None:
     with pytest.raises(StoreNotWritable, match="No space left"):
         write_shard(store, 3, "stage-0", SPECS, lambda _: DATA)
     assert list_snapshots(store) == []
+
+
+def test_no_space_in_the_middle_of_a_manifests_put_leaves_no_snapshot_to_go_on_from(
+    broken: Broken,
+) -> None:
+    store = broken(Fault(FaultKind.FULL_MIDWAY, "put", path=r"step-00000004/manifest\.json"))
+    for step in (2, 4):
+        record = write_shard(store, step, "stage-0", SPECS, lambda _: DATA)
+        if step == 4:
+            with pytest.raises(StoreNotWritable, match=r"manifest\.json.*No space left"):
+                commit_snapshot(store, step, [record], {})
+        else:
+            commit_snapshot(store, step, [record], {})
+    # Half of it is there: a put of this store isn't atomic.
+    with pytest.raises(DamagedData, match=r"step-00000004/manifest\.json"):
+        Snapshot.open(store, 4)
+    assert newest_whole_snapshot(store) == 2
+    # Whoever goes on from there comes to step 4 again.
+    assert set_aside_newer(store, 2) == [4]
+    assert commit_snapshot(store, 4, [record], {})
+    np.testing.assert_array_equal(Snapshot.open(store, 4).read("parameter", ["w"])["w"], DATA)
+
+
+def test_a_folder_without_space_has_no_part_of_a_manifest(
+    folder: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = write_shard(folder, 4, "stage-0", SPECS, lambda _: DATA)
+    before = [found.path for found in walk(folder, "")]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)  # where file systems that allocate late say it
+        with pytest.raises(StoreNotWritable, match=r"manifest\.json.*No space left"):
+            commit_snapshot(folder, 4, [record], {})
+    assert list_snapshots(folder) == []
+    assert [found.path for found in walk(folder, "")] == before
+    assert commit_snapshot(folder, 4, [record], {})
+
+
+def no_space(_: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_a_stale_listing_still_names_is_left_out(broken: Broken, memory: Store) -> None:
+    store = broken(Fault(FaultKind.STALE, "list", count=None))
+    key = EntryKey("forward", 0, 0)
+    for step in (1, 2):
+        write_segment(memory, "p", step, 0, [Entry(key, {}, {}, {"step": step})])
+    rows = RowLog(memory, "ledger")
+    rows.append([{"step": 0}])
+    rows.append([{"step": 1, "long": "x"}] * 64)
+    rows = RowLog(store, "ledger")
+    record = write_shard(memory, 3, "stage-0", SPECS, lambda _: DATA)
+    commit_snapshot(memory, 3, [record], {})
+    # Listed once; from here on nothing new is seen, and nothing goes away.
+    assert (list_snapshots(store), journalled_steps(store, "p")) == ([3], [1, 2])
+    assert len(read_segments(store, "p", 1)) == 1
+    assert len(rows.read()) == 65
+    delete_snapshot(store, 3)
+    trim_journal(store, 2)
+    store.delete("ledger/part-00000001.jsonl")
+    assert (list_snapshots(store), journalled_steps(store, "p")) == ([], [1, 2])
+    assert read_segments(store, "p", 1) == []
+    assert [row["step"] for row in rows.read()] == [0]
+
+
+def test_a_snapshot_is_committed_though_a_stale_listing_lacks_a_shard(broken: Broken) -> None:
+    store = broken(Fault(FaultKind.STALE, "list", count=None))
+    other = [ArraySpec("v", "parameter", "float32", DATA.shape)]
+    records = [write_shard(store, 3, "stage-0", SPECS, lambda _: DATA)]
+    assert len(store.list("snapshots/step-00000003")) == 1
+    records.append(write_shard(store, 3, "stage-1", other, lambda _: DATA))
+    assert len(store.list("snapshots/step-00000003")) == 1
+    assert commit_snapshot(store, 3, records, {})
+    # What was really deleted meanwhile is still noticed.
+    store.delete(records[1].path)
+    with pytest.raises(NotFound, match="was deleted after it was written"):
+        commit_snapshot(store, 3, records, {})
 
 
 @pytest.mark.parametrize("kind", [FaultKind.TRUNCATED, FaultKind.FLIPPED])

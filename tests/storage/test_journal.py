@@ -69,6 +69,35 @@ def test_segments_leave_the_page_cache_and_other_arrays_stay(
     assert len(advised) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system which file is synced")
+def test_a_segment_waits_for_the_disk_twice_and_a_put_for_all_new_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.append(os.path.relpath(path, tmp_path))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    store = Store(tmp_path / "store")
+    store.write_bytes("a/b/c", b"x")
+    names = ["store/a", "store", "."]  # of b, a and the store
+    assert [path for path in synced if not path.endswith(".unfinished")] == [*names, "store/a/b"]
+    del synced[:]
+    store.write_bytes("a/b/d", b"x")
+    assert [path for path in synced if not path.endswith(".unfinished")] == ["store/a/b"]
+    del synced[:]
+    segment = write_segment(store, "p", 7, 2, [entry(2, 0)])
+    assert [path.rpartition(".")[2] for path in synced] == ["partial", "unfinished"]
+    del synced[:]
+    store.flush(segment.path)
+    above = ["store/journal/p/step-00000007", "store/journal/p", "store/journal", "store", "."]
+    assert synced[-len(above) :] == above
+
+
 def test_a_segment_without_index_does_not_exist(store: Store) -> None:
     segment = write_segment(store, "p", 7, 2, [entry(2, 0)])
     store.delete(f"{segment.path}/zarr.json")

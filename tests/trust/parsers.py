@@ -138,7 +138,7 @@ class _DictBackend(Backend):
         except KeyError:
             raise FileNotFoundError(path) from None
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, *, durable: bool = True) -> None:
         self._objects[self._prefix + path] = data
 
     def create(self, path: str, data: bytes, *, look_first: bool) -> bool:
