@@ -6,16 +6,15 @@ knows the losses up to there.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from dagflow.errors import DagflowError
 from dagflow_storage import RunDirectory
+from dagflow_storage.write_behind import WriteBehind
 from dagflow_tasks.replay import StepRecord
 
-_PAUSE_SECONDS = 1.0
+_Row = tuple[StepRecord, Mapping[str, Any]]
 
 
 class Ledger:
@@ -31,10 +30,12 @@ class Ledger:
     def __init__(self, run: RunDirectory, records: dict[int, StepRecord] | None = None) -> None:
         self._run = run
         self.records = dict(records or {})
-        self.trouble = ""
-        self._changed = threading.Condition()
-        self._waiting: list[tuple[StepRecord, Mapping[str, Any]]] = []
-        self._ending = False
+        self._rows = WriteBehind[_Row]("dagflow-ledger", self._write)
+
+    @property
+    def trouble(self) -> str:
+        """Why the ledger can't be written at present; empty if it can."""
+        return self._rows.trouble
 
     def before(self, step: int) -> list[StepRecord]:
         """Return the records of the steps before one, in order."""
@@ -43,9 +44,7 @@ class Ledger:
     def add(self, record: StepRecord, metrics: Mapping[str, Any]) -> None:
         """Note a step that all stages have done, and what there is to tell of it."""
         self.records[record.step] = record
-        with self._changed:
-            self._waiting.append((record, metrics))
-            self._changed.notify_all()
+        self._rows.add((record, metrics))
 
     def forget(self, before_step: int) -> None:
         """Forget the steps that no replay will need; the store keeps them."""
@@ -53,51 +52,25 @@ class Ledger:
 
     def flush(self, seconds: float) -> bool:
         """Return once everything is written; False if that took longer than so many seconds."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting, seconds)
+        return self._rows.flush(seconds)
 
     def has_written(self, before_step: int) -> bool:
         """Tell whether all earlier steps are in the store."""
-        with self._changed:
-            return all(record.step >= before_step for record, _ in self._waiting)
+        with self._rows.changed:
+            return all(record.step >= before_step for record, _ in self._rows.waiting)
 
     @contextmanager
     def writing(self) -> Iterator[Ledger]:
-        """Write in the background while the block runs, and the rest at its end."""
-        thread = threading.Thread(target=self._write, name="dagflow-ledger", daemon=True)
-        thread.start()
+        """Write in the background while the block runs, and the rest at its end.
+
+        If nothing helps then, a run that is taken up again goes on from the last step written.
+        """
         try:
             yield self
         finally:
-            with self._changed:
-                self._ending = True
-                self._changed.notify_all()
-            thread.join()
+            self._rows.end()
 
-    def _write(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._ending)
-                waiting, ending = list(self._waiting), self._ending
-            written = self._try(waiting)
-            with self._changed:
-                if written:
-                    del self._waiting[: len(waiting)]
-                    self._changed.notify_all()
-                elif not ending:
-                    self._changed.wait_for(lambda: self._ending, _PAUSE_SECONDS)
-                    continue
-                if ending:
-                    return
-
-    def _try(self, waiting: list[tuple[StepRecord, Mapping[str, Any]]]) -> bool:
-        try:
-            self._run.append_metrics([metrics for _, metrics in waiting])
-            self._run.ledger.append([record.to_json() for record, _ in waiting])
-        except DagflowError as error:
-            # The store has tried for as long as it may. If nothing helps, a run that is taken up
-            # again goes on from the last step written.
-            self.trouble = f"{type(error).__name__}: {error}"
-            return False
-        self.trouble = ""
-        return True
+    def _write(self, rows: list[_Row]) -> list[_Row]:
+        self._run.append_metrics([metrics for _, metrics in rows])
+        self._run.ledger.append([record.to_json() for record, _ in rows])
+        return rows

@@ -40,13 +40,12 @@ from dagflow_storage import (
     walk,
 )
 from dagflow_storage.lease import BEAT_SECONDS, PATIENCE_SECONDS, Waiting, steady_seconds
+from dagflow_storage.write_behind import WriteBehind
 
 logger = logging.getLogger(__name__)
 
 ANSWER, SESSION = "answer", "session"
-# So much is gathered before it is written, and so often is a store that is away asked again.
 _GATHER_SECONDS = 0.25
-_PAUSE_SECONDS = 1.0
 # How long the store is waited for at the end, or by who wants to read what waits to be written.
 _LAST_SECONDS = 10.0
 # Numbers that may wait for the store; about a hundred megabytes.
@@ -118,14 +117,15 @@ class Keeper:
         self._keep_seconds = keep_seconds
         self._note = note
         self._came = steady_seconds()
-        self._changed = threading.Condition()
+        # Those with rows to be written.
+        self._queue = WriteBehind[Record](
+            "dagflow-keeping", self._write, gather_seconds=_GATHER_SECONDS
+        )
+        # Guards the following, and the records' rows.
+        self._changed = self._queue.changed
         # Nobody else writes here, so all names are known, and who is making what.
         self._names: dict[str, Record | None] = dict.fromkeys(list_sequences(store))
-        # Those with rows to be written; who has waited longest is first.
-        self._waiting: dict[Record, None] = {}
         self._num_waiting = 0
-        self._is_awaited = False
-        self._ending = False
 
     def note(self, what: str) -> None:
         """Tell people something of what is kept."""
@@ -226,15 +226,8 @@ class Keeper:
 
     def _wait_until_written(self, name: str) -> None:
         """Return once nothing of a sequence waits any more."""
-
-        def is_written() -> bool:
-            return all(record.name != name for record in self._waiting)
-
-        with self._changed:
-            self._is_awaited = True
-            self._changed.notify_all()
-            if not self._changed.wait_for(is_written, _LAST_SECONDS):
-                raise StoreUnreachable(f"{self.store!r} lacks the end of {name!r}: {self.trouble}")
+        if not self._queue.flush(_LAST_SECONDS, lambda record: record.name == name):
+            raise StoreUnreachable(f"{self.store!r} lacks the end of {name!r}: {self.trouble}")
 
     # For records
 
@@ -243,13 +236,13 @@ class Keeper:
         with self._changed:
             if record.is_closed:
                 return
+            is_new = not record.rows
             last = record.rows[-1] if len(record.rows) > record.num_taken else {}
             if not _extend(last, row):
                 record.rows.append(row)
             self._num_waiting += _size(row)
-            if not self._waiting:
-                self._changed.notify_all()
-            self._waiting[record] = None
+            if is_new:
+                self._queue.add(record)
             if self._num_waiting > _MOST_WAITING:
                 self._give_up_one()
 
@@ -262,7 +255,7 @@ class Keeper:
 
     def _give_up_one(self) -> None:
         """Keep no more of who has waited longest: whoever takes it over computes it again."""
-        for record in self._waiting:
+        for record in self._queue.waiting:
             taken, waiting = record.rows[: record.num_taken], record.rows[record.num_taken :]
             heads = [row for row in waiting if "tokens" not in row]
             if len(heads) < len(waiting):
@@ -273,81 +266,77 @@ class Keeper:
         self._count()
 
     def _count(self) -> None:
-        self._num_waiting = sum(_size(row) for record in self._waiting for row in record.rows)
+        waiting = self._queue.waiting
+        self._num_waiting = sum(_size(row) for record in waiting for row in record.rows)
 
     # Writing, in a thread
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Write while the block runs, and what is left at its end, if the store lets it."""
-        thread = threading.Thread(target=self._write, name="dagflow-keeping", daemon=True)
-        thread.start()
+        over = threading.Event()
+        tidying = threading.Thread(
+            target=self._keep_tidy, args=(over,), name="dagflow-tidying", daemon=True
+        )
+        tidying.start()
         try:
             yield
         finally:
-            with self._changed:
-                self._ending = True
-                self._changed.notify_all()
-            thread.join(_LAST_SECONDS)
-            if self._waiting:
-                names = ", ".join(sorted(record.name for record in self._waiting)[:5])
+            over.set()
+            tidying.join(_LAST_SECONDS)
+            if not self._queue.end(_LAST_SECONDS):
+                waiting = list(self._queue.waiting)
+                names = ", ".join(sorted(record.name for record in waiting)[:5])
                 self._note(
-                    f"{self.store!r} lacks the last tokens of {len(self._waiting)} sequences ({names}); "
+                    f"{self.store!r} lacks the last tokens of {len(waiting)} sequences ({names}); "
                     f"whoever goes on computes them again: {self.trouble}"
                 )
 
-    def _write(self) -> None:
-        period = min(_TIDY_SECONDS, max(1.0, self._keep_seconds or _TIDY_SECONDS))
-        tidied = -period
-        with ThreadPoolExecutor(_PARALLEL_WRITES, "dagflow-keeping") as pool:
-            while True:
-                if steady_seconds() - tidied >= period:
-                    tidied = steady_seconds()
-                    with suppress(DagflowError, OSError):  # the next time, then
-                        self.tidy()
-                if not self._write_some(pool, period):
-                    return
-
-    def _write_some(self, pool: ThreadPoolExecutor, seconds: float) -> bool:
-        """Wait for so long, write what has gathered, and tell whether there may be more."""
+    def _write(self, records: list[Record]) -> Iterator[Record]:
+        """Write what has gathered of sequences; see `WriteBehind`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._ending, seconds)
-            self._changed.wait_for(lambda: self._ending or self._is_awaited, _GATHER_SECONDS)
-            self._is_awaited = False
-            ending = self._ending
-            batches = {record: list(record.rows) for record in self._waiting}
+            batches = {record: list(record.rows) for record in records}
             for record, rows in batches.items():
                 record.num_taken = len(rows)
-        troubles = list(pool.map(self._try, batches, batches.values()))
+        with ThreadPoolExecutor(_PARALLEL_WRITES, "dagflow-keeping") as pool:
+            errors = list(pool.map(self._try, batches, batches.values()))
         with self._changed:
-            for record, trouble in zip(batches, troubles, strict=True):
-                if not trouble:
+            for record, error in zip(batches, errors, strict=True):
+                if error is None:
                     del record.rows[: record.num_taken]
                 record.num_taken = 0
                 if not record.rows:
-                    del self._waiting[record]
+                    yield record  # with the lock held: no row may come before it is taken out
             self._count()
-            self._changed.notify_all()
-            self._tell(next(filter(None, troubles), ""))
-            if self.trouble and not ending:
-                self._changed.wait_for(lambda: self._ending, _PAUSE_SECONDS)
-            return not ending
+        first = next(filter(None, errors), None)
+        self._tell(first)
+        if first is not None:
+            raise first
 
-    def _try(self, record: Record, rows: Sequence[Mapping[str, Any]]) -> str:
+    def _try(self, record: Record, rows: Sequence[Mapping[str, Any]]) -> Exception | None:
         """Write rows, and return what was in the way."""
         try:
             self._lease.check()
             record.log.append(rows)
-        except Exception as error:  # the thread must go on, and people must hear of it
-            return f"{type(error).__name__}: {error}"
-        return ""
+        except Exception as error:  # of this one; the others are written
+            return error
+        return None
 
-    def _tell(self, trouble: str) -> None:
+    def _tell(self, error: Exception | None) -> None:
+        trouble = "" if error is None else f"{type(error).__name__}: {error}"
         before, self.trouble = self.trouble, trouble
         if trouble and not before:
             self._note(f"{self.store!r} can't be written to; answers go on all the same. {trouble}")
         elif before and not trouble:
             self._note(f"{self.store!r} can be written to again; it lacks nothing any more.")
+
+    def _keep_tidy(self, over: threading.Event) -> None:
+        period = min(_TIDY_SECONDS, max(1.0, self._keep_seconds or _TIDY_SECONDS))
+        while True:
+            with suppress(DagflowError, OSError):  # the next time, then
+                self.tidy()
+            if over.wait(period):
+                return
 
     def tidy(self) -> None:
         """Delete old answers: those that have ended, and those that nobody has gone on with.

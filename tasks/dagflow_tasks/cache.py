@@ -23,6 +23,8 @@ from dagflow_tasks.weight_gradients import WeightGradients
 
 StageKey = tuple[str, str, int]
 
+COPY = "copy for a snapshot"
+
 
 @dataclass
 class SavedGraph:
@@ -69,18 +71,17 @@ class WorkerCache:
     turns: dict[StageKey, tuple[int, int]] = field(default_factory=dict)
 
     def stage_lock(self, ref: StageRef) -> Any:
-        """Return the lock that whoever works on a stage holds, so that nobody sees half a task."""
+        """Return the lock that whoever works on a stage holds, so that nobody sees half a task.
+
+        Not to be asked for with `lock` held, which is for moments: who holds this one may be
+        reading from the store.
+        """
         with self.lock:
             return self.working.setdefault(ref.key, threading.RLock())
 
     def clear(self) -> None:
         """Forget everything."""
-        with self.lock:
-            self.programs.clear()
-            self.states.clear()
-            self.graphs.clear()
-            self.kept.clear()
-            self.turns.clear()
+        self._forget(lambda key: True, self.programs, self.states, self.turns)
 
     def forget(self, run_id: str, *, but_plan: str | None = None) -> None:
         """Forget a run, or all but one of its plans. Other runs may be under way beside it."""
@@ -88,28 +89,45 @@ class WorkerCache:
         def outdated(key: StageKey) -> bool:
             return key[0] == run_id and key[1] != but_plan
 
+        self._forget(outdated, self.programs, self.states, self.turns)
+
+    def forget_stage(self, ref: StageRef) -> None:
+        """Forget a stage that is another worker's now, but for a copy that is still to be written."""
+        self._forget(lambda key: key == ref.key, self.programs, self.states, spare=COPY)
+
+    def begin_again(self, ref: StageRef) -> None:
+        """Forget what is half done in a stage: it will be taken up at a step's beginning."""
+        self._forget(lambda key: key == ref.key)
+
+    def _forget(
+        self,
+        unwanted: Callable[[StageKey], bool],
+        *tables: dict[StageKey, Any],
+        spare: str | None = None,
+    ) -> None:
+        """Drop stages' graphs and what was kept of them, and their entries in some tables."""
         with self.lock:
-            for key in [key for key in self.programs if outdated(key)]:
-                del self.programs[key]
-            for key in [key for key in self.states if outdated(key)]:
-                del self.states[key]
-            for graph_key in [key for key in self.graphs if outdated(key[0])]:
-                del self.graphs[graph_key]
-            for key in [key for key in self.turns if outdated(key)]:
-                del self.turns[key]
-            for kept_key in [key for key in self.kept if outdated(key[0])]:
-                del self.kept[kept_key]
+            for table in tables:
+                for key in [key for key in table if unwanted(key)]:
+                    del table[key]
+            for graph in [key for key in self.graphs if unwanted(key[0])]:
+                del self.graphs[graph]
+            for kept in [key for key in self.kept if unwanted(key[0]) and key[1] != spare]:
+                del self.kept[kept]
 
     def executable(self, ref: StageRef) -> Executable:
         """Return the stage's program ready to run, reading it from the store if need be."""
-        with self.lock:
-            found = self.programs.get(ref.key)
-            if found is None:
-                text = ref.store.read_bytes(f"programs/{ref.plan}/stage-{ref.stage:03d}.json")
-                program = StageProgram.from_json(text.decode("utf-8"))
-                found = Executable(program, current_device(), ref.settings.precision)
+        found = self.programs.get(ref.key)
+        if found is None:
+            with self.stage_lock(ref):  # other stages' tasks don't wait for this one's store
+                found = self.programs.get(ref.key) or self._read_executable(ref)
                 self.programs[ref.key] = found
-            return found
+        return found
+
+    def _read_executable(self, ref: StageRef) -> Executable:
+        text = ref.store.read_bytes(f"programs/{ref.plan}/stage-{ref.stage:03d}.json")
+        program = StageProgram.from_json(text.decode("utf-8"))
+        return Executable(program, current_device(), ref.settings.precision)
 
     def state(self, ref: StageRef, step: int) -> StageState:
         """Return the stage's state after `step` steps, from the store if it isn't here.
@@ -120,7 +138,7 @@ class WorkerCache:
             If it is neither here nor in the store; or if the stage has moved on here: whoever asks
             for an earlier step is a task that nobody waits for any more, run again by dask.
         """
-        with self.lock:
+        with self.stage_lock(ref):
             found = self.states.get(ref.key)
             if found is not None and found.step > step:
                 raise StateLost(
@@ -132,14 +150,6 @@ class WorkerCache:
                 found = load_state(ref, executable.program, step, executable.device)
                 self.states[ref.key] = found
             return found
-
-    def begin_again(self, ref: StageRef) -> None:
-        """Forget what is half done in a stage: it will be taken up at a step's beginning."""
-        with self.lock:
-            for graph_key in [key for key in self.graphs if key[0] == ref.key]:
-                del self.graphs[graph_key]
-            for kept_key in [key for key in self.kept if key[0] == ref.key]:
-                del self.kept[kept_key]
 
     def save_graph(self, ref: StageRef, step: int, microbatch: int, graph: SavedGraph) -> None:
         """Keep a graph for its backward, dropping what a cancelled step may have left."""
@@ -174,6 +184,15 @@ class WorkerCache:
         if known != place:
             raise state_lost(ref, what, place)
         return kept
+
+    def take(self, ref: StageRef, what: str, place: tuple[int, int]) -> Any:
+        """Return what was kept and forget it; None if it isn't here."""
+        with self.lock:
+            known, kept = self.newest(ref, what)
+            if known != place:
+                return None
+            self.drop(ref, what)
+            return kept
 
     def newest(self, ref: StageRef, what: str) -> tuple[tuple[int, int], Any]:
         """Return what was kept last and its place; (-1, -1) and None if nothing was."""

@@ -7,19 +7,19 @@ while the next ones run. Until it is written it is kept, so what a task has sent
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from dagflow_storage import PermanentError, Store, TransientError, fields
+from dagflow_storage import DagflowError, Store, fields
 from dagflow_storage.documents import sound
 from dagflow_storage.journal import Entry, EntryKey, Segment, read_segments, write_segment
+from dagflow_storage.write_behind import WriteBehind
 from dagflow_tasks.layout import checked_layout, pack, unpack
 from dagflow_tasks.references import StageRef
 from dagflow_tasks.results import Decision, JournalStats
@@ -32,7 +32,8 @@ _SEGMENT_BYTES, _FOLDER_SEGMENT_BYTES = 8 << 20, 2 << 20
 _SPOOL_BYTES = 512 << 20
 # The index of what is written is a cache of the store's listing; nobody asks for older steps often.
 _INDEXED_STEPS = 256
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
+# What fails so often for another reason than the store's would hold up all that comes after it.
+_MOST_FAILURES = 4
 
 _Where = tuple[str, str, int]  # run, plan, step
 
@@ -57,6 +58,7 @@ class _Batch:
     step: int
     entries: dict[EntryKey, Sent] = field(default_factory=dict)
     num_bytes: int = 0
+    num_failures: int = 0
 
 
 class Journal:
@@ -71,17 +73,14 @@ class Journal:
     def __init__(self, write: Callable[..., Segment] = write_segment) -> None:
         self.name = uuid.uuid4().hex[:12]
         self._write = write
-        self._changed = threading.Condition()
+        self._sealed = WriteBehind[_Batch]("dagflow-journal", self._write_out, at_once=1)
+        # Guards the following, too.
+        self._changed = self._sealed.changed
         self._open: dict[tuple[tuple[str, str, int], int], _Batch] = {}
-        self._sealed: deque[_Batch] = deque()
         self._segments: dict[_Where, dict[EntryKey, Segment]] = {}
-        self._waiting_bytes = 0
-        self._written_bytes = 0
-        self._seconds = 0.0
-        self._trouble = ""
-        self._refused = False
-        self._hurry = False
-        self._thread: threading.Thread | None = None
+        # By run, since it began here.
+        self._written_bytes: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     # What tasks do
 
@@ -100,7 +99,6 @@ class Journal:
             batch = self._open.setdefault((ref.key, step), _Batch(ref, step))
             batch.entries[key] = sent
             batch.num_bytes += sent.num_bytes
-            self._waiting_bytes += sent.num_bytes
             if batch.num_bytes >= _segment_bytes(ref.store) and ref.journal == 1:
                 self._seal(ref, step)
 
@@ -131,6 +129,8 @@ class Journal:
         with self._changed:
             for where in [w for w in self._segments if w[0] == run_id and w[1] != but_plan]:
                 del self._segments[where]
+            for numbers in (self._written_bytes, self._seconds):
+                numbers.pop(run_id, None)
             self._drop(lambda b: b.ref.run_id == run_id and b.ref.plan != but_plan)
 
     def disown(self, run_id: str, stage: int, from_step: int, seconds: float) -> None:
@@ -144,37 +144,32 @@ class Journal:
             return ref.run_id == run_id and ref.stage == stage and batch.step >= from_step
 
         with self._changed:
-            being_written = self._sealed[0] if self._sealed else None
-            self._drop(lambda batch: batch is not being_written and is_wrong(batch))
-            self._changed.wait_for(lambda: not any(map(is_wrong, self._sealed)), seconds)
+            self._drop(is_wrong, seconds)
             for where in [w for w in self._segments if w[0] == run_id and w[2] >= from_step]:
                 known = self._segments[where]
                 self._segments[where] = {k: s for k, s in known.items() if k.stage != stage}
 
-    def flush(self, timeout: float | None = None) -> bool:
-        """Have everything written now; False if that took longer than `timeout` seconds."""
+    def flush(self, seconds: float) -> bool:
+        """Have everything written now; False if that took longer than so many seconds."""
         with self._changed:
             self._seal_all()
-            self._hurry = True
-            self._changed.notify_all()
-            done = self._changed.wait_for(lambda: not self._sealed, timeout)
-            self._hurry = False
-            return done
+            return self._sealed.flush(seconds)
 
-    def stats(self) -> JournalStats:
+    def stats(self, run_id: str = "") -> JournalStats:
+        """Say how the journal fares, and how much it has written of a run since that began here."""
         with self._changed:
             return JournalStats(
                 self.name,
-                self._written_bytes,
-                self._seconds,
+                self._written_bytes.get(run_id, 0),
+                self._seconds.get(run_id, 0.0),
                 self._waiting_bytes,
-                self._trouble,
+                self._sealed.trouble,
             )
 
     # Looking
 
     def _in_memory(self, ref: StageRef, step: int, key: EntryKey) -> Sent | None:
-        batches = [self._open.get((ref.key, step)), *self._sealed]
+        batches = [self._open.get((ref.key, step)), *self._sealed.waiting]
         for batch in batches:
             if batch is not None and (batch.ref.key, batch.step) == (ref.key, step):
                 found = batch.entries.get(key)
@@ -187,14 +182,14 @@ class Journal:
         with self._changed:
             known = self._segments.get(where, {}).get(key)
         if known is None:
-            self.look(ref, step)
+            self.look(ref, step, {key.stage})
             with self._changed:
                 known = self._segments.get(where, {}).get(key)
         return known
 
-    def look(self, ref: StageRef, step: int) -> None:
-        """Learn from the store what others have written of a step."""
-        found = read_segments(ref.store, ref.plan, step)
+    def look(self, ref: StageRef, step: int, stages: Collection[int]) -> None:
+        """Learn from the store what some stages' workers have written of a step."""
+        found = read_segments(ref.store, ref.plan, step, stages)
         with self._changed:
             self._index((ref.run_id, ref.plan, step), found)
 
@@ -213,17 +208,19 @@ class Journal:
         if self._waiting_bytes < _SPOOL_BYTES:
             return
         self._seal_all()
-        self._changed.wait_for(lambda: self._waiting_bytes < _SPOOL_BYTES or self._refused)
-        while self._waiting_bytes >= _SPOOL_BYTES and self._sealed:
-            self._waiting_bytes -= self._sealed.popleft().num_bytes
+        sealed = self._sealed
+        self._changed.wait_for(lambda: self._waiting_bytes < _SPOOL_BYTES or sealed.is_refused)
+        while self._waiting_bytes >= _SPOOL_BYTES and sealed.waiting:
+            sealed.waiting.popleft()
 
-    def _drop(self, unwanted: Callable[[_Batch], bool]) -> None:
-        """Give up entries that aren't written."""
-        dropped = [batch for batch in (*self._open.values(), *self._sealed) if unwanted(batch)]
-        self._open = {key: batch for key, batch in self._open.items() if batch not in dropped}
-        self._sealed = deque(batch for batch in self._sealed if batch not in dropped)
-        self._waiting_bytes -= sum(batch.num_bytes for batch in dropped)
-        self._changed.notify_all()
+    @property
+    def _waiting_bytes(self) -> int:
+        return sum(batch.num_bytes for batch in (*self._open.values(), *self._sealed.waiting))
+
+    def _drop(self, unwanted: Callable[[_Batch], bool], seconds: float = 0.0) -> None:
+        """Give up entries that aren't written, or not yet by then."""
+        self._open = {key: batch for key, batch in self._open.items() if not unwanted(batch)}
+        self._sealed.drop(unwanted, seconds)
 
     def _seal_all(self) -> None:
         for ref, step in [(batch.ref, batch.step) for batch in self._open.values()]:
@@ -231,34 +228,24 @@ class Journal:
 
     def _seal(self, ref: StageRef, step: int) -> None:
         batch = self._open.pop((ref.key, step), None)
-        if batch is None:
-            return
-        self._sealed.append(batch)
-        self._changed.notify_all()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="dagflow-journal", daemon=True)
-            self._thread.start()
+        if batch is not None:
+            self._sealed.add(batch)
 
-    def _run(self) -> None:
-        pause = _FIRST_PAUSE_SECONDS
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: bool(self._sealed))
-                batch = self._sealed[0]
+    def _write_out(self, batches: list[_Batch]) -> Iterator[_Batch]:
+        for batch in batches:
             begin = time.perf_counter()
             try:
                 segment = self._write_batch(batch)
-            except (TransientError, PermanentError) as error:
+            except DagflowError:
                 # Permanent for this request, not for the run: disks are emptied, rights granted.
-                with self._changed:
-                    self._trouble = f"{type(error).__name__}: {error}"
-                    self._refused = isinstance(error, PermanentError)
-                    self._changed.notify_all()
-                    self._changed.wait_for(lambda: self._hurry, pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-                continue
-            pause = _FIRST_PAUSE_SECONDS
-            self._written(batch, segment, time.perf_counter() - begin)
+                raise
+            except Exception:
+                batch.num_failures += 1
+                if batch.num_failures < _MOST_FAILURES:
+                    raise
+            else:
+                self._written(batch, segment, time.perf_counter() - begin)
+            yield batch
 
     def _write_batch(self, batch: _Batch) -> Segment:
         entries = [encode(key, sent) for key, sent in batch.entries.items()]
@@ -268,14 +255,10 @@ class Journal:
     def _written(self, batch: _Batch, segment: Segment, seconds: float) -> None:
         where = (batch.ref.run_id, batch.ref.plan, batch.step)
         with self._changed:
-            self._trouble, self._refused = "", False
-            self._seconds += seconds
-            if batch in self._sealed:  # it may have been forgotten meanwhile
-                self._sealed.remove(batch)
-                self._waiting_bytes -= batch.num_bytes
-                self._written_bytes += batch.num_bytes
+            if batch in self._sealed.waiting:  # it may have been forgotten meanwhile
+                self._seconds[batch.ref.run_id] += seconds
+                self._written_bytes[batch.ref.run_id] += batch.num_bytes
                 self._index(where, [segment])
-            self._changed.notify_all()
 
 
 def _segment_bytes(store: Store) -> int:

@@ -301,6 +301,22 @@ def _decision_before(ref: StageRef, step: int, records: Mapping[int, StepRecord]
         raise StateLost(f"Nobody knows the loss scale of step {step}: {error}") from error
 
 
+def drop_stage(ref: StageRef, turn: tuple[int, int]) -> None:
+    """Free a worker's memory of a stage that another worker has now, or that it was warmed for in vain.
+
+    What the stage has sent is still found in the journal, and a copy for a snapshot is still written.
+
+    Parameters
+    ----------
+    turn
+        As in `restore`: if the stage has come back here since, it stays.
+    """
+    with CACHE.stage_lock(ref):  # a rebuilding that is under way keeps nothing afterwards
+        if CACHE.turns.get(ref.key, (0, 0)) <= turn:
+            CACHE.turns[ref.key] = turn
+            CACHE.forget_stage(ref)
+
+
 def _begin_from(ref: StageRef, target: int, records: Mapping[int, StepRecord]) -> int:
     """Put the latest state that can be had into the cache, and return its step."""
     with CACHE.lock:
@@ -345,7 +361,8 @@ def replay_step(
     """
     program = CACHE.executable(ref).program
     state = StateRef(record.step)
-    JOURNAL.look(ref, record.step)
+    needed = needed_entries(program, neighbours, record.microbatches)
+    JOURNAL.look(ref, record.step, {key.stage for key in needed})
     read = _Reader(ref, program, neighbours, record.step)
     tied = [read.tensors("lend", o, program.stage) for o in program.lenders]
     scaling = before if neighbours.scaled else None

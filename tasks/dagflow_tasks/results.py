@@ -177,9 +177,9 @@ class JournalStats:
     process : str
         Whose journal it is.
     num_bytes : int
-        Written so far, uncompressed.
+        Written of the run so far, uncompressed.
     seconds : float
-        Spent writing.
+        Spent writing that.
     waiting_bytes : int
         Not written yet.
     trouble : str

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 import torch
 
 from dagflow_storage import ShardRecord
-from dagflow_tasks.cache import CACHE
-from dagflow_tasks.errors import StateLost, WeightsNotFinite
+from dagflow_tasks.cache import CACHE, COPY
+from dagflow_tasks.errors import WeightsNotFinite
 from dagflow_tasks.operators import countable, has_gradients
 from dagflow_tasks.references import StageRef, StateRef
 from dagflow_tasks.state import frozen_parameters, state_tensors, write_tensors
-
-COPY = "copy for a snapshot"
 
 
 def copy_state(ref: StageRef, state: StateRef) -> None:
@@ -24,30 +22,25 @@ def copy_state(ref: StageRef, state: StateRef) -> None:
     WeightsNotFinite
         If a gradient has made a parameter infinite or NaN: a snapshot must be one to go back to.
     """
-    frozen = frozen_parameters(CACHE.executable(ref).program)
-    copies = {
-        (role, name): tensor if name in frozen else tensor.clone()
-        for (role, name), tensor in _tensors_to_save(ref, state).items()
-    }
-    CACHE.keep(ref, COPY, (state.step, 0), copies)
+    CACHE.keep(ref, COPY, (state.step, 0), _copied(ref, state))
 
 
 def save_copy(ref: StageRef, state: StateRef) -> ShardRecord:
     """Write what `copy_state` has copied to the run's store, as one shard of a snapshot.
 
+    If the copy is gone (the stage was rebuilt since), the state is copied now.
+
     Raises
     ------
     StateLost
-        If the copy was on another worker.
+        If the stage has moved on meanwhile, or is on another worker.
     """
-    try:
-        copies = CACHE.recall(ref, COPY, (state.step, 0))
-    except StateLost:
-        copy_state(ref, state)
-        copies = CACHE.recall(ref, COPY, (state.step, 0))
-    record = _save(ref, state, copies)
-    CACHE.drop(ref, COPY)
-    return record
+    copies = CACHE.take(ref, COPY, (state.step, 0))
+    if copies is None:
+        # Nobody else keeps `update` from moving the state on under this.
+        with CACHE.stage_lock(ref):
+            copies = _copied(ref, state)
+    return _save(ref, state, copies)
 
 
 def save_state(ref: StageRef, state: StateRef) -> ShardRecord:
@@ -59,6 +52,14 @@ def save_state(ref: StageRef, state: StateRef) -> ShardRecord:
         As `copy_state` does.
     """
     return _save(ref, state, _tensors_to_save(ref, state))
+
+
+def _copied(ref: StageRef, state: StateRef) -> dict[tuple[str, str], torch.Tensor]:
+    frozen = frozen_parameters(CACHE.executable(ref).program)
+    return {
+        (role, name): tensor if name in frozen else tensor.clone()
+        for (role, name), tensor in _tensors_to_save(ref, state).items()
+    }
 
 
 def _tensors_to_save(ref: StageRef, state: StateRef) -> dict[tuple[str, str], torch.Tensor]:

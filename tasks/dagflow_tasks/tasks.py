@@ -486,33 +486,48 @@ def update(
     UpdateResult
         Refers to the state after the step; run again, the same.
     """
+    cached = CACHE.states.get(ref.key)
+    if cached is None or cached.step != state.step + 1:
+        _move_on(ref, state, gradients, learning_rate, borrowed, last, decision)
     facts = {
         "non_finite": gradients.non_finite,
         "decision": decision.to_json() if decision is not None else None,
     }
-    with CACHE.lock:
-        cached = CACHE.states.get(ref.key)
-        if cached is not None and cached.step == state.step + 1:
-            return _updated(ref, state, gradients)
+    # Also when it runs again: the first time may have ended right before this.
+    send(ref, "update", (state.step, 0), {}, facts)
+    JOURNAL.end_step(ref, state.step)
+    stats = JOURNAL.stats(ref.run_id) if ref.journal else None
+    return UpdateResult(StateRef(state.step + 1), ref.stage, gradients.non_finite, stats)
+
+
+def _move_on(
+    ref: StageRef,
+    state: StateRef,
+    gradients: BackwardResult,
+    learning_rate: float | Schedule,
+    borrowed: Sequence[Tensors],
+    last: StageResult | None,
+    decision: Decision | None,
+) -> None:
+    """Do the work of `update` on the cached state; what fails halfway leaves no state behind."""
     current = CACHE.state(ref, state.step)
+    # Whatever may be lost is looked for before the first weight changes.
+    totals = own_gradients(ref, gradients, borrowed)
+    buffers = _buffers_after(ref, last) if last is not None else {}
     try:
         CACHE.executable(ref).write_parameters(current.parameters, current.buffers)
         if decision is None or decision.apply:
             factor = learning_rate_factor(learning_rate, state.step, decision)
-            _step(current, own_gradients(ref, gradients, borrowed), factor, decision)
+            _step(current, totals, factor, decision)
+        current.buffers.update(buffers)
+        current.casts.clear()
+        current.step += 1
     except BaseException:
         with CACHE.lock:
             CACHE.states.pop(ref.key, None)  # half-updated: better none
         raise
-    if last is not None:
-        current.buffers.update(_buffers_after(ref, last))
     CACHE.drop(ref, SUMS)
     CACHE.drop(ref, BUFFERS)
-    current.casts.clear()
-    current.step += 1
-    send(ref, "update", (state.step, 0), {}, facts)
-    JOURNAL.end_step(ref, state.step)
-    return _updated(ref, state, gradients)
 
 
 def learning_rate_factor(
@@ -524,11 +539,6 @@ def learning_rate_factor(
     if decision is None:
         return learning_rate.factor(step)
     return learning_rate.factor(step - decision.skipped + (0 if decision.apply else 1))
-
-
-def _updated(ref: StageRef, state: StateRef, gradients: BackwardResult) -> UpdateResult:
-    stats = JOURNAL.stats() if ref.journal else None
-    return UpdateResult(StateRef(state.step + 1), ref.stage, gradients.non_finite, stats)
 
 
 def _step(

@@ -13,7 +13,7 @@ from local import wait_until
 import dagflow.sessions.keeping
 from dagflow.errors import LeaseLost, NotFound, SessionInUse, SettingsInvalid, StoreInUse
 from dagflow.sessions.keeping import ANSWER, SESSION, Keeper, keeping
-from dagflow_storage import RetryPolicy, SequenceLog, Store, list_sequences
+from dagflow_storage import RetryPolicy, SequenceLog, Store, list_sequences, write_behind
 from dagflow_storage.faults import Fault, FaultKind, num_attempts, with_faults
 
 HEAD = {"kind": ANSWER, "model": "m", "request": {}}
@@ -55,7 +55,7 @@ def test_what_is_noted_is_there_once_the_keeper_has_left(kind: str, tmp_path: Pa
 def test_a_store_that_is_away_holds_nobody_up_and_gets_everything_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dagflow.sessions.keeping, "_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(write_behind, "FIRST_PAUSE_SECONDS", 0.05)
     store, said = away(tmp_path, attempts=3), list[str]()
     with keeping(store, said.append) as keeper:
         record = keeper.take_up("a", HEAD)
@@ -73,7 +73,7 @@ def test_a_store_that_is_away_holds_nobody_up_and_gets_everything_later(
 def test_memory_is_bounded_while_the_store_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dagflow.sessions.keeping, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(write_behind, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(dagflow.sessions.keeping, "_LAST_SECONDS", 1.0)
     monkeypatch.setattr(dagflow.sessions.keeping, "_MOST_WAITING", 150)
     store, said = away(tmp_path, attempts=None), list[str]()

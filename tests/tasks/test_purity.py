@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from dagflow_storage import commit_snapshot
 from dagflow_tasks import tasks
 from dagflow_tasks.cache import CACHE, SavedGraph
 from dagflow_tasks.errors import StateLost
+from dagflow_tasks.journal import JOURNAL, EntryKey
 from dagflow_tasks.references import StateRef
 from dagflow_tasks.results import BackwardResult, ForwardResult
 from dagflow_tasks.state import StageState
@@ -195,6 +196,40 @@ def test_an_update_that_fails_leaves_no_half_updated_state(
     assert key not in CACHE.states
     run_last_update_again(run, 1)
     assert_same_bits(state_of(run, 1)[1], wanted)
+
+
+def test_an_update_whose_buffers_are_lost_takes_no_step() -> None:
+    run = train("resnet", Amnesia()).run
+    wanted = state_of(run, 1)[1]
+    CACHE.clear()
+    there = run.there(STEPS - 1, 1, MICROBATCHES - 1)
+    assert there.buffers
+    gradients = run.sums(STEPS - 1, 1, MICROBATCHES - 1)
+    travelled = replace(there, buffers=None)
+    with pytest.raises(StateLost, match="buffers of stage 1"):
+        tasks.update(run.refs[1], StateRef(STEPS - 1), gradients, 1.0, last=travelled)
+    run_last_update_again(run, 1)
+    assert_same_bits(state_of(run, 1)[1], wanted)
+
+
+def test_an_update_that_ends_before_the_journal_knows_steps_once_and_is_told_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = train("two_branches", Amnesia()).run
+    wanted = state_of(run, 1)[1]
+    CACHE.clear()
+    run.refs[1] = replace(run.refs[1], journal=1)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JOURNAL, "put", fail)
+        with pytest.raises(MemoryError):
+            run_last_update_again(run, 1)
+    run_last_update_again(run, 1)
+    assert_same_bits(state_of(run, 1)[1], wanted)
+    assert JOURNAL.find(run.refs[1], STEPS - 1, EntryKey("update", 1, 0)) is not None
 
 
 def test_a_step_forgets_graphs_that_a_cancelled_step_left() -> None:

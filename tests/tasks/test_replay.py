@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,20 +12,25 @@ import torch
 from inline import InlineRun, assert_same_bits, run_inline, save_now
 from zoo import build, captured
 
-from dagflow_storage import commit_snapshot
+from dagflow_storage import Store, commit_snapshot
 from dagflow_storage.journal import delete_segments, trim_journal
-from dagflow_tasks.cache import CACHE
+from dagflow_tasks.cache import CACHE, COPY
 from dagflow_tasks.errors import StateLost
 from dagflow_tasks.journal import JOURNAL
 from dagflow_tasks.references import StateRef
 from dagflow_tasks.replay import (
     StepRecord,
+    drop_stage,
     needed_entries,
     progress,
     reach,
+    recall,
     restore,
 )
+from dagflow_tasks.results import UpdateResult
+from dagflow_tasks.snapshots import copy_state, save_copy
 from dagflow_tasks.state import state_tensors
+from dagflow_tasks.tasks import call, lend_parameters
 
 STEPS, STAGES, MICROBATCHES = 3, 3, 2
 
@@ -145,3 +153,81 @@ def test_a_record_survives_json() -> None:
     record = trained("two_branches", clip_norm=0.1).records[1]
     assert isinstance(record, StepRecord)
     assert StepRecord.from_json(record.to_json()) == record
+
+
+def test_a_rebuild_opens_the_segments_of_its_neighbours_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = trained("resnet")
+    wanted = state_of(run, 0)
+    forget(run)
+    opened: set[str] = set()
+    read = Store.read_bytes
+
+    def noted(store: Store, path: str) -> bytes:
+        if path.startswith("journal/"):
+            opened.add(path.split("/")[3].partition("-")[0])
+        return read(store, path)
+
+    monkeypatch.setattr(Store, "read_bytes", noted)
+    restore(run.refs[0], STEPS, run.records, run.neighbours(0))
+    assert_same_bits(state_of(run, 0), wanted)
+    assert opened == {"1"}
+
+
+def rebuild(run: InlineRun, stage: int) -> None:
+    task = (run.refs[stage], STEPS, tuple(run.records), run.neighbours(stage), (1, 1))
+    call(restore, task)
+
+
+def load(run: InlineRun, stage: int) -> None:
+    call(lend_parameters, (run.refs[stage], StateRef(0), ()))
+
+
+@pytest.mark.parametrize(
+    ("work", "reads"), [(rebuild, "programs/"), (rebuild, "snapshots/"), (load, "snapshots/")]
+)
+def test_a_store_that_is_slow_to_one_stage_holds_up_no_other(
+    work: Callable[[InlineRun, int], None], reads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained("two_branches")
+    wanted = [state_of(run, stage) for stage in range(2)]
+    forget(run)
+    waits, goes_on = threading.Event(), threading.Event()
+    read = Store.read_bytes
+
+    def slow(store: Store, path: str) -> bytes:
+        if path.startswith(reads) and threading.current_thread().name.startswith("slow"):
+            waits.set()
+            assert goes_on.wait(30), "the other stage has waited for this one"
+        return read(store, path)
+
+    monkeypatch.setattr(Store, "read_bytes", slow)
+    with ThreadPoolExecutor(1, "slow") as pool:
+        slow_work = pool.submit(work, run, 1)
+        assert waits.wait(30)
+        rebuild(run, 0)
+        assert progress(run.refs[0]).step == STEPS
+        assert_same_bits(state_of(run, 0), wanted[0])
+        goes_on.set()
+        slow_work.result(30)
+    rebuild(run, 1)
+    assert_same_bits(state_of(run, 1), wanted[1])
+
+
+def test_a_stage_that_is_elsewhere_now_takes_no_memory() -> None:
+    run = trained("resnet")
+    ref, wanted = run.refs[1], state_of(run, 1)
+    copy_state(ref, StateRef(STEPS))
+    drop_stage(ref, (1, 1))
+    kept = [*CACHE.programs, *CACHE.states, *(key[0] for key in CACHE.graphs)]
+    assert ref.key not in kept
+    assert run.refs[0].key in kept
+    assert [what for key, what in CACHE.kept if key == ref.key] == [COPY]
+    # What others may still ask it for is there.
+    assert isinstance(recall(ref, STEPS - 1, "update", 0), UpdateResult)
+    assert save_copy(ref, StateRef(STEPS)).arrays
+    # It comes back, and who runs the dropping again then drops nothing.
+    restore(ref, STEPS, run.records, run.neighbours(1), (1, 2))
+    drop_stage(ref, (1, 1))
+    assert_same_bits(state_of(run, 1), wanted)

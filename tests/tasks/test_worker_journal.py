@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from dagflow_storage import Store, StoreNotWritable, StoreUnreachable
+from dagflow_storage import Store, StoreNotWritable, StoreUnreachable, write_behind
 from dagflow_storage.journal import read_segments, write_segment
 from dagflow_tasks import journal as module
 from dagflow_tasks.journal import EntryKey, Journal, Sent
@@ -58,7 +59,7 @@ def test_what_was_sent_is_found_before_it_is_written_and_after(ref: StageRef) ->
     assert found is not None
     assert torch.equal(found.tensors["h"], torch.full((4,), 2.0))
     assert found.facts == {"finite": True}
-    assert journal.stats().num_bytes == 16
+    assert journal.stats("run").num_bytes == 16
     assert journal.stats().waiting_bytes == 0
 
 
@@ -97,7 +98,7 @@ def test_several_steps_are_written_together_if_asked(ref: StageRef) -> None:
         journal.end_step(every, step)
         assert journal.stats().waiting_bytes in ((step + 1) * 16, 0)
     assert journal.flush(30)
-    assert journal.stats().num_bytes == 48
+    assert journal.stats("run").num_bytes == 48
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_tensors_come_back_as_they_lay(ref: StageRef, dtype: torch.dtype) -> Non
 
 
 def test_a_store_that_is_away_is_waited_for(ref: StageRef, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(write_behind, "FIRST_PAUSE_SECONDS", 0.0)
     gate = Gate()
     gate.errors = [StoreUnreachable("away")] * 3
     journal = Journal(gate)
@@ -143,6 +144,22 @@ def test_a_store_that_is_away_is_waited_for(ref: StageRef, monkeypatch: pytest.M
     assert journal.flush(30)
     assert len(read_segments(ref.store, "plan", 0)) == 1
     assert journal.stats().trouble == ""
+
+
+def test_what_is_written_is_counted_by_run_and_anew_when_a_run_begins_again(ref: StageRef) -> None:
+    journal = Journal()
+    for run_id, steps in (("before", 5), ("run", 2), ("run", 1)):
+        theirs = replace(ref, run_id=run_id)
+        journal.forget(run_id)
+        for step in range(steps):
+            journal.put(theirs, step, KEY, sent())
+        assert journal.flush(30)
+        stats = journal.stats(run_id)
+        assert stats.num_bytes == steps * 16
+        assert stats.seconds > 0
+    journal.forget("before")
+    assert journal.stats("before").num_bytes == 0
+    assert journal.stats("run").num_bytes == 16
 
 
 def test_a_full_spool_holds_tasks_up_until_something_is_written(
@@ -176,6 +193,75 @@ def test_a_store_that_refuses_costs_the_oldest_entries_not_the_run(
     assert journal.find(ref, 3, KEY) is not None
     assert journal.find(ref, 0, KEY) is None
     assert "disk full" in journal.stats().trouble
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_what_nobody_expected_ends_neither_the_journal_nor_its_tasks(
+    ref: StageRef, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(write_behind, "FIRST_PAUSE_SECONDS", 60.0)
+    monkeypatch.setattr(module, "_SPOOL_BYTES", 16)
+    gate = Gate()
+    gate.errors = [error] * 2
+    gate.opened.set()
+    journal = Journal(gate)
+    for step in range(4):
+        journal.put(ref, step, KEY, sent())
+    assert type(error).__name__ in journal.stats().trouble
+    gate.errors.clear()
+    assert journal.flush(30)
+    assert (journal.stats().trouble, journal.stats().waiting_bytes) == ("", 0)
+    assert [len(read_segments(ref.store, "plan", step)) for step in range(4)] == [0, 0, 0, 1]
+
+
+def test_what_can_never_be_written_holds_nothing_else_up(
+    ref: StageRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_behind, "FIRST_PAUSE_SECONDS", 0.0)
+    journal = Journal()
+    journal.put(ref, 0, KEY, Sent({"h": torch.ones(4, device="meta")}, {}))
+    journal.put(ref, 1, KEY, sent())
+    assert journal.flush(30)
+    assert read_segments(ref.store, "plan", 0) == []
+    assert journal.find(ref, 1, KEY) is not None
+
+
+def test_what_is_disowned_while_the_store_is_away_is_never_written(
+    ref: StageRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_behind, "FIRST_PAUSE_SECONDS", 60.0)
+    gate = Gate()
+    gate.errors = [StoreUnreachable("away")]
+    gate.opened.set()
+    journal = Journal(gate)
+    journal.put(ref, 5, KEY, sent())
+    assert not journal.flush(0.1)
+    journal.disown("run", 0, 5, 30)
+    assert journal.flush(30)
+    assert journal.find(ref, 5, KEY) is None
+    assert read_segments(ref.store, "plan", 5) == []
+
+
+def test_looking_for_an_entry_opens_its_stages_segments_only(
+    ref: StageRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal()
+    for stage in (0, 1, 10):
+        theirs = StageRef(ref.store, "run", "plan", stage, ref.settings, 1)
+        journal.put(theirs, 3, EntryKey("forward", stage, 0), sent(float(stage)))
+    assert journal.flush(30)
+    opened: list[str] = []
+    read = Store.read_bytes
+
+    def counted(store: Store, path: str) -> bytes:
+        opened.append(path.split("/")[3].partition("-")[0])
+        return read(store, path)
+
+    monkeypatch.setattr(Store, "read_bytes", counted)
+    found = Journal().find(ref, 3, EntryKey("forward", 1, 0))
+    assert found is not None
+    assert torch.equal(found.tensors["h"], torch.ones(4))
+    assert set(opened) == {"1"}
 
 
 def test_what_is_disowned_is_neither_found_nor_written(ref: StageRef) -> None:
