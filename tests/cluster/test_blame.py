@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 import pytest
 from distributed import Future
-from drivers import driver_of
 from local import local_client, wait_until
+from training_driver import driver_of
 
 from dagflow.run.clusters import ClusterSettings, open_cluster
 from dagflow.run.dask_internals import Task, TaskRef

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import pytest
-from drivers import Swarm, driver_of
+from training_driver import Swarm, driver_of
 
 from dagflow.errors import WorkersLost
 from dagflow.run.membership import STALLED, Membership
