@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from dagflow_storage import is_pausing
+
+_TICK_SECONDS = 0.5
 
 
 @dataclass
@@ -44,6 +47,21 @@ class Interrupts:
         if self._noted and not self._heeded:
             self._heeded = True
             raise KeyboardInterrupt
+
+    def until(self, is_done: Callable[[float], bool], seconds: float) -> bool:
+        """Wait for something so many seconds, heeding interrupts; False if it takes longer.
+
+        Parameters
+        ----------
+        is_done
+            Waits for it as many seconds as it is given, and tells whether it is done.
+        """
+        deadline = time.monotonic() + seconds
+        while not is_done(_TICK_SECONDS):
+            self.heed()
+            if time.monotonic() > deadline:
+                return False
+        return True
 
     def _note(self, *_: Any) -> None:
         if self._noted:

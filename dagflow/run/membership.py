@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,20 +15,13 @@ from weakref import WeakKeyDictionary
 from distributed import Client, Future
 
 from dagflow.errors import SchedulerLost
-from dagflow.graph.show import amount
 from dagflow.run.clusters import in_background, scheduler_info
 from dagflow.run.watch import TOPIC
-
-STALLED = "it has stalled"
 
 _REFRESH_SECONDS = 10.0
 # Interrupts are heeded and the roster is looked at this often; news wakes whoever waits at once.
 _TICK_SECONDS = 0.5
 _FRUITLESS_TICKS = 10
-
-
-class NoRoom(Exception):
-    """No worker that is there has the memory for a stage that has lost its own."""
 
 
 class ResultGone(Exception):
@@ -45,7 +37,7 @@ class Membership:
     present : set of str
         Addresses.
     excluded : dict
-        Why a worker that is present gets no stage, by address.
+        Why a worker that is present isn't used, by address; of those who ask `usable`.
     stalled : dict
         What the scheduler's watch says of workers that have stalled, by address.
     failures : deque of (key, address)
@@ -116,21 +108,19 @@ class Membership:
         return sorted(self.present - self.excluded.keys() - frozen)
 
     def exclude(self, address: str, why: str) -> None:
-        """Give a worker no stage any more, for as long as it stays connected, or is `STALLED`."""
+        """Use a worker no more, for as long as it stays connected."""
+        self.excluded[address] = why
+
+    def seen(self) -> tuple[Collection[str], Mapping[str, Mapping[str, Any]]]:
+        """Return who is present, and what is said of those who have stalled, at one moment."""
         with self._lock:
-            if why != STALLED or address in self.stalled:
-                self.excluded[address] = why
+            return self.present, self.stalled
 
     def where_failed(self, key: Iterable[Any]) -> str | None:
         """Return the worker on which a task has failed last; None if that wasn't heard of."""
         named = tuple(map(str, key))
         failures = reversed(list(self.failures))
         return next((address for failed, address in failures if failed == named), None)
-
-    def forgive(self) -> None:
-        """Let excluded workers take part again: without them there is nobody."""
-        self.excluded.clear()
-        self.stalled.clear()
 
     def result_of(self, future: Future, look_around: Callable[[], None]) -> Any:
         """Wait for a task, and fetch its result; raises what the task has raised.
@@ -177,12 +167,11 @@ class Membership:
                 self._heard.append((action, worker))
                 self._come_or_gone(action, worker)
         elif action == "stalled":
-            self.stalled = {**self.stalled, str(worker): message}
+            with self._lock:
+                self.stalled = {**self.stalled, str(worker): message}
         elif action == "recovered":
             with self._lock:
                 self.stalled = {w: m for w, m in self.stalled.items() if w != worker}
-                if self.excluded.get(str(worker)) == STALLED:
-                    del self.excluded[str(worker)]
         elif action == "erred":
             self.failures.append((tuple(message["key"]), str(worker)))
         else:
@@ -204,69 +193,3 @@ _LISTENERS: WeakKeyDictionary[Client, list[Membership]] = WeakKeyDictionary()
 def _tell_all(listeners: Sequence[Membership], event: tuple[float, Any]) -> None:
     for listener in listeners:
         listener.hear(event)
-
-
-def place_again(
-    addresses: Sequence[str],
-    lost: Iterable[int],
-    usable: Sequence[str],
-    warm: Mapping[int, str],
-    needs: Sequence[int] = (),
-    memory: Mapping[str, int] | None = None,
-) -> list[str]:
-    """Return the stages' workers after some stages have lost theirs.
-
-    A stage goes to a spare, one that has its weights at hand if there is one, or to the worker with
-    the fewest stages; of these, to one that has the memory. Stages whose workers are well stay where
-    they are.
-
-    Parameters
-    ----------
-    addresses
-        The worker of each stage so far.
-    lost
-        Stages to be placed.
-    usable
-        Workers that may get a stage; at least one.
-    warm
-        By stage a worker that keeps its weights at hand.
-    needs
-        Bytes for each stage; nothing if it isn't known.
-    memory
-        Bytes of each worker; those of whom nothing is known have enough.
-
-    Raises
-    ------
-    NoRoom
-        If nobody has the memory for one of them.
-
-    >>> place_again(["a", "b", "c"], [1], ["a", "c", "d", "e"], {1: "e"})
-    ['a', 'e', 'c']
-    >>> place_again(["a", "b", "c"], [1, 2], ["a"], {})
-    ['a', 'a', 'a']
-    >>> place_again(["a", "b"], [1], ["a", "small", "c"], {}, [8, 8], {"a": 9, "small": 4, "c": 9})
-    ['a', 'c']
-    """
-    found = list(addresses)
-    waiting = sorted(lost)
-    load = dict.fromkeys(usable, 0)
-    free = {address: (memory or {}).get(address, math.inf) for address in usable}
-    taken = dict(enumerate(needs))
-    for stage, address in enumerate(addresses):
-        if address in load and stage not in waiting:
-            load[address] += 1
-            free[address] -= taken.get(stage, 0)
-    for stage in waiting:
-        fitting = [address for address in usable if free[address] >= taken.get(stage, 0)]
-        if not fitting:
-            raise NoRoom(
-                f"Stage {stage} needs about {amount(taken[stage], 'B')}, and the most that a worker "
-                f"has left is {amount(max(0, *free.values()), 'B')}"
-            )
-        least = min(load[address] for address in fitting)
-        first = [address for address in fitting if load[address] == least]
-        chosen = warm[stage] if warm.get(stage) in first else first[0]
-        load[chosen] += 1
-        free[chosen] -= taken.get(stage, 0)
-        found[stage] = chosen
-    return found

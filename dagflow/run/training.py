@@ -40,7 +40,8 @@ from dagflow.plan.plan import Plan
 from dagflow.run.arguments import check_arguments, journal_steps, observers, open_store
 from dagflow.run.clusters import ask_workers, open_cluster, reconnect, roster
 from dagflow.run.data import BatchStream, TokenDataset
-from dagflow.run.driver import Disturbed, Driver
+from dagflow.run.dispatch import Disturbed
+from dagflow.run.driver import Driver
 from dagflow.run.events import Callback, ProgressLine, StepEvent, notify
 from dagflow.run.export import model_facts
 from dagflow.run.feed import Feed, StreamFeed, TokenFeed, TokenRows

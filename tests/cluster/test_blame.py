@@ -13,9 +13,11 @@ from training_driver import driver_of
 
 from dagflow.run.clusters import ClusterSettings, open_cluster
 from dagflow.run.dask_internals import Task, TaskRef
-from dagflow.run.driver import Disturbed, Driver
+from dagflow.run.dispatch import Disturbed
+from dagflow.run.driver import Driver
 from dagflow.run.graph import Key
 from dagflow.run.membership import Membership
+from dagflow.run.recovery_protocol import Stop
 from dagflow_storage import Store
 from dagflow_tasks.errors import GarbageReceived
 
@@ -33,7 +35,7 @@ def driver(tmp_path: Path) -> Iterator[Driver]:
 
 def handed_out(driver: Driver, tasks: dict[Key, Any], wanted: Key) -> Future:
     """Hand out tasks as the driver's step, and return when the wanted one is done or has failed."""
-    future = driver._get(tasks, [wanted])[wanted]
+    future = driver.dispatch.submit(tasks, [wanted])[wanted]
     wait_until(future.done, f"{wanted} is done")
     return future
 
@@ -44,29 +46,34 @@ def failing(driver: Driver, step: int, stage: int) -> dict[Key, Any]:
     def fail() -> NoReturn:
         raise ZeroDivisionError
 
-    update, report = (driver.graph.key(kind, step, stage) for kind in ("update", "report"))
+    update, report = (driver.dispatch.graph.key(kind, step, stage) for kind in ("update", "report"))
     return {update: Task(update, fail), report: Task(report, str, TaskRef(update))}
 
 
+def tell_what_became_of(driver: Driver, future: Future) -> str:
+    """Wait for a task that fails, and return what the driver makes of it."""
+    with pytest.raises(Disturbed) as caught:
+        driver.dispatch.result(future)
+    driver._take_in(caught.value)
+    assert isinstance(driver._duty, Stop)
+    return driver._duty.why
+
+
 def test_the_task_that_failed_is_to_blame_and_not_the_latest_that_has(driver: Driver) -> None:
-    first = handed_out(driver, failing(driver, 0, 0), driver.graph.key("report", 0, 0))
-    later = handed_out(driver, failing(driver, 0, 1), driver.graph.key("report", 0, 1))
-    with pytest.raises(
-        Disturbed, match=f"update of stage 0 in step 0 failed on {driver.addresses[0]}"
-    ):
-        driver._result(first)
-    assert list(driver.membership.excluded) == driver.addresses[:1]
-    assert driver._wrong == {0}
+    first = handed_out(driver, failing(driver, 0, 0), driver.dispatch.graph.key("report", 0, 0))
+    later = handed_out(driver, failing(driver, 0, 1), driver.dispatch.graph.key("report", 0, 1))
+    why = tell_what_became_of(driver, first)
+    assert f"update of stage 0 in step 0 failed on {driver.addresses[0]}" in why
+    assert list(driver.recovery.excluded) == driver.addresses[:1]
     later.release()
 
 
 def test_what_was_handed_out_before_a_rebuilding_is_blamed_as_well(driver: Driver) -> None:
     # As a snapshot that is still being written is.
-    first = handed_out(driver, failing(driver, 0, 1), driver.graph.key("report", 0, 1))
-    driver.graph = driver.graph.again("89abcdef")
-    with pytest.raises(Disturbed, match="failed on"):
-        driver._result(first)
-    assert list(driver.membership.excluded) == driver.addresses[1:]
+    first = handed_out(driver, failing(driver, 0, 1), driver.dispatch.graph.key("report", 0, 1))
+    driver.dispatch.assign(driver.addresses, 1, "89abcdef")
+    assert "failed on" in tell_what_became_of(driver, first)
+    assert list(driver.recovery.excluded) == driver.addresses[1:]
 
 
 def test_garbage_is_blamed_on_where_the_stage_was_that_sent_it(driver: Driver) -> None:
@@ -75,13 +82,11 @@ def test_garbage_is_blamed_on_where_the_stage_was_that_sent_it(driver: Driver) -
     def refuse() -> NoReturn:
         raise GarbageReceived("Stage 0 sent garbage.", 0)
 
-    key = driver.graph.key("update", 0, 1)
+    key = driver.dispatch.graph.key("update", 0, 1)
     refused = handed_out(driver, {key: Task(key, refuse)}, key)
-    driver.graph = driver.graph.again("89abcdef")
-    driver.addresses[:] = [before[1], before[1]]
-    again = driver.graph.key("update", 0, 1)
+    driver.dispatch.assign([before[1], before[1]], 1, "89abcdef")
+    again = driver.dispatch.graph.key("update", 0, 1)
     fine = handed_out(driver, {again: Task(again, int)}, again)
-    with pytest.raises(Disturbed, match="sent garbage"):
-        driver._result(refused)
-    assert list(driver.membership.excluded) == before[:1]
+    assert "sent garbage" in tell_what_became_of(driver, refused)
+    assert list(driver.recovery.excluded) == before[:1]
     fine.release()
