@@ -102,17 +102,10 @@ class Record:
 
 
 class Keeper:
-    """The sequences of one store, and a thread that writes them; `keeping` makes one.
-
-    Attributes
-    ----------
-    trouble : str
-        Why the store can't be written to just now; empty if it can.
-    """
+    """The sequences of one store, and a thread that writes them; `keeping` makes one."""
 
     def __init__(self, store: Store, lease: Lease, keep_seconds: float | None, note: Note) -> None:
         self.store = store
-        self.trouble = ""
         self._lease = lease
         self._keep_seconds = keep_seconds
         self._note = note
@@ -126,6 +119,11 @@ class Keeper:
         # Nobody else writes here, so all names are known, and who is making what.
         self._names: dict[str, Record | None] = dict.fromkeys(list_sequences(store))
         self._num_waiting = 0
+
+    @property
+    def trouble(self) -> str:
+        """Why the store can't be written to just now; empty if it can."""
+        return self._queue.trouble
 
     def note(self, what: str) -> None:
         """Tell people something of what is kept."""
@@ -300,6 +298,12 @@ class Keeper:
                 record.num_taken = len(rows)
         with ThreadPoolExecutor(_PARALLEL_WRITES, "dagflow-keeping") as pool:
             errors = list(pool.map(self._try, batches, batches.values()))
+        trouble = next(filter(None, errors), None)
+        if trouble is not None and not self.trouble:
+            said = f"{type(trouble).__name__}: {trouble}"
+            self._note(f"{self.store!r} can't be written to; answers go on all the same. {said}")
+        elif trouble is None and self.trouble:
+            self._note(f"{self.store!r} can be written to again; it lacks nothing any more.")
         with self._changed:
             for record, error in zip(batches, errors, strict=True):
                 if error is None:
@@ -308,10 +312,8 @@ class Keeper:
                 if not record.rows:
                     yield record  # with the lock held: no row may come before it is taken out
             self._count()
-        first = next(filter(None, errors), None)
-        self._tell(first)
-        if first is not None:
-            raise first
+        if trouble is not None:
+            raise trouble
 
     def _try(self, record: Record, rows: Sequence[Mapping[str, Any]]) -> Exception | None:
         """Write rows, and return what was in the way."""
@@ -321,14 +323,6 @@ class Keeper:
         except Exception as error:  # of this one; the others are written
             return error
         return None
-
-    def _tell(self, error: Exception | None) -> None:
-        trouble = "" if error is None else f"{type(error).__name__}: {error}"
-        before, self.trouble = self.trouble, trouble
-        if trouble and not before:
-            self._note(f"{self.store!r} can't be written to; answers go on all the same. {trouble}")
-        elif before and not trouble:
-            self._note(f"{self.store!r} can be written to again; it lacks nothing any more.")
 
     def _keep_tidy(self, over: threading.Event) -> None:
         period = min(_TIDY_SECONDS, max(1.0, self._keep_seconds or _TIDY_SECONDS))
