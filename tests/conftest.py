@@ -9,6 +9,10 @@ import warnings
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Workers and schedulers that wait for their tests look after themselves fifty times a second otherwise: a
+# percent of a core each, and there are twenty at a time.
+os.environ.setdefault("DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL", "1s")
+os.environ.setdefault("DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL", "2s")
 
 import once
 import pytest
