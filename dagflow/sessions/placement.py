@@ -261,6 +261,7 @@ class Placement:
         """Hold a connection to a worker, if it can be reached."""
         known = self._issuer.credentials(address)
         arguments = connection_arguments(self._client)
+        link: Link | None = None
         try:
             ready = self._client.run(
                 take_part, self._name, known, workers=[address], asynchronous=True
@@ -269,8 +270,12 @@ class Placement:
             link = await introduced(address, arguments, self._name, DRIVER, known)
             # Before it knows the driver it opens no stage; its task would overtake a slow connection.
             await asyncio.wait_for(link.receive(), _CONNECT_SECONDS)
-        except (OSError, ValueError):
-            return  # frozen, or it has left; if it is still there at the next look, once more
+        except BaseException as error:
+            if link is not None:
+                link.close()
+            if isinstance(error, OSError | ValueError):
+                return  # frozen, or it has left; if it is still there at the next look, once more
+            raise
         self._links[address] = link
         self._joined.set()
         self._spawn(self._listen(address, link))

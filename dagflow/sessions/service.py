@@ -42,6 +42,8 @@ from dagflow_tasks.results import TensorDict
 # A pass of few tokens that is done so soon is computed on the event loop itself: it would be handed
 # to another thread and back in a quarter of a millisecond, and in several if the machine is busy.
 _FEW_TOKENS = 8
+# A driver proves itself as soon as it has been announced.
+UNPROVEN_SECONDS = 30.0
 _SHORT_SECONDS = 0.02
 
 
@@ -141,6 +143,13 @@ class _Hub:
         if self._known.get(deployment, credentials) != credentials and deployment in self.drivers:
             raise PermissionError(f"The deployment {deployment} has another driver.")
         self._known[deployment] = credentials
+        later = (UNPROVEN_SECONDS, self._forget_unproven, deployment, credentials)
+        self._loop.call_soon_threadsafe(self._loop.call_later, *later)
+
+    def _forget_unproven(self, deployment: str, credentials: Credentials) -> None:
+        """A driver that hasn't come by now has left on the way."""
+        if deployment not in self.drivers and self._known.get(deployment) == credentials:
+            self._forget(deployment)
 
     def open(self, spec: StageSpec) -> int:
         key = (spec.deployment, spec.stage)

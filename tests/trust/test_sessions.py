@@ -18,6 +18,7 @@ from trust_models import tiny_llama
 
 import dagflow
 from dagflow.run.dask_internals import connection_arguments
+from dagflow.sessions import service
 from dagflow.sessions.links import CommClosedError, Link
 from dagflow.sessions.proofs import DRIVER, STAGE, Credentials, Issuer, introduced
 from dagflow.sessions.service import sessions_open, take_part
@@ -207,12 +208,25 @@ def test_what_a_worker_is_given_is_shown_nowhere() -> None:
     assert len({known.driver, known.stage}) == 2
 
 
+def secrets_kept(dask_worker: Any) -> int:
+    from dagflow.sessions.service import _hub
+
+    return len(_hub(dask_worker)._known)
+
+
+def test_a_worker_forgets_a_driver_that_was_announced_and_never_came(
+    client: Client, model: dagflow.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dagflow.Deployment(model, client, num_stages=2):
+        pass  # workers know of sessions from now on
+    address = sorted(client.scheduler_info()["workers"])[0]
+    monkeypatch.setattr(service, "UNPROVEN_SECONDS", 0.2)
+    client.run(take_part, "gone", Issuer().credentials(address), workers=[address])
+    assert client.run(secrets_kept)[address] == 1
+    wait_until(lambda: set(client.run(secrets_kept).values()) == {0}, "it is forgotten")
+
+
 def test_a_worker_keeps_nothing_of_a_driver_that_left(client: Client, model: dagflow.Model) -> None:
-    def secrets_kept(dask_worker: Any) -> int:
-        from dagflow.sessions.service import _hub
-
-        return len(_hub(dask_worker)._known)
-
     with dagflow.Deployment(model, client, num_stages=2) as deployment:
         assert len(tokens(deployment)) == LONG["max_new_tokens"]
     wait_until(lambda: set(client.run(secrets_kept).values()) == {0}, "they are forgotten")
