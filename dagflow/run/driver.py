@@ -368,6 +368,8 @@ class Driver:
             journal_bytes=journal_bytes,
             journal_share=min(1.0, journal_seconds / seconds) if seconds else 0.0,
         )
+        # By hand: the frames of an earlier disturbance may still hold them.
+        release(batch.held.values())
         self.ledger.add(record, event.to_json())
         self.on_step(event)
         self._tell(StepDone(self._done))
@@ -541,6 +543,8 @@ class Driver:
                 again = self.feed.prepare_again(flight.batch, flight.step, graph, resume.resend)
             except WorkersLost as error:
                 raise Disturbed(str(error), ResultLost(str(error))) from error
+            kept = {id(future) for future in again.held.values()}
+            release(f for f in flight.batch.held.values() if id(f) not in kept)
             flight.batch = again
             self._submit(flight, first=number == 0)
         self._tell(Resumed(resume.assignment))
