@@ -212,6 +212,7 @@ class Journal:
         self._changed.wait_for(lambda: self._waiting_bytes < _SPOOL_BYTES or sealed.is_refused)
         while self._waiting_bytes >= _SPOOL_BYTES and sealed.waiting:
             sealed.waiting.popleft()
+        self._changed.notify_all()
 
     @property
     def _waiting_bytes(self) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from local import wait_until
 
 from dagflow_storage import Store, StoreNotWritable, StoreUnreachable, write_behind
 from dagflow_storage.journal import read_segments, write_segment
@@ -212,6 +214,25 @@ def test_what_nobody_expected_ends_neither_the_journal_nor_its_tasks(
     assert journal.flush(30)
     assert (journal.stats().trouble, journal.stats().waiting_bytes) == ("", 0)
     assert [len(read_segments(ref.store, "plan", step)) for step in range(4)] == [0, 0, 0, 1]
+
+
+def test_a_flush_waits_no_longer_for_what_is_given_up(
+    ref: StageRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_behind, "FIRST_PAUSE_SECONDS", 60.0)
+    monkeypatch.setattr(module, "_SPOOL_BYTES", 16)
+    gate = Gate()
+    gate.errors = [StoreNotWritable("disk full")] * 1000
+    gate.opened.set()
+    journal = Journal(gate)
+    journal.put(ref, 0, KEY, sent())
+    assert not journal.flush(0.2)
+    before = len(gate.errors)
+    with ThreadPoolExecutor() as pool:
+        flushed = pool.submit(journal.flush, 60.0)
+        wait_until(lambda: len(gate.errors) < before, "the attempt that a flush asks for")
+        journal.put(ref, 1, KEY, sent())
+        assert flushed.result(30)
 
 
 def test_what_can_never_be_written_holds_nothing_else_up(
