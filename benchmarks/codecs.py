@@ -22,8 +22,8 @@ import torch
 from common import write_results
 from workload import Workload
 
-from dagflow_storage.arrays import CHUNK_BYTES
-from dagflow_storage.codec import NUM_THREADS
+from dagflow_storage.arrays.arrays import CHUNK_BYTES
+from dagflow_storage.arrays.codec import NUM_THREADS
 
 SETTINGS: dict[str, tuple[blosc2.Codec, int, blosc2.Filter]] = {
     "lz4-1 shuffle": (blosc2.Codec.LZ4, 1, blosc2.Filter.SHUFFLE),

@@ -37,7 +37,7 @@ from distributed import Client, LocalCluster
 from relay import Relay
 
 import dagflow
-from dagflow.run.clusters import scheduler_info
+from dagflow.swarm.clusters import scheduler_info
 
 TOKENS = 128
 PROMPT_TOKENS = 32

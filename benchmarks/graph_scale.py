@@ -23,11 +23,11 @@ from torch import nn
 
 import dagflow
 from dagflow.plan.plan import Plan
-from dagflow.run.graph import Places, Priorities, StepGraph, StepInputs
+from dagflow.training.step_graph import Places, Priorities, StepGraph, StepInputs
 from dagflow_storage import Store
-from dagflow_tasks.optimizer import Optimizer
-from dagflow_tasks.references import Microbatch, StageRef, TaskSettings
-from dagflow_tasks.results import TensorDict
+from dagflow_tasks.tensors import TensorDict
+from dagflow_tasks.train.optimizer import Optimizer
+from dagflow_tasks.train.references import Microbatch, StageRef, TaskSettings
 
 
 def deep_model(num_stages: int) -> nn.Module:
@@ -99,7 +99,7 @@ def measure(num_stages: int, num_microbatches: int) -> dict[str, Any]:
 
 
 def _warm_up() -> None:
-    import dagflow.run.graph  # noqa: F401
+    import dagflow.training.step_graph  # noqa: F401
 
 
 def _num_tasks(dask_scheduler: Any) -> int:

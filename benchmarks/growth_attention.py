@@ -16,10 +16,10 @@ import torch
 import transformers
 
 from dagflow.graph.decoder import capture_decoder
-from dagflow.sessions.cutting import cut_at_layers
-from dagflow_tasks.attention import SessionCache, Span, attend, attending
-from dagflow_tasks.decoding import LAST, DecoderStage, Part
-from dagflow_tasks.results import TensorDict
+from dagflow.plan.decoder_cuts import cut_at_layers
+from dagflow_tasks.decode.decoder_stage import LAST, DecoderStage, Part
+from dagflow_tasks.kernels.attention import SessionCache, Span, attend, attending
+from dagflow_tasks.tensors import TensorDict
 
 # As the engine sends them.
 PASS_TOKENS = 256

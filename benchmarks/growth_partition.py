@@ -15,9 +15,9 @@ from common import peak_extra_bytes
 from torch import nn
 
 import dagflow
-from dagflow.plan.analysis import DagAnalysis
-from dagflow.plan.memory import TrainingMemory
+from dagflow.graph.analysis import DagAnalysis
 from dagflow.plan.partition import balanced_cuts
+from dagflow.plan.training_memory import TrainingMemory
 
 
 class Chain(nn.Module):

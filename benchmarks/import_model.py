@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dagflow
-from dagflow.sessions import loading
+from dagflow.models import loading
 
 PIECE_BYTES = 4 * 2**20
 SHARD_BYTES = 256 * 10**6

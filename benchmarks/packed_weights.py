@@ -18,7 +18,7 @@ import torch
 from common import write_results
 from torch.nn import functional
 
-from dagflow_tasks.onednn import linear_packed, pack, packs
+from dagflow_tasks.kernels.onednn import linear_packed, pack, packs
 
 SHAPES = [(512, 512), (2048, 512), (512, 2048), (2048, 2048), (4096, 4096)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -25,10 +25,10 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dagflow
+from dagflow.models.model import Model, read_weights
 from dagflow.plan.partition import partition
-from dagflow.sessions.models import Model, read_weights
-from dagflow_tasks.decoding import ALL, DecoderStage, Part
-from dagflow_tasks.quantised import linear_int4, linear_int8, quantise_int4, quantise_int8
+from dagflow_tasks.decode.decoder_stage import ALL, DecoderStage, Part
+from dagflow_tasks.kernels.quantised import linear_int4, linear_int8, quantise_int4, quantise_int8
 
 CPU = torch.device("cpu")
 LENGTH, ROWS, HELD_OUT_ROWS = 128, 8, 128

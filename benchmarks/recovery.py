@@ -43,7 +43,7 @@ from common import radosgw, write_results
 from workload import Timing, Workload
 
 import dagflow
-from dagflow.run.clusters import ClusterSettings, open_cluster
+from dagflow.swarm.clusters import ClusterSettings, open_cluster
 from dagflow_storage import Store
 
 PARTS = ("detection", "placing", "reading", "replay", "first_task")

@@ -45,8 +45,8 @@ from openai import AsyncOpenAI
 from tiny import save_tiny
 
 from dagflow.server.conversation import to_prompt
-from dagflow.sessions.sampling import Sampling
-from dagflow.sessions.service import sessions_open
+from dagflow.serving.sampling import Sampling
+from dagflow.serving.stage_server import sessions_open
 
 PARTS = ("undisturbed", "kills")
 BIN = Path(sys.executable).parent

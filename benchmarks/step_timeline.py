@@ -27,7 +27,7 @@ from workload import Workload
 import dagflow
 from dagflow.plan.plan import Plan
 from dagflow.plan.schedule import one_forward_one_backward
-from dagflow.run.clusters import ClusterSettings, open_cluster
+from dagflow.swarm.clusters import ClusterSettings, open_cluster
 from dagflow_storage import Store
 
 NUM_WORKERS = 2
@@ -86,7 +86,7 @@ def train(workload: Workload) -> tuple[list[Span], list[float], Plan]:
 
 def _time_what_is_ahead() -> None:
     """Have a worker keep the step, stage, begin and end of what it does between two tasks."""
-    from dagflow_tasks.cache import CACHE  # the worker's: this function travels by value
+    from dagflow_tasks.train.cache import CACHE  # the worker's: this function travels by value
 
     run_next = CACHE.run_next
     times: list[tuple[int, int, float, float]] = []
@@ -105,7 +105,7 @@ def _time_what_is_ahead() -> None:
 
 
 def _times_ahead() -> Any:
-    from dagflow_tasks.cache import CACHE
+    from dagflow_tasks.train.cache import CACHE
 
     return CACHE.run_next.times
 

@@ -1,9 +1,9 @@
 """Peak memory of each worker against what the plan says that its stages take.
 
 Trains the throughput benchmark's GPT on two workers, with snapshots written meanwhile, and compares
-every worker's peak, beyond what Python and torch take before the run, with what `dagflow.plan.memory`
-counts for all its stages: weights, gradients, the optimizer's moments, the copy for a snapshot, what
-waits for the journal, and activations.
+every worker's peak, beyond what Python and torch take before the run, with what
+`dagflow.plan.training_memory` counts for all its stages: weights, gradients, the optimizer's moments, the
+copy for a snapshot, what waits for the journal, and activations.
 
     python benchmarks/worker_memory.py [--optimizers SGD AdamW] [--adapters 0 8] [--stages 1 2 4]
 """
@@ -24,10 +24,10 @@ from torch import nn
 from workload import Workload
 
 import dagflow
-from dagflow.plan.memory import by_worker
 from dagflow.plan.plan import Plan
-from dagflow.run.allocator import allocator_path
-from dagflow.run.clusters import ClusterSettings, open_cluster, scheduler_info
+from dagflow.plan.training_memory import by_worker
+from dagflow.swarm.allocator import allocator_path
+from dagflow.swarm.clusters import ClusterSettings, open_cluster, scheduler_info
 from dagflow_storage import Store
 
 _NUM_WORKERS = 2

@@ -32,26 +32,26 @@ if TYPE_CHECKING:
     )
     from dagflow.graph.capture import capture
     from dagflow.graph.dag import OperatorDag
+    from dagflow.models.loading import load
+    from dagflow.models.model import Model
+    from dagflow.models.weight_files import empty_weights
     from dagflow.plan.partition import Partition, partition
     from dagflow.plan.plan import Plan
-    from dagflow.run.clusters import ClusterSettings
-    from dagflow.run.data import TokenDataset
-    from dagflow.run.events import StepEvent
-    from dagflow.run.settings import Config
-    from dagflow.run.training import TrainResult, train
-    from dagflow.run.weights import empty_weights
-    from dagflow.sessions.answers import Token
-    from dagflow.sessions.deployment import Deployment
-    from dagflow.sessions.generate import Generation, generate
-    from dagflow.sessions.kept import StoredAnswer
-    from dagflow.sessions.loading import load
-    from dagflow.sessions.models import Model
-    from dagflow.sessions.sampling import Sampling
-    from dagflow.sessions.score import Scores, embed, score
-    from dagflow.sessions.session import Session
+    from dagflow.serving.answers import Token
+    from dagflow.serving.deployment import Deployment
+    from dagflow.serving.generate import Generation, generate
+    from dagflow.serving.kept import StoredAnswer
+    from dagflow.serving.sampling import Sampling
+    from dagflow.serving.score import Scores, embed, score
+    from dagflow.serving.session import Session
+    from dagflow.swarm.clusters import ClusterSettings
+    from dagflow.training.data import TokenDataset
+    from dagflow.training.events import StepEvent
+    from dagflow.training.settings import Config
+    from dagflow.training.train import TrainResult, train
     from dagflow_storage import Retention
-    from dagflow_tasks.optimizer import Optimizer, Schedule
-    from dagflow_tasks.references import DAGFLOW_VERSION as __version__
+    from dagflow_tasks.train.optimizer import Optimizer, Schedule
+    from dagflow_tasks.train.references import DAGFLOW_VERSION as __version__
 
 __all__ = [
     "BatchInvalid",
@@ -134,37 +134,37 @@ _HOMES = {
         "partition",
     ),
     "dagflow.plan.plan": ("Plan",),
-    "dagflow.run.clusters": ("ClusterSettings",),
-    "dagflow.run.data": ("TokenDataset",),
-    "dagflow.run.events": ("StepEvent",),
-    "dagflow.run.settings": ("Config",),
-    "dagflow.run.training": (
+    "dagflow.swarm.clusters": ("ClusterSettings",),
+    "dagflow.training.data": ("TokenDataset",),
+    "dagflow.training.events": ("StepEvent",),
+    "dagflow.training.settings": ("Config",),
+    "dagflow.training.train": (
         "TrainResult",
         "train",
     ),
-    "dagflow.run.weights": ("empty_weights",),
-    "dagflow.sessions.answers": ("Token",),
-    "dagflow.sessions.deployment": ("Deployment",),
-    "dagflow.sessions.generate": (
+    "dagflow.models.weight_files": ("empty_weights",),
+    "dagflow.serving.answers": ("Token",),
+    "dagflow.serving.deployment": ("Deployment",),
+    "dagflow.serving.generate": (
         "Generation",
         "generate",
     ),
-    "dagflow.sessions.kept": ("StoredAnswer",),
-    "dagflow.sessions.loading": ("load",),
-    "dagflow.sessions.models": ("Model",),
-    "dagflow.sessions.sampling": ("Sampling",),
-    "dagflow.sessions.score": (
+    "dagflow.serving.kept": ("StoredAnswer",),
+    "dagflow.models.loading": ("load",),
+    "dagflow.models.model": ("Model",),
+    "dagflow.serving.sampling": ("Sampling",),
+    "dagflow.serving.score": (
         "Scores",
         "embed",
         "score",
     ),
-    "dagflow.sessions.session": ("Session",),
+    "dagflow.serving.session": ("Session",),
     "dagflow_storage": ("Retention",),
-    "dagflow_tasks.optimizer": (
+    "dagflow_tasks.train.optimizer": (
         "Optimizer",
         "Schedule",
     ),
-    "dagflow_tasks.references": ("__version__",),
+    "dagflow_tasks.train.references": ("__version__",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -15,8 +15,8 @@ import logging
 
 from distributed import Nanny
 
-from dagflow.run.dask_internals import keep_time, registered_worker, retire
-from dagflow.run.join import when_parent_leaves
+from dagflow.swarm.dask_internals import keep_time, registered_worker, retire
+from dagflow.swarm.join import when_parent_leaves
 
 logger = logging.getLogger("dagflow.nanny")
 # Whoever presses Ctrl-C wants the machine back. Results that take longer are computed again.

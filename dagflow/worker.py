@@ -28,9 +28,9 @@ def dask_setup(worker: Worker, torch_threads: int | None, device: str) -> None:
     # seconds and 200 MB for torch.
     import torch
 
-    from dagflow.run.dask_internals import notice_retirement, num_tasks_at_a_time
-    from dagflow.run.join import set_retired
-    from dagflow.run.workers import prepare_process, prepare_worker
+    from dagflow.swarm.dask_internals import notice_retirement, num_tasks_at_a_time
+    from dagflow.swarm.join import set_retired
+    from dagflow.swarm.workers import prepare_process, prepare_worker
 
     prepare_process(torch_threads, device)
     prepare_worker(worker)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dagflow.check.micro_batch import check_capture
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
-from dagflow.plan.check import check_capture
 
 Check = Callable[[torch.Tensor], Any]
 

@@ -17,16 +17,19 @@ from dagflow.graph.batch import flatten_batch
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
-from dagflow.run import wire
-from dagflow.run.graph import Priorities, StepGraph, StepInputs
+from dagflow.swarm import wire
+from dagflow.training.step_graph import Priorities, StepGraph, StepInputs
 from dagflow_storage import ShardRecord, Snapshot, Store, commit_snapshot
-from dagflow_tasks import onednn, snapshots, tasks, weight_gradients
-from dagflow_tasks.cache import CACHE
-from dagflow_tasks.optimizer import Optimizer
-from dagflow_tasks.references import Microbatch, StageRef, StateRef, TaskSettings
-from dagflow_tasks.replay import Neighbours, StepRecord
-from dagflow_tasks.results import BackwardResult, ForwardResult, TensorDict, forward_part
-from dagflow_tasks.state import BUFFER, PARAMETER, read_tensors, write_tensors
+from dagflow_tasks.kernels import onednn
+from dagflow_tasks.program import weight_gradients
+from dagflow_tasks.tensors import TensorDict
+from dagflow_tasks.train import snapshots, tasks
+from dagflow_tasks.train.cache import CACHE
+from dagflow_tasks.train.optimizer import Optimizer
+from dagflow_tasks.train.references import Microbatch, StageRef, StateRef, TaskSettings
+from dagflow_tasks.train.replay import Neighbours, StepRecord
+from dagflow_tasks.train.results import BackwardResult, ForwardResult, forward_part
+from dagflow_tasks.train.state import BUFFER, PARAMETER, read_tensors, write_tensors
 
 wire.register()
 

@@ -21,7 +21,7 @@ def test_every_name_is_there() -> None:
 
 
 def test_commands_that_compute_nothing_load_no_torch() -> None:
-    modules = "dagflow.cli, dagflow.run.allocator, dagflow.run.runs"
+    modules = "dagflow.cli, dagflow.swarm.allocator, dagflow.runs.listing"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -14,13 +14,13 @@ from torch.nn.functional import mse_loss
 
 import dagflow
 from dagflow.plan.plan import Plan
-from dagflow.run.driver import Driver
-from dagflow.run.graph import Key, Priorities, StepGraph
-from dagflow.run.ledger import Ledger
-from dagflow.run.membership import Membership
+from dagflow.swarm.membership import Membership
+from dagflow.training.driver import Driver
+from dagflow.training.ledger import Ledger
+from dagflow.training.step_graph import Key, Priorities, StepGraph
 from dagflow_storage import RunDirectory, Store
-from dagflow_tasks.optimizer import Optimizer
-from dagflow_tasks.references import StageRef, TaskSettings
+from dagflow_tasks.train.optimizer import Optimizer
+from dagflow_tasks.train.references import StageRef, TaskSettings
 
 
 class Pending:

@@ -124,14 +124,14 @@ def join(
     """
     import dask
 
-    from dagflow.run.join import TEMPORARY_VARIABLE, hush_dask, with_private_folder
+    from dagflow.swarm.join import TEMPORARY_VARIABLE, hush_dask, with_private_folder
 
     # Where dask keeps its files, if the user's configuration says so; else a folder of our own.
     if (configured := dask.config.get("temporary-directory", None)) is not None:
         os.environ.setdefault(TEMPORARY_VARIABLE, str(configured))
     if not verbose:
         hush_dask(os.environ)
-    worker = [sys.executable, "-m", "dagflow.run.volunteer", scheduler]
+    worker = [sys.executable, "-m", "dagflow.swarm.volunteer", scheduler]
     for option, value in offered.items():
         worker += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
     worker += ["--lifetime", f"{lifetime} s"] if lifetime and once else []
@@ -139,10 +139,10 @@ def join(
     # The parent replaces this process, which has loaded more than it needs. Not from the folder it
     # is in, where anything may lie.
     ends = ["" if seconds is None else str(seconds) for seconds in (wait, lifetime)]
-    parent = [sys.executable, "-P", "-m", "dagflow.run.join", scheduler, *ends, *worker]
+    parent = [sys.executable, "-P", "-m", "dagflow.swarm.join", scheduler, *ends, *worker]
     if not once:
         os.execv(sys.executable, parent)
-    from dagflow.run.allocator import with_allocator
+    from dagflow.swarm.allocator import with_allocator
 
     # Nobody is left to delete it: an empty folder stays.
     folder = tempfile.mkdtemp(prefix="dagflow-join-")
@@ -299,7 +299,7 @@ def inspect(path: str, dot: str | None) -> None:
     dagflow inspect s3://bucket/run
     dagflow inspect dag.json --dot dag.dot
     """
-    from dagflow.run.inspect import describe_file, describe_run
+    from dagflow.runs.inspect import describe_file, describe_run
 
     file = Path(path)
     text = describe_file(file, dot) if file.is_file() else describe_run(path)

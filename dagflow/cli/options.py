@@ -54,7 +54,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def scheduler_address(_: click.Context, __: click.Parameter, value: str) -> str:
-    from dagflow.run.join import scheduler_endpoint
+    from dagflow.swarm.join import scheduler_endpoint
 
     try:
         scheduler_endpoint(value)

@@ -36,7 +36,7 @@ def list_runs(root: str) -> None:
     """
     from rich.console import Console
 
-    from dagflow.run.runs import runs_table, summarise_runs
+    from dagflow.runs.listing import runs_table, summarise_runs
     from dagflow_storage import shown_url
 
     with Console(stderr=True).status("") as status:
@@ -53,7 +53,7 @@ def show(store: str) -> None:
     \b
     dagflow runs show runs/demo
     """
-    from dagflow.run.inspect import describe_run
+    from dagflow.runs.inspect import describe_run
 
     click.echo(describe_run(store))
 
@@ -67,7 +67,7 @@ def verify(store: str) -> None:
     \b
     dagflow runs verify runs/demo
     """
-    from dagflow.run.runs import num_objects, verify_run
+    from dagflow.runs.listing import num_objects, verify_run
 
     with _progress("objects", num_objects(store)) as advance:
         report = verify_run(store, advance)
@@ -86,7 +86,7 @@ def gc(store: str, dry_run: bool, idle: bool) -> None:
     \b
     dagflow runs gc runs/demo --dry-run
     """
-    from dagflow.run.runs import collect, describe_garbage
+    from dagflow.runs.listing import collect, describe_garbage
 
     report = collect(
         store,
@@ -107,7 +107,7 @@ def samples(store: str, step: int | None) -> None:
     \b
     dagflow runs samples runs/demo --step 17
     """
-    from dagflow.run.runs import samples_of
+    from dagflow.runs.listing import samples_of
 
     for row in samples_of(store, step):
         click.echo(json.dumps(row))
@@ -133,8 +133,8 @@ def export(
     dagflow runs export runs/demo --format safetensors --to model.safetensors
     dagflow runs export runs/tune --step 400 --format hf --config ./gpt2 --to ./tuned
     """
-    from dagflow.run.export import export as export_weights
-    from dagflow.run.export import num_tensors
+    from dagflow.runs.export import export as export_weights
+    from dagflow.runs.export import num_tensors
 
     with _progress("tensors", num_tensors(store, step)) as advance:
         done = export_weights(store, to, format=format, step=step, config=config, on_tensor=advance)

@@ -14,9 +14,10 @@ from dagflow.demo.gpt import GPT
 from dagflow.demo.run import run_demo
 from dagflow.demo.text import ByteTokenizer, find_files, python_library, tokens_of
 from dagflow.errors import SettingsInvalid
-from dagflow.sessions.foreign_code import reason, refuse_kernels
-from dagflow_storage import RunDirectory, Store, fields, shown_url
-from dagflow_storage.documents import sound
+from dagflow.models.foreign_code import reason, refuse_kernels
+from dagflow_storage import RunDirectory, Store, shown_url
+from dagflow_storage.place import fields
+from dagflow_storage.place.documents import sound
 
 
 def train_language_model(

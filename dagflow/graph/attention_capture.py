@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 
 from dagflow.errors import CaptureFailed
-from dagflow_tasks.attention import attend
+from dagflow_tasks.kernels.attention import attend
 
 _IMPLEMENTATION = "dagflow"
 REMEDY = (

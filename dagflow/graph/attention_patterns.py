@@ -21,9 +21,9 @@ from dagflow.errors import CaptureFailed
 from dagflow.graph.attention_capture import REMEDY
 from dagflow.graph.dag import OperatorDag, OperatorInfo
 from dagflow.graph.evaluation import LEAST_TOKENS, Evaluation, forms_of
-from dagflow_tasks.attention import ATTEND
-from dagflow_tasks.operators import Node, argument_references
-from dagflow_tasks.program import Constant
+from dagflow_tasks.kernels.attention import ATTEND
+from dagflow_tasks.program.operators import Node, argument_references
+from dagflow_tasks.program.stage_program import Constant
 
 _SOFTMAX = ("aten.softmax.int", "aten._softmax.default", "aten._safe_softmax.default")
 _PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default")

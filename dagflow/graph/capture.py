@@ -44,7 +44,7 @@ from dagflow.graph.sizes import what_fixed
 from dagflow.graph.trace import Trace, decides_by_values, explain, follow
 from dagflow.graph.translate import translate
 from dagflow.graph.whole_sequences import whole_sequences
-from dagflow_tasks.program import ValueSpec
+from dagflow_tasks.program.stage_program import ValueSpec
 
 # torch.export changes the model and torch itself while it traces: one trace at a time in a process.
 TRACING = threading.RLock()

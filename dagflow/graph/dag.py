@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from dagflow_tasks.errors import ProgramInvalid
-from dagflow_tasks.operators import Node, dtype_of
-from dagflow_tasks.program import Constant, ValueSpec, check_nodes, read_format
-from dagflow_tasks.sizes import evaluate_size
+from dagflow_tasks.program.operators import Node, dtype_of
+from dagflow_tasks.program.sizes import evaluate_size
+from dagflow_tasks.program.stage_program import Constant, ValueSpec, check_nodes, read_format
 
 FORMAT = "dagflow-operator-dag"
 FORMAT_VERSION = 1
@@ -171,7 +171,7 @@ class OperatorDag:
         Whole numbers that an input must hold, as nested lists by its name: what the model's code has
         decided by them is in the graph.
     numbers : tuple of str
-        Values that come with every micro-batch as numbers, see `dagflow.plan.loss_weight`.
+        Values that come with every micro-batch as numbers, see `dagflow.microbatches.loss_weight`.
     """
 
     symbols: tuple[Symbol, ...]

@@ -1,7 +1,7 @@
 """Captures a causal language model as a decoder: tokens and their positions in, logits out.
 
 The model is captured once, on one row of tokens: no padding, no masks, no cache among its inputs.
-Its attention becomes ``dagflow.attend`` (see `dagflow_tasks.attention`), which knows on the worker
+Its attention becomes ``dagflow.attend`` (see `dagflow_tasks.kernels.attention`), which knows on the worker
 whose tokens these are. That is so for models of transformers whose attention goes through its registry
 of attention functions (`dagflow.graph.attention_capture`), and for those that compute it by themselves
 (`dagflow.graph.attention_patterns`). All else must look at each token by itself
@@ -27,9 +27,9 @@ from dagflow.graph.dag import OperatorDag, buffer_value, input_value
 from dagflow.graph.recurrent import recurrent_layers
 from dagflow.graph.tokenwise import check_tokenwise, take_positions
 from dagflow.graph.translate import translate
-from dagflow_tasks.attention import ATTEND, reach_of
-from dagflow_tasks.operators import argument_references, multiplies
-from dagflow_tasks.program import ValueSpec
+from dagflow_tasks.kernels.attention import ATTEND, reach_of
+from dagflow_tasks.program.operators import argument_references, multiplies
+from dagflow_tasks.program.stage_program import ValueSpec
 
 TOKENS, POSITIONS, ROWS = "tokens", "positions", "rows"
 _EXAMPLE_TOKENS = 5

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from dagflow.graph.dag import OperatorDag, buffer_value, input_value
-from dagflow_tasks.attention import ATTEND
-from dagflow_tasks.operators import (
+from dagflow_tasks.kernels.attention import ATTEND
+from dagflow_tasks.program.operators import (
     Node,
     argument_references,
     decode_literal,
@@ -20,7 +20,7 @@ from dagflow_tasks.operators import (
     mutated_arguments,
     resolve,
 )
-from dagflow_tasks.sizes import evaluate_size
+from dagflow_tasks.program.sizes import evaluate_size
 
 LEAST_TOKENS, MOST_TOKENS = 64, 4096
 _MOST_NUMBERS = 1 << 26  # of scores at a time, all heads together: 0.27 GB

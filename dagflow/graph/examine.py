@@ -22,7 +22,7 @@ from dagflow.graph.effects import Draws, RandomStates, Snapshot, watch_attribute
 from dagflow.graph.leftovers import Left, LeftBehind, StandIns, carried_over
 from dagflow.graph.outside import Outside
 from dagflow.graph.trace import OWN_FILES, Trace
-from dagflow_tasks.interpreter import RANDOM_LOCK
+from dagflow_tasks.program.interpreter import RANDOM_LOCK
 
 Traced = tuple[ExportedProgram, Trace]
 

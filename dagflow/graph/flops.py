@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from dagflow_tasks.operators import resolve
+from dagflow_tasks.program.operators import resolve
 
 # Elementwise and reducing operators: FLOPs an element of the largest tensor. Rough, and only
 # relative to each other: next to a matrix product they hardly count.

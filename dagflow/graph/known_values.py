@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dagflow_tasks.interpreter import RANDOM_LOCK
+from dagflow_tasks.program.interpreter import RANDOM_LOCK
 
 _MOST_OF_A_GRID = 256
 # Positions and windows of a few images; more is what a model computes on, not what it decides by.

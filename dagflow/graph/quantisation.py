@@ -10,14 +10,14 @@ import torch
 
 from dagflow.errors import SettingsInvalid
 from dagflow.graph.dag import OperatorDag, Parameter
-from dagflow_tasks.operators import LINEAR, Node, linear_weights
-from dagflow_tasks.quantised import (
+from dagflow_tasks.kernels.quantised import (
     GROUP,
     LINEAR_INT4,
     LINEAR_INT8,
     quantise_int4,
     quantise_int8,
 )
+from dagflow_tasks.program.operators import LINEAR, Node, linear_weights
 
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 

@@ -2,7 +2,7 @@
 
 transformers writes them as functions over whole sequences, with loops over tokens or chunks that a
 trace would unroll. While a decoder is traced, those functions are ours: made of the operators of
-`dagflow_tasks.recurrence`, which know whose tokens they get, and of operators that look at each token
+`dagflow_tasks.kernels.recurrence`, which know whose tokens they get, and of operators that look at each token
 by itself.
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dagflow_tasks import recurrence
+from dagflow_tasks.kernels import recurrence
 
 
 @torch.library.custom_op("dagflow::window", mutates_args=())
@@ -80,7 +80,7 @@ class States:
         rates: torch.Tensor | None = None,
         beta: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return `dagflow_tasks.recurrence.scan` of a new state."""
+        """Return `dagflow_tasks.kernels.recurrence.scan` of a new state."""
         number = next(self._numbers)
         found: torch.Tensor = _scan(query, key, value, log_decay, number, rates, beta)
         return found
@@ -88,7 +88,7 @@ class States:
     def running_max(
         self, values: torch.Tensor, log_decay: torch.Tensor, initial: float
     ) -> torch.Tensor:
-        """Return `dagflow_tasks.recurrence.running_max` of a new state."""
+        """Return `dagflow_tasks.kernels.recurrence.running_max` of a new state."""
         found: torch.Tensor = _running_max(values, log_decay, next(self._numbers), initial)
         return found
 

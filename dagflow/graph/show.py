@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dagflow_tasks.sizes import size_text
+from dagflow_tasks.program.sizes import size_text
 
 if TYPE_CHECKING:
     from dagflow.graph.dag import OperatorDag
-    from dagflow_tasks.operators import Node
+    from dagflow_tasks.program.operators import Node
 
 _COLOURS = ("#cfe2f3", "#fce5cd", "#d9ead3", "#ead1dc", "#fff2cc", "#d0e0e3", "#f4cccc", "#d9d2e9")
 

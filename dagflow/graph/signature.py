@@ -10,7 +10,7 @@ import torch
 from dagflow.errors import BatchInvalid
 from dagflow.graph.dag import Condition, FixedSize, OperatorDag, buffer_value
 from dagflow.graph.data_sizes import are_of_data
-from dagflow_tasks.operators import (
+from dagflow_tasks.program.operators import (
     ASSERTIONS,
     CHECKS,
     Argument,
@@ -19,8 +19,8 @@ from dagflow_tasks.operators import (
     dtype_of,
     resolve,
 )
-from dagflow_tasks.program import ValueSpec
-from dagflow_tasks.sizes import evaluate_size, size_text
+from dagflow_tasks.program.sizes import evaluate_size, size_text
+from dagflow_tasks.program.stage_program import ValueSpec
 
 _META = torch.device("meta")
 

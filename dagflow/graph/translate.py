@@ -39,7 +39,7 @@ from dagflow.graph.trace import OWN_FILES
 from dagflow.graph.whole import TRACED_AS
 from dagflow.graph.writes import check_frozen, check_writes, early, read_from_copies, written
 from dagflow_tasks.layout import odd_strides
-from dagflow_tasks.operators import (
+from dagflow_tasks.program.operators import (
     Argument,
     Node,
     encode_literal,
@@ -47,8 +47,8 @@ from dagflow_tasks.operators import (
     mutated_arguments,
     storages,
 )
-from dagflow_tasks.program import Constant, ValueSpec
-from dagflow_tasks.sizes import evaluate_size
+from dagflow_tasks.program.sizes import evaluate_size
+from dagflow_tasks.program.stage_program import Constant, ValueSpec
 
 _SYMBOLIC = (torch.SymInt, torch.SymBool, torch.SymFloat)
 # Nodes that only say what the ranges of the symbols say already.
@@ -502,7 +502,7 @@ def _not_allowed(op: str, origin: _Origin) -> CaptureFailed:
     return CaptureFailed(
         f"The model calls {op}, which is not on the allow-list of operators that workers "
         f"run. {origin} What to do: write it with public functions of torch that return new "
-        "tensors; if it is one, it belongs into dagflow_tasks/allowed_operators.toml."
+        "tensors; if it is one, it belongs into dagflow_tasks/program/allowed_operators.toml."
     )
 
 

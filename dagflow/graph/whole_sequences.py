@@ -1,7 +1,7 @@
 """Captures what recurrent layers compute over whole sequences as one operator each, for training.
 
 transformers' reference functions are loops over tokens or chunks. A trace unrolls them: it takes minutes,
-and fixes the sequence's length. See `dagflow_tasks.whole_sequences`.
+and fixes the sequence's length. See `dagflow_tasks.kernels.whole_sequences`.
 """
 # ruff: noqa: N803
 
@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional
 
 from dagflow.graph.recurrent import kinds_of, replaced_functions, replaced_methods
-from dagflow_tasks import linear_attention
-from dagflow_tasks import whole_sequences as computing
+from dagflow_tasks.kernels import linear_attention
+from dagflow_tasks.kernels import whole_sequences as computing
 
 
 @contextmanager

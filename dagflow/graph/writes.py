@@ -14,7 +14,7 @@ import torch
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.dag import OperatorDag, OperatorInfo
-from dagflow_tasks.operators import (
+from dagflow_tasks.program.operators import (
     Argument,
     Node,
     argument_references,
@@ -23,7 +23,7 @@ from dagflow_tasks.operators import (
     mutated_arguments,
     storages,
 )
-from dagflow_tasks.writes import parameter_writes
+from dagflow_tasks.program.writes import parameter_writes
 
 _COPY = "aten.copy_.default"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
+from dagflow.graph.analysis import DagAnalysis
 from dagflow.graph.dag import OperatorDag, buffer_value
-from dagflow.plan.analysis import DagAnalysis
-from dagflow_tasks.operators import CHECKS, Node
-from dagflow_tasks.program import (
+from dagflow_tasks.program.operators import CHECKS, Node
+from dagflow_tasks.program.stage_program import (
     BufferUse,
     ParameterUse,
     StageInput,

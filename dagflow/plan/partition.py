@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from dagflow.errors import PlanInvalid, StageTooLarge
+from dagflow.graph.analysis import DagAnalysis
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.show import amount
-from dagflow.plan.analysis import DagAnalysis
 from dagflow.plan.assemble import assemble
 from dagflow.plan.cuts import Chain, can_be_cut, fewest_bytes, least, least_slowest
-from dagflow.plan.memory import StageNeeds, TrainingMemory, by_worker, state_bytes_by_node
-from dagflow_tasks.program import StageProgram
+from dagflow.plan.training_memory import StageNeeds, TrainingMemory, by_worker, state_bytes_by_node
+from dagflow_tasks.program.stage_program import StageProgram
 
 # What a cut can't see, borrowed weights above all, and what stages of one worker take together is found
 # out afterwards; the cut is then made anew with less memory, so often at most.

@@ -14,10 +14,10 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from dagflow.errors import PlanInvalid, StageTooLarge
+from dagflow.graph.analysis import DagAnalysis
 from dagflow.graph.show import amount
-from dagflow.plan.analysis import DagAnalysis
-from dagflow.plan.memory import TrainingMemory
 from dagflow.plan.partition import Partition, fitting, num_parts
+from dagflow.plan.training_memory import TrainingMemory
 
 # Spares may fill this share of their memory with weights; of this much if they don't say.
 _SPARE_SHARE, _ROOM_BYTES = 0.5, 8 << 30

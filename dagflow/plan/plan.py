@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dagflow.graph.show import amount
-from dagflow.plan.memory import by_worker
 from dagflow.plan.partition import Partition
 from dagflow.plan.schedule import Pipeline, halved_stages, in_flight_limits, useful_slack
+from dagflow.plan.training_memory import by_worker
 
 
 @dataclass(frozen=True)

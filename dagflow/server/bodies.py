@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError, from_json
 from dagflow.server.conversation import Message
 from dagflow.server.errors import ApiError
 from dagflow.server.structure import Limits, check_structure
-from dagflow.sessions.sampling import LEAST_REPETITION_PENALTY
+from dagflow.serving.sampling import LEAST_REPETITION_PENALTY
 
 MAX_CHOICES = 16
 _COMPLETION_TOKENS, _CHAT_TOKENS = 16, 1024

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from enum import Enum
 
-from dagflow.sessions.answers import Request, Token
-from dagflow.sessions.deployment import Deployment
-from dagflow.sessions.keeping import Record
+from dagflow.serving.answers import Request, Token
+from dagflow.serving.deployment import Deployment
+from dagflow.serving.keeping import Record
 
 
 class Ending(Enum):

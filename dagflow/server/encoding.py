@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dagflow.sessions.tokenizing import encode_text
+from dagflow.models.tokenizing import encode_text
 
 _FIRST_CHARACTERS = 2**16
 # Tokens at the end of a part may be others than those of the whole.

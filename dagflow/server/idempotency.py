@@ -13,10 +13,10 @@ from starlette.requests import Request
 from dagflow.errors import StoreHoldsAnotherRun
 from dagflow.server.bodies import Common
 from dagflow.server.errors import ApiError
-from dagflow.sessions.answers import Request as Wanted
-from dagflow.sessions.deployment import Deployment
-from dagflow.sessions.keeping import Record
-from dagflow.sessions.kept import close
+from dagflow.serving.answers import Request as Wanted
+from dagflow.serving.deployment import Deployment
+from dagflow.serving.keeping import Record
+from dagflow.serving.kept import close
 
 _HEADER = "idempotency-key"
 _MOST_CHARACTERS = 255

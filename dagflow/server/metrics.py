@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dagflow.server.bridge import Ending
-from dagflow.sessions.pool import CacheState
+from dagflow.serving.pool import CacheState
 
 
 @dataclass

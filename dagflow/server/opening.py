@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dagflow.errors import NotFound, SettingsInvalid
-from dagflow.sessions.loading import load
-from dagflow.sessions.models import Model
+from dagflow.models.loading import load
+from dagflow.models.model import Model
 from dagflow_storage import Store
 
 

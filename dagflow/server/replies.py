@@ -11,9 +11,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from dagflow.models.text import TokenTexts
 from dagflow.server.errors import as_api_error
-from dagflow.sessions.answers import Token
-from dagflow.sessions.text import TokenTexts
+from dagflow.serving.answers import Token
 
 _DONE = "data: [DONE]\n\n"
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity

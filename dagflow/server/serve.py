@@ -13,16 +13,16 @@ from typing import Any
 import uvicorn
 
 from dagflow.errors import SettingsInvalid
-from dagflow.run.clusters import ClusterSettings
+from dagflow.models.defaults import shown
+from dagflow.models.model import Model
 from dagflow.server.app import make_app
 from dagflow.server.connection import PATIENCE_SECONDS
 from dagflow.server.gate import is_loopback, known_hosts
 from dagflow.server.opening import open_model, public_name
 from dagflow.server.protocol import BACKLOG, Connection
 from dagflow.server.service import ServerSettings, Service
-from dagflow.sessions.defaults import shown
-from dagflow.sessions.deployment import Deployment
-from dagflow.sessions.models import Model
+from dagflow.serving.deployment import Deployment
+from dagflow.swarm.clusters import ClusterSettings
 
 _LAST_WORDS_SECONDS = 3
 # Connections that the system keeps until they are accepted.

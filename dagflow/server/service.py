@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dagflow.errors import RequestTooLarge
+from dagflow.models.defaults import served_defaults
 from dagflow.server.admission import Admission, QueueFull
 from dagflow.server.bodies import (
     MAX_CHOICES,
@@ -39,10 +40,9 @@ from dagflow.server.metrics import Metrics
 from dagflow.server.protocol import ADMITTED
 from dagflow.server.replies import Reply, Usage
 from dagflow.server.structure import Limits
-from dagflow.sessions.answers import Request as Wanted
-from dagflow.sessions.defaults import served_defaults
-from dagflow.sessions.deployment import Deployment
-from dagflow.sessions.kept import close
+from dagflow.serving.answers import Request as Wanted
+from dagflow.serving.deployment import Deployment
+from dagflow.serving.kept import close
 
 # A longer body is validated in a thread, one at a time: it takes milliseconds.
 _SHORT_BYTES = 2**13

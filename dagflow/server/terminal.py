@@ -7,12 +7,12 @@ from collections.abc import Callable
 from contextlib import closing
 
 from dagflow.errors import BatchInvalid, DagflowError
-from dagflow.run.clusters import ClusterSettings
+from dagflow.models.defaults import served_defaults
 from dagflow.server.conversation import Message, to_prompt
 from dagflow.server.opening import open_model
-from dagflow.sessions.answers import LENGTH
-from dagflow.sessions.defaults import served_defaults
-from dagflow.sessions.deployment import Deployment
+from dagflow.serving.answers import LENGTH
+from dagflow.serving.deployment import Deployment
+from dagflow.swarm.clusters import ClusterSettings
 
 _PROMPT = "> "
 _TEMPERATURE = 0.7

@@ -1,14 +1,14 @@
 """Floor 1 of dagflow: where things are, and whether they are finished. Knows no task."""
 
-from dagflow_storage.arrays import (
+from dagflow_storage.arrays.arrays import (
     ALIGNMENT_BYTES,
     ArraySpec,
     StoredArray,
     read_arrays,
     write_arrays,
 )
-from dagflow_storage.codec import Blosc2Codec
-from dagflow_storage.documents import JSON
+from dagflow_storage.arrays.codec import Blosc2Codec
+from dagflow_storage.arrays.tokens import TokenArray, write_tokens
 from dagflow_storage.errors import (
     CredentialsExpired,
     DagflowError,
@@ -25,26 +25,27 @@ from dagflow_storage.errors import (
     StoreUnreachable,
     TransientError,
 )
-from dagflow_storage.garbage import (
+from dagflow_storage.lease import Lease, hold_lease
+from dagflow_storage.place.documents import JSON
+from dagflow_storage.place.listing import FoundObject, size_bytes, walk
+from dagflow_storage.place.location import ConditionMissing, ProbeReport, Store
+from dagflow_storage.place.redaction import shown_url
+from dagflow_storage.place.retries import Clock, Retries, RetryPolicy, is_pausing
+from dagflow_storage.records.garbage import (
     Garbage,
     GarbageReport,
     collect_garbage,
     first_journal_step,
 )
-from dagflow_storage.lease import Lease, hold_lease
-from dagflow_storage.listing import FoundObject, size_bytes, walk
-from dagflow_storage.location import ConditionMissing, ProbeReport, Store
-from dagflow_storage.manifest import ShardRecord, StoredObject
-from dagflow_storage.redaction import shown_url
-from dagflow_storage.retention import (
+from dagflow_storage.records.manifest import ShardRecord, StoredObject
+from dagflow_storage.records.retention import (
     Retention,
     SnapshotFacts,
     apply_retention,
     delete_old_snapshots,
 )
-from dagflow_storage.retries import Clock, Retries, RetryPolicy, is_pausing
-from dagflow_storage.runs import RunDirectory, settings_diff
-from dagflow_storage.sequences import (
+from dagflow_storage.records.run_directory import RunDirectory, settings_diff
+from dagflow_storage.records.sequences import (
     SEQUENCES_FOLDER,
     SequenceLog,
     StoredSequence,
@@ -52,15 +53,14 @@ from dagflow_storage.sequences import (
     is_sequence_name,
     list_sequences,
 )
-from dagflow_storage.snapshots import (
+from dagflow_storage.records.snapshots import (
     Snapshot,
     commit_snapshot,
     delete_snapshot,
     list_snapshots,
     write_shard,
 )
-from dagflow_storage.tokens import TokenArray, write_tokens
-from dagflow_storage.verify import (
+from dagflow_storage.records.verify import (
     Damage,
     differences,
     glance_at_snapshot,

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import fsspec  # type: ignore[import-untyped]
 from fsspec.asyn import AsyncFileSystem  # type: ignore[import-untyped]
 
-from dagflow_storage.location import Store, limited_options
-from dagflow_storage.retries import Clock
+from dagflow_storage.place.location import Store, limited_options
+from dagflow_storage.place.retries import Clock
 
 PROTOCOL = "faulty"
 # What was listed last, by script and path, for listings that are stale.

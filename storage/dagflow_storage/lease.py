@@ -30,9 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dagflow_storage import fields
 from dagflow_storage._process import ProcessIdentity
-from dagflow_storage.documents import encode_document, read_document
 from dagflow_storage.errors import (
     DagflowError,
     DamagedData,
@@ -41,7 +39,9 @@ from dagflow_storage.errors import (
     NotFound,
     StoreInUse,
 )
-from dagflow_storage.location import Store
+from dagflow_storage.place import fields
+from dagflow_storage.place.documents import encode_document, read_document
+from dagflow_storage.place.location import Store
 
 LEASE_FORMAT = 1
 PATIENCE_SECONDS = 30.0

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dagflow_storage.arrays import ArraySpec, read_arrays, write_arrays
+from dagflow_storage.arrays.arrays import ArraySpec, read_arrays, write_arrays
+from dagflow_storage.arrays.tokens import TokenArray, write_tokens
 from dagflow_storage.errors import DamagedData, NotFound
 from dagflow_storage.faults import FakeClock, Fault, FaultKind, num_attempts, with_faults
-from dagflow_storage.location import ConditionMissing, Store
-from dagflow_storage.runs import RunDirectory
-from dagflow_storage.snapshots import Snapshot, commit_snapshot, list_snapshots, write_shard
-from dagflow_storage.tokens import TokenArray, write_tokens
+from dagflow_storage.place.location import ConditionMissing, Store
+from dagflow_storage.records.run_directory import RunDirectory
+from dagflow_storage.records.snapshots import Snapshot, commit_snapshot, list_snapshots, write_shard
 
 __all__ = [
     "FakeClock",

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from dagflow_storage import ALIGNMENT_BYTES, fields
+from dagflow_storage import ALIGNMENT_BYTES
+from dagflow_storage.place import fields
 from dagflow_tasks.limits import RECEIVING
 
 Layout = Mapping[str, Any]

@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import DataLoader
 
 import dagflow
-import dagflow.run.training  # imported before the process is copied
+import dagflow.training.train  # imported before the process is copied
 from chaos.faults import Extent
 from dagflow.demo.gpt import GPT
-from dagflow.run.events import ProgressLine
+from dagflow.training.events import ProgressLine
 
 VOCABULARY, CONTEXT, ROWS = 64, 16, 8
 GO_ON = "go on"

@@ -32,7 +32,7 @@ from chaos.driving import GO_ON, Recipe, drive
 from chaos.faults import AfterStep, Fault, Incident, InTask, WhileRebuilding
 from chaos.scheduling import scheduler
 from chaos.volunteer import REPLAYING, volunteer
-from dagflow.run.clusters import scheduler_info
+from dagflow.swarm.clusters import scheduler_info
 
 # A worker that wakes takes up what it was told meanwhile, which others may have done.
 _CATCH_UP_SECONDS = 2.0

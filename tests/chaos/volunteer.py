@@ -20,10 +20,10 @@ from distributed import get_worker
 from distributed.cli.dask_worker import main as dask_worker
 
 from chaos.faults import Fault, InTask
-from dagflow_tasks import replay, tasks
-from dagflow_tasks.cache import CACHE
-from dagflow_tasks.interpreter import Executable
-from dagflow_tasks.references import StageRef, StateRef
+from dagflow_tasks.program.interpreter import Executable
+from dagflow_tasks.train import replay, tasks
+from dagflow_tasks.train.cache import CACHE
+from dagflow_tasks.train.references import StageRef, StateRef
 
 COMPUTING = ("forward", "backward", "backward_weights", "forward_backward", "update")
 REBUILDING = "restore"

@@ -13,7 +13,7 @@ from distributed import Client, LocalCluster
 from local import local_cluster, wait_until
 from once import once, what_a_dag_follows_from
 
-import dagflow.run.training  # noqa: F401
+import dagflow.training.train  # noqa: F401
 from dagflow.demo.gpt import GPT
 from dagflow.graph.batch import flatten_batch
 from dagflow.graph.capture import capture
@@ -38,7 +38,7 @@ def models_of_the_zoo_are_captured_once() -> Iterator[None]:
         alike = (what_a_dag_follows_from(model), type(batch), forms, constants, name, dynamic)
         return once(repr(alike), anew)
 
-    ours = [m for name, m in sys.modules.items() if name.startswith("dagflow.run.")]
+    ours = [m for name, m in sys.modules.items() if name.startswith("dagflow.training.")]
     with pytest.MonkeyPatch.context() as patch:
         for module in [m for m in ours if vars(m).get("capture") is capture]:
             patch.setattr(module, "capture", capture_once)

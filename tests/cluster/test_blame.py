@@ -11,13 +11,13 @@ from distributed import Future
 from local import local_client, wait_until
 from training_driver import driver_of
 
-from dagflow.run.clusters import ClusterSettings, open_cluster
-from dagflow.run.dask_internals import Task, TaskRef
-from dagflow.run.dispatch import Disturbed
-from dagflow.run.driver import Driver
-from dagflow.run.graph import Key
-from dagflow.run.membership import Membership
-from dagflow.run.recovery_protocol import Stop
+from dagflow.swarm.clusters import ClusterSettings, open_cluster
+from dagflow.swarm.dask_internals import Task, TaskRef
+from dagflow.swarm.membership import Membership
+from dagflow.training.dispatch import Disturbed
+from dagflow.training.driver import Driver
+from dagflow.training.recovery_protocol import Stop
+from dagflow.training.step_graph import Key
 from dagflow_storage import Store
 from dagflow_tasks.errors import GarbageReceived
 

@@ -16,7 +16,7 @@ from zoo import normed
 
 import dagflow
 import dagflow_storage
-from dagflow.run import driver
+from dagflow.training import driver
 
 
 def largest_number_of_tasks(cluster: LocalCluster, seen: list[int]) -> Any:
@@ -96,7 +96,7 @@ def cached(client: Client, run: Path) -> int:
     run_id = dagflow_storage.RunDirectory(dagflow_storage.Store(str(run))).run_id
 
     def count() -> int:
-        from dagflow_tasks.cache import CACHE
+        from dagflow_tasks.train.cache import CACHE
 
         parts = (CACHE.programs, CACHE.states, CACHE.graphs)
         return sum(run_id in str(key) for part in parts for key in part)

@@ -1,4 +1,4 @@
-"""dask's internals, and its unwritten promises, are still what `dagflow.run` takes them for."""
+"""dask's internals, and its unwritten promises, are still what `dagflow.swarm` takes them for."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from local import local_client, wait_until
 from processes import Copy, kill_group, own_scheduler
 from tornado.ioloop import IOLoop, PeriodicCallback
 
-from dagflow.run import dask_internals
-from dagflow.run.clusters import scheduler_info
-from dagflow.run.dask_internals import (
+from dagflow.swarm import dask_internals
+from dagflow.swarm.clusters import scheduler_info
+from dagflow.swarm.dask_internals import (
     StepTask,
     Task,
     TaskRef,
@@ -38,9 +38,9 @@ from dagflow.run.dask_internals import (
     scheduler_streams,
     silent_seconds,
 )
-from dagflow.run.graph import Places
-from dagflow.run.watch import LONG_SILENCE_SECONDS, TOPIC, is_ours
-from dagflow.run.workers import StageScheduler, StageWorker
+from dagflow.swarm.watch import LONG_SILENCE_SECONDS, TOPIC, is_ours
+from dagflow.swarm.workers import StageScheduler, StageWorker
+from dagflow.training.step_graph import Places
 
 # Modules and attributes of dask that its documentation doesn't have.
 _PUBLIC = {
@@ -350,7 +350,7 @@ def test_who_leaves_does_not_wait_for_who_is_frozen(
     real = silent_seconds(state)
     assert max(real.values()) < LONG_SILENCE_SECONDS
     silence = {**real, frozen: LONG_SILENCE_SECONDS + 1}
-    monkeypatch.setattr("dagflow.run.workers.silent_seconds", lambda _: silence)
+    monkeypatch.setattr("dagflow.swarm.workers.silent_seconds", lambda _: silence)
     wait_until(lambda: state.workers[frozen] not in state.running, "it gets nothing any more")
     assert len(state.running) == 1
     monkeypatch.undo()

@@ -16,11 +16,11 @@ from small import assert_same_run, batches, example, train, train_with_torch
 
 import dagflow
 from dagflow.demo.gpt import GPT
-from dagflow.run import feed
-from dagflow.run.data import BatchStream
-from dagflow.run.driver import Disturbed
-from dagflow.run.feed import StreamFeed
-from dagflow_tasks.interpreter import RANDOM_LOCK
+from dagflow.training import feed
+from dagflow.training.data import BatchStream
+from dagflow.training.driver import Disturbed
+from dagflow.training.feed import StreamFeed
+from dagflow_tasks.program.interpreter import RANDOM_LOCK
 
 
 def gpt() -> GPT:

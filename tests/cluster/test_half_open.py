@@ -15,7 +15,7 @@ from distributed import Client
 from local import local_cluster, wait_until
 from processes import BIN, kill_group, start
 
-from dagflow.run.clusters import scheduler_info
+from dagflow.swarm.clusters import scheduler_info
 
 NAMESPACE, HERE, THERE = "dagflow-far", ("dagflow-h", "10.97.31.1"), ("dagflow-t", "10.97.31.2")
 FAR = ["ip", "netns", "exec", NAMESPACE]

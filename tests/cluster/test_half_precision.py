@@ -16,7 +16,7 @@ from zoo import Example
 
 import dagflow
 from dagflow_storage import Snapshot, Store
-from dagflow_tasks.results import INITIAL_LOSS_SCALE
+from dagflow_tasks.train.results import INITIAL_LOSS_SCALE
 
 
 def decision(store: Path, step: int) -> dict[str, Any]:

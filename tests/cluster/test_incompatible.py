@@ -16,7 +16,7 @@ from zoo import Example
 
 import dagflow
 from dagflow.errors import ProgramTooNew
-from dagflow.run.clusters import open_cluster
+from dagflow.swarm.clusters import open_cluster
 from dagflow_storage import RunDirectory, Store, list_snapshots
 
 Refused = Callable[..., Any]
@@ -58,7 +58,7 @@ def test_a_cluster_without_workers(tmp_path: Path) -> None:
 
 def fake_describe(**changes: Any) -> Callable[[Any], dict[str, Any]]:
     def describe(dask_worker: Any) -> dict[str, Any]:
-        from dagflow.run.workers import describe as real
+        from dagflow.swarm.workers import describe as real
 
         return {**real(dask_worker), **changes}
 
@@ -71,11 +71,11 @@ def test_workers_with_another_dagflow_or_torch(
     of = example()
     data = batches(of, 2)
     changes = {"dagflow": "0.0.9", "name": "attic"}
-    monkeypatch.setattr("dagflow.run.clusters.describe", fake_describe(**changes))
+    monkeypatch.setattr("dagflow.swarm.clusters.describe", fake_describe(**changes))
     with refused(dagflow.WorkerIncompatible, "attic", "0.0.9", dagflow.__version__):
         train(of, data, tmp_path / "run", client=client)
     changes = {"torch": "2.0.0", "name": "attic"}
-    monkeypatch.setattr("dagflow.run.clusters.describe", fake_describe(**changes))
+    monkeypatch.setattr("dagflow.swarm.clusters.describe", fake_describe(**changes))
     with pytest.warns(UserWarning, match=r"worker attic .* has torch 2\.0\.0") as caught:
         result = train(of, data, tmp_path / "run", client=client)
     assert len(caught) == 2
@@ -98,7 +98,7 @@ def test_a_driver_of_another_version_is_refused_beside_a_run_that_goes_on(
             Client(cluster, set_as_default=False) as second,
             pytest.raises(dagflow.WorkerIncompatible) as caught,
         ):
-            patch.setattr("dagflow.run.clusters.DAGFLOW_VERSION", "9.9.9")
+            patch.setattr("dagflow.swarm.clusters.DAGFLOW_VERSION", "9.9.9")
             train(other, batches(other, 1), tmp_path / "other", client=second)
         said.append(str(caught.value))
 
@@ -113,7 +113,7 @@ def test_a_worker_that_cannot_say_what_it_is(
     def describe() -> None:
         raise ModuleNotFoundError("No module named 'dagflow'")
 
-    monkeypatch.setattr("dagflow.run.clusters.describe", describe)
+    monkeypatch.setattr("dagflow.swarm.clusters.describe", describe)
     of = example()
     with refused(dagflow.WorkerIncompatible, "tcp://", "pip install dagflow"):
         train(of, batches(of, 1), tmp_path / "run", client=client)

@@ -25,10 +25,10 @@ from processes import BIN, Copy, dask_worker, kill_group, own_scheduler, start, 
 
 from dagflow.cli import main
 from dagflow.nanny import dask_teardown
-from dagflow.run.clusters import _connected as connected_to
-from dagflow.run.clusters import scheduler_info
-from dagflow.run.join import why_nobody_answers
-from dagflow.run.volunteer import _offer, _others_here, _refusal
+from dagflow.swarm.clusters import _connected as connected_to
+from dagflow.swarm.clusters import scheduler_info
+from dagflow.swarm.join import why_nobody_answers
+from dagflow.swarm.volunteer import _offer, _others_here, _refusal
 
 JOIN: list[str | Path] = [BIN / "dagflow", "join", "ADDRESS", "--torch-threads", "1"]
 
@@ -130,7 +130,7 @@ def test_what_is_no_scheduler_is_found_out(monkeypatch: pytest.MonkeyPatch) -> N
             assert refusal == f"What answers at {address} is no dask scheduler but a {kind}."
     with listening(b"HTTP/1.1 400 Bad Request\r\n" * 3) as address:
         assert why_nobody_answers(address) is None  # it says something, after all
-        monkeypatch.setattr("dagflow.run.volunteer._ANSWER_SECONDS", 0.5)
+        monkeypatch.setattr("dagflow.swarm.volunteer._ANSWER_SECONDS", 0.5)
         with pytest.raises((OSError, TimeoutError)):
             asyncio.run(_refusal(address, None))
     with listening(b"") as address:
@@ -140,7 +140,7 @@ def test_what_is_no_scheduler_is_found_out(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_listens_and_says_nothing_is_told_after_some_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dagflow.run.join.LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("dagflow.swarm.join.LOOK_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         address = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
         assert why_nobody_answers(address) == "no answer within 0.2 s"
@@ -169,7 +169,7 @@ def listening(answer: bytes) -> Iterator[str]:
 
 def test_joins_on_one_machine_count_each_other_and_say_what_they_offer(tmp_path: Path) -> None:
     nobody = f"tcp://127.0.0.1:{free_port()}"
-    command = [sys.executable, "-P", "-m", "dagflow.run.join", nobody, "", "", "worker"]
+    command = [sys.executable, "-P", "-m", "dagflow.swarm.join", nobody, "", "", "worker"]
     with ended(start(command, tmp_path / "log")) as other:
         wait_until(lambda: other.pid in _others_here(), "the other join is seen")
     assert other.pid not in _others_here()

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import Example, normed
 
 import dagflow
-from dagflow.run.runs import samples_of
-from dagflow.run.seen import fingerprint
+from dagflow.runs.listing import samples_of
+from dagflow.training.seen import fingerprint
 from dagflow_storage import RunDirectory, Store, list_snapshots
 
 CLIPPED: dict[str, Any] = {

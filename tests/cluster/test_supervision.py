@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dagflow.run.join import scheduler_endpoint
-from dagflow.run.supervision import (
+from dagflow.swarm.join import scheduler_endpoint
+from dagflow.swarm.supervision import (
     EXIT_NOBODY_THERE,
     EXIT_REFUSED,
     EXIT_UNHEARD,

@@ -45,7 +45,7 @@ def test_twenty_losses_are_those_of_a_torch_loop(
 
 def test_workers_make_weights_gradients_between_tasks(client: Client, tmp_path: Path) -> None:
     def watch() -> None:
-        from dagflow_tasks.cache import CACHE
+        from dagflow_tasks.train.cache import CACHE
 
         run_next, places = CACHE.run_next, []
         assert run_next is not None
@@ -58,7 +58,7 @@ def test_workers_make_weights_gradients_between_tasks(client: Client, tmp_path: 
         CACHE.run_next = noted
 
     def places() -> Any:
-        from dagflow_tasks.cache import CACHE
+        from dagflow_tasks.train.cache import CACHE
 
         return CACHE.run_next.places  # type: ignore[union-attr]
 

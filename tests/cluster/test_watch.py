@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dagflow.run.watch import (
+from dagflow.swarm.watch import (
     LONG_SILENCE_SECONDS,
     MIN_STALL_SECONDS,
     PATIENCE,

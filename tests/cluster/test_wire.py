@@ -11,9 +11,10 @@ from dask.sizeof import sizeof
 from distributed import Client
 from distributed.protocol import deserialize, serialize
 
-from dagflow.run import wire
-from dagflow.run.clusters import scheduler_info
-from dagflow_tasks.results import BackwardResult, ForwardResult, GradientSums, TensorDict
+from dagflow.swarm import wire
+from dagflow.swarm.clusters import scheduler_info
+from dagflow_tasks.tensors import TensorDict
+from dagflow_tasks.train.results import BackwardResult, ForwardResult, GradientSums
 
 wire.register()
 DTYPES = [

@@ -19,10 +19,10 @@ from processes import BIN, Copy, kill_group, swarm, volunteers
 from small import assert_same_run, batches, example, train, train_with_torch
 
 import dagflow
-from dagflow.run import clusters
-from dagflow.run.clusters import scheduler_info
-from dagflow.run.membership import Membership, ResultGone
-from dagflow.run.workers import describe
+from dagflow.swarm import clusters
+from dagflow.swarm.clusters import scheduler_info
+from dagflow.swarm.membership import Membership, ResultGone
+from dagflow.swarm.workers import describe
 
 DASK_WORKER = [BIN / "dask", "worker", "ADDRESS", "--nthreads", "1", "--no-dashboard"]
 PRELOAD = ["--preload", "dagflow.worker", "--torch-threads", "1"]

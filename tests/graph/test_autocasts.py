@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from dagflow.check.micro_batch import check_capture
 from dagflow.graph.capture import capture
-from dagflow.plan.check import check_capture
 
 BATCH = torch.randn(3, 4)
 

@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from zoo import build, captured
 
+from dagflow.check.micro_batch import check_capture
 from dagflow.errors import BatchInvalid, CaptureFailed
 from dagflow.graph.capture import capture
-from dagflow.plan.check import check_capture
 
 Body = Callable[[torch.Tensor], torch.Tensor]
 

@@ -14,9 +14,9 @@ from checked import Check, Checked, captured_with_an_assertion, run_graph
 from torch import nn
 from torch.nn import functional
 
+from dagflow.check.micro_batch import check_capture
 from dagflow.errors import CaptureFailed, ResultsDiffer
 from dagflow.graph.capture import capture
-from dagflow.plan.check import check_capture
 
 
 def too_large(x: torch.Tensor) -> None:

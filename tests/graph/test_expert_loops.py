@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, one_hot, silu
 
+from dagflow.check.micro_batch import check_capture
 from dagflow.errors import BatchInvalid, CaptureFailed
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.signature import match_batch
-from dagflow.plan.check import check_capture
 from dagflow.plan.partition import partition_by_operator
 
 

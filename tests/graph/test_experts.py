@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
+from dagflow.check.micro_batch import check_capture
 from dagflow.graph.capture import capture
-from dagflow.plan.check import check_capture
 
 
 @use_experts_implementation

@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dagflow.check.micro_batch import check_capture
 from dagflow.errors import BatchInvalid, CaptureFailed
 from dagflow.graph.batch import flatten_batch
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.signature import match_batch
-from dagflow.plan.check import check_capture
-from dagflow.plan.loss_weight import LossWeights
-from dagflow.run.feed import split_batch
-from dagflow.run.first_batch import FirstBatch
-from dagflow.run.settings import Config
+from dagflow.microbatches.loss_weight import LossWeights
+from dagflow.training.feed import split_batch
+from dagflow.training.first_batch import FirstBatch
+from dagflow.training.settings import Config
 
 Body = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

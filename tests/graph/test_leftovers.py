@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import nn
 
+from dagflow.check.micro_batch import check_capture
 from dagflow.errors import CaptureFailed
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
-from dagflow.plan.check import check_capture
 
 BATCH = torch.randn(3, 4)
 SLOW = pytest.mark.slow

@@ -11,9 +11,9 @@ from torch import nn
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.capture import capture
-from dagflow.run.first_batch import FirstBatch
-from dagflow.run.settings import Config
-from dagflow.run.weights import buffer_reader
+from dagflow.training.first_batch import FirstBatch
+from dagflow.training.initial_weights import buffer_reader
+from dagflow.training.settings import Config
 
 BATCH = torch.randn(3, 8)
 

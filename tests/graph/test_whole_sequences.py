@@ -12,7 +12,7 @@ from zoo.recurrent import recurrent_model
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import partition
-from dagflow_tasks.interpreter import Executable, RandomAddress
+from dagflow_tasks.program.interpreter import Executable, RandomAddress
 
 FAMILIES = {
     "mamba": "dagflow.selective_scan.default",

@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn import functional
 from zoo import Example, capture_example
 
-from dagflow_tasks.cache import CACHE
-from dagflow_tasks.journal import JOURNAL
-from dagflow_tasks.replay import restore
-from dagflow_tasks.state import state_tensors
+from dagflow_tasks.train.cache import CACHE
+from dagflow_tasks.train.replay import restore
+from dagflow_tasks.train.state import state_tensors
+from dagflow_tasks.train.worker_journal import JOURNAL
 
 WIDTH, LENGTH = 24, 34
 

@@ -10,7 +10,7 @@ import torch
 from inline import assert_same_bits, count_onednn_layers, run_inline
 from zoo import SIMILAR, ZOO, Example, build, captured
 
-from dagflow_tasks.optimizer import Optimizer
+from dagflow_tasks.train.optimizer import Optimizer
 
 
 @dataclass(frozen=True)

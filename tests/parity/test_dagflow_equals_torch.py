@@ -11,8 +11,8 @@ from inline import InlineRun, assert_same_bits, count_onednn_layers
 from zoo import Example, build, captured, without_dropout
 
 from dagflow.plan.partition import partition
-from dagflow_tasks.cache import CACHE
-from dagflow_tasks.optimizer import Optimizer
+from dagflow_tasks.train.cache import CACHE
+from dagflow_tasks.train.optimizer import Optimizer
 
 OPTIMIZER = Optimizer("AdamW", lr=1e-3)
 

@@ -18,8 +18,8 @@ from dagflow.errors import CaptureFailed
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import partition, partition_by_operator
-from dagflow_tasks.cache import CACHE
-from dagflow_tasks.optimizer import Optimizer
+from dagflow_tasks.train.cache import CACHE
+from dagflow_tasks.train.optimizer import Optimizer
 
 STEPS = 3
 

@@ -13,13 +13,13 @@ from torch.nn.functional import cross_entropy
 from zoo import Example, build, capture_example, without_dropout
 
 from dagflow.graph.dag import OperatorDag
-from dagflow.plan.loss_weight import LossWeights
+from dagflow.microbatches.loss_weight import LossWeights
 from dagflow.plan.partition import partition, partition_by_operator
-from dagflow.run.feed import split_batch
-from dagflow_tasks.cache import CACHE
-from dagflow_tasks.journal import JOURNAL
-from dagflow_tasks.optimizer import Optimizer
-from dagflow_tasks.replay import StepRecord, restore
+from dagflow.training.feed import split_batch
+from dagflow_tasks.train.cache import CACHE
+from dagflow_tasks.train.optimizer import Optimizer
+from dagflow_tasks.train.replay import StepRecord, restore
+from dagflow_tasks.train.worker_journal import JOURNAL
 
 # Of five micro-batches the first, one in between and the last have no target.
 WEIGHTS = [0.0, 0.5, 0.0, 0.5, 0.0]

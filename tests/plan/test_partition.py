@@ -15,15 +15,15 @@ from torch.nn.functional import mse_loss
 from zoo import SIMILAR, ZOO, Example, captured
 
 from dagflow.errors import PlanInvalid, StageTooLarge
+from dagflow.graph.analysis import DagAnalysis
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
-from dagflow.plan.analysis import DagAnalysis
 from dagflow.plan.assemble import assemble
-from dagflow.plan.memory import TrainingMemory
 from dagflow.plan.partition import partition, partition_by_operator
 from dagflow.plan.plan import Plan
-from dagflow_tasks.operators import aliased_arguments, mutated_arguments
-from dagflow_tasks.program import StageProgram, check_nodes
+from dagflow.plan.training_memory import TrainingMemory
+from dagflow_tasks.program.operators import aliased_arguments, mutated_arguments
+from dagflow_tasks.program.stage_program import StageProgram, check_nodes
 
 
 def from_weights(dag: OperatorDag) -> set[str]:

@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from dagflow.errors import PlanInvalid, StageTooLarge
+from dagflow.graph.analysis import DagAnalysis
 from dagflow.graph.capture import capture
-from dagflow.plan.analysis import DagAnalysis
-from dagflow.plan.memory import TrainingMemory, by_worker
 from dagflow.plan.partition import Partition, num_parts
 from dagflow.plan.placement import place, step_seconds
+from dagflow.plan.training_memory import TrainingMemory, by_worker
 
 TRAINING = TrainingMemory()
 # Cuts may be so much slower than the best, for fewer bytes across.

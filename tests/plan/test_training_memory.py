@@ -13,10 +13,10 @@ from zoo import Example
 
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
-from dagflow.plan.memory import TrainingMemory
 from dagflow.plan.partition import partition
+from dagflow.plan.training_memory import TrainingMemory
 from dagflow_storage import Snapshot, list_snapshots
-from dagflow_tasks.optimizer import Optimizer
+from dagflow_tasks.train.optimizer import Optimizer
 
 VOCABULARY, WIDTH, ROWS = 64, 16, 4
 TABLE_BYTES = VOCABULARY * WIDTH * 4

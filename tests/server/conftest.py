@@ -12,7 +12,7 @@ from cluster.processes import kill_group
 from distributed import Client
 from local import local_client
 from openai import OpenAI
-from serving import KEYS, Served, Swarmed, ended_without_a_word, started
+from served import KEYS, Served, Swarmed, ended_without_a_word, started
 from tiny import save_tiny
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from cluster.processes import kill_group
-from serving import KEYS, Served, as_people_start_it, ended_without_a_word, started
+from served import KEYS, Served, as_people_start_it, ended_without_a_word, started
 from test_openai_client import GOES_ON, complete
 
 MODEL_TOKENS = 4096

@@ -6,7 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dagflow.server.bridge import Ending
 from dagflow.server.metrics import Metrics
-from dagflow.sessions.pool import CacheState
+from dagflow.serving.pool import CacheState
 
 COUNTERS = "responses requests prompt_tokens completion_tokens prefix_hits prefix_hit_tokens"
 GAUGES = (

@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
-from serving import Served
+from served import Served
 
 END = 0  # the tokenizer's end token
 GOES_ON = {str(END): -100}

@@ -12,7 +12,7 @@ import pytest
 from dagflow.errors import DagflowError, TaskFailed, WorkersLost
 from dagflow.server.errors import ApiError, as_api_error
 from dagflow.server.replies import ChatReply, CompletionReply, Reply, Usage
-from dagflow.sessions.answers import Token
+from dagflow.serving.answers import Token
 
 
 async def _failing(error: Exception) -> AsyncIterator[Token]:

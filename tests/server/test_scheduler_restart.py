@@ -15,7 +15,7 @@ from chaos import warm
 from cluster.processes import Copy, dask_worker, kill_group
 from distributed import Client
 from local import wait_until
-from serving import started
+from served import started
 from test_openai_client import GOES_ON
 
 import dagflow

@@ -21,11 +21,11 @@ import serve as benchmark
 import torch
 from cluster.processes import volunteers
 from local import wait_until
-from serving import Swarmed, started
+from served import Swarmed, started
 from test_openai_client import GOES_ON
 from tiny import save_tiny
 
-from dagflow.sessions.service import sessions_open
+from dagflow.serving.stage_server import sessions_open
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SHORT = {"model": "tiny", "prompt": "A", "max_tokens": 4, "logit_bias": GOES_ON}

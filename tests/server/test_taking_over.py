@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from click.testing import CliRunner
 from local import wait_until
-from serving import KEYS, started
+from served import KEYS, started
 from test_openai_client import GOES_ON
 
 from dagflow.cli import main

@@ -19,7 +19,7 @@ from dagflow.errors import SettingsInvalid, TaskFailed
 from dagflow.server.conversation import to_prompt
 from dagflow.server.opening import open_model
 from dagflow.server.terminal import chat
-from dagflow.sessions.engine import Engine
+from dagflow.serving.engine import Engine
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

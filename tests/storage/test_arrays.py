@@ -18,8 +18,8 @@ from dagflow_storage import (
     read_arrays,
     write_arrays,
 )
-from dagflow_storage import arrays as arrays_module
-from dagflow_storage.flat import FlatArray
+from dagflow_storage.arrays import arrays as arrays_module
+from dagflow_storage.arrays.flat import FlatArray
 
 Data = dict[str, np.ndarray]
 SMALL_CHUNK_BYTES = 64

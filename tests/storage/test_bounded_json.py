@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagflow_storage.bounded_json import JsonLimits, JsonRefused, parse_json
+from dagflow_storage.place.bounded_json import JsonLimits, JsonRefused, parse_json
 
 SMALL = JsonLimits(num_bytes=1000, depth=4, num_values=20)
 LIMITS = {"nested": JsonLimits(depth=4), "values": SMALL, "bytes": SMALL}

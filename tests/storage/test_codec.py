@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dagflow_storage import ArraySpec, Blosc2Codec, NotFound, Store, write_arrays, write_tokens
-from dagflow_storage.flat import FlatArray
+from dagflow_storage.arrays.flat import FlatArray
 
 CODECS = pytest.mark.parametrize("codec", [None, Blosc2Codec()], ids=["plain", "blosc2"])
 

@@ -42,7 +42,7 @@ from dagflow_storage.faults import (
     num_attempts,
     with_faults,
 )
-from dagflow_storage.journal import (
+from dagflow_storage.records.journal import (
     Entry,
     EntryKey,
     journalled_steps,
@@ -50,7 +50,7 @@ from dagflow_storage.journal import (
     trim_journal,
     write_segment,
 )
-from dagflow_storage.rows import RowLog
+from dagflow_storage.records.rows import RowLog
 from dagflow_storage.testing import StoreConformance
 
 TRANSIENT = [FaultKind.UNAVAILABLE, FaultKind.RESET, FaultKind.LOST_ANSWER]

@@ -22,8 +22,8 @@ from dagflow_storage import (
     list_snapshots,
     set_aside_newer,
 )
-from dagflow_storage.garbage import Garbage, Needs, Settled, find_garbage
-from dagflow_storage.recording import RecordingStore
+from dagflow_storage.records.garbage import Garbage, Needs, Settled, find_garbage
+from dagflow_storage.records.recording import RecordingStore
 
 HOURS = 3600.0
 

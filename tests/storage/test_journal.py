@@ -11,8 +11,8 @@ import pytest
 import zarr
 
 from dagflow_storage import DamagedData, FormatTooNew, Store
-from dagflow_storage.flat import FlatArray
-from dagflow_storage.journal import (
+from dagflow_storage.arrays.flat import FlatArray
+from dagflow_storage.records.journal import (
     JOURNAL_FORMAT,
     Entry,
     EntryKey,
@@ -22,7 +22,7 @@ from dagflow_storage.journal import (
     trim_journal,
     write_segment,
 )
-from dagflow_storage.recording import RecordingStore
+from dagflow_storage.records.recording import RecordingStore
 
 
 def entry(stage: int, index: int, value: float = 1.0) -> Entry:

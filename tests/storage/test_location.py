@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from dagflow_storage import NotFound, Store, StoreNotWritable, StoreUnreachable
-from dagflow_storage import _backends as backends
+from dagflow_storage.place import backends as backends
 
 
 def test_relative_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,14 @@ from dagflow_storage import (
     NotFound,
     Snapshot,
     Store,
-    arrays,
     commit_snapshot,
     delete_snapshot,
     list_snapshots,
     walk,
     write_shard,
 )
-from dagflow_storage.manifest import claimed_crc32c, computed_crc32c
+from dagflow_storage.arrays import arrays
+from dagflow_storage.records.manifest import claimed_crc32c, computed_crc32c
 
 MANIFEST = "snapshots/step-00000004/manifest.json"
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dagflow_storage import Snapshot, Store, newest_whole_snapshot
-from dagflow_storage.journal import EntryKey, journalled_steps, read_segments
-from dagflow_storage.rows import RowLog
+from dagflow_storage.records.journal import EntryKey, journalled_steps, read_segments
+from dagflow_storage.records.rows import RowLog
 
 OLDER = Path(__file__).with_name("older_store.zip")
 

@@ -15,7 +15,7 @@ from dagflow_storage import (
     StoreHoldsAnotherRun,
     settings_diff,
 )
-from dagflow_storage.rows import RowLog
+from dagflow_storage.records.rows import RowLog
 
 SETTINGS = {"optimizer": {"name": "adamw", "options": {"lr": 0.0003}}, "steps": 100}
 

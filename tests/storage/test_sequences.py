@@ -102,7 +102,7 @@ def test_what_is_not_there_or_too_new_is_said(
 ) -> None:
     with pytest.raises(NotFound, match="sessions/a"):
         SequenceLog(store, "a").read()
-    monkeypatch.setattr("dagflow_storage.sequences.SEQUENCE_FORMAT", 2)
+    monkeypatch.setattr("dagflow_storage.records.sequences.SEQUENCE_FORMAT", 2)
     SequenceLog(store, "a").append([HEAD])
     monkeypatch.undo()
     with pytest.raises(FormatTooNew, match="upgrade"):

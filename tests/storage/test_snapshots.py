@@ -16,11 +16,11 @@ from dagflow_storage import (
     commit_snapshot,
     delete_old_snapshots,
     delete_snapshot,
-    documents,
-    flat,
     list_snapshots,
     write_shard,
 )
+from dagflow_storage.arrays import flat
+from dagflow_storage.place import documents
 
 SPECS = {
     "stage-0": [

@@ -16,8 +16,8 @@ from dagflow_storage import (
     TokenArray,
     write_tokens,
 )
-from dagflow_storage import tokens as tokens_module
-from dagflow_storage.flat import FlatArray
+from dagflow_storage.arrays import tokens as tokens_module
+from dagflow_storage.arrays.flat import FlatArray
 
 SMALL_CHUNK = 16
 

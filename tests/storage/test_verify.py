@@ -14,13 +14,13 @@ from dagflow_storage import (
     StoreUnreachable,
     commit_snapshot,
     differences,
-    flat,
     glance_at_snapshot,
     list_snapshots,
     newest_whole_snapshot,
     set_aside_newer,
     verify_snapshot,
 )
+from dagflow_storage.arrays import flat
 
 CHUNK = "snapshots/step-00000008/stage-0-*/float32/c/0"
 

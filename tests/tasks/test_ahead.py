@@ -14,12 +14,12 @@ import torch
 from inline import InlineRun, assert_same_bits, run_inline
 from zoo import Example, build, captured
 
-from dagflow.run.graph import Standing
-from dagflow_tasks.cache import CACHE
-from dagflow_tasks.gradient_sums import SUMS
-from dagflow_tasks.journal import JOURNAL
-from dagflow_tasks.replay import StageProgress, progress, restore
-from dagflow_tasks.weight_gradients import WeightGradients
+from dagflow.training.step_graph import Standing
+from dagflow_tasks.program.weight_gradients import WeightGradients
+from dagflow_tasks.train.cache import CACHE
+from dagflow_tasks.train.gradient_sums import SUMS
+from dagflow_tasks.train.replay import StageProgress, progress, restore
+from dagflow_tasks.train.worker_journal import JOURNAL
 
 STAGES, MICROBATCHES = 3, 4
 

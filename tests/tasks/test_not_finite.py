@@ -11,9 +11,9 @@ from torch import nn
 from zoo import Example, capture_example
 
 from dagflow.plan.partition import partition
-from dagflow_tasks.cache import CACHE
 from dagflow_tasks.errors import GarbageReceived
-from dagflow_tasks.replay import StageProgress, progress
+from dagflow_tasks.train.cache import CACHE
+from dagflow_tasks.train.replay import StageProgress, progress
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -12,10 +12,10 @@ from inline import assert_same_bits, run_inline
 from zoo import build, captured
 
 from dagflow_storage import Snapshot, Store, commit_snapshot
-from dagflow_tasks.cache import CACHE
 from dagflow_tasks.errors import OptimizerInvalid
-from dagflow_tasks.optimizer import Optimizer, Schedule, restore_slots, slots
-from dagflow_tasks.state import OPTIMIZER, read_tensors, write_tensors
+from dagflow_tasks.train.cache import CACHE
+from dagflow_tasks.train.optimizer import Optimizer, Schedule, restore_slots, slots
+from dagflow_tasks.train.state import OPTIMIZER, read_tensors, write_tensors
 
 EVERY_KIND = {
     "Adadelta": {},

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dagflow_tasks.interpreter import Executable, RandomAddress
-from dagflow_tasks.onednn import LINEAR_PACKED, linear_packed, pack, packs
-from dagflow_tasks.operators import Node
-from dagflow_tasks.packing import pack_linears
-from dagflow_tasks.program import ParameterUse, StageInput, StageProgram, ValueSpec
+from dagflow_tasks.kernels.onednn import LINEAR_PACKED, linear_packed, pack, packs
+from dagflow_tasks.program.interpreter import Executable, RandomAddress
+from dagflow_tasks.program.operators import Node
+from dagflow_tasks.program.packing import pack_linears
+from dagflow_tasks.program.stage_program import ParameterUse, StageInput, StageProgram, ValueSpec
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"

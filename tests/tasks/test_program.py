@@ -12,18 +12,18 @@ import torch
 from zoo import captured
 
 from dagflow.plan.partition import partition
-from dagflow_tasks import operators
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid, ProgramTooNew, TaskFailed
-from dagflow_tasks.interpreter import Executable, RandomAddress
-from dagflow_tasks.operators import (
+from dagflow_tasks.program import operators
+from dagflow_tasks.program.interpreter import Executable, RandomAddress
+from dagflow_tasks.program.operators import (
     Node,
     decode_literal,
     encode_literal,
     is_allowed,
     resolve,
 )
-from dagflow_tasks.program import Constant, StageProgram
-from dagflow_tasks.sizes import evaluate_size, size_text
+from dagflow_tasks.program.sizes import evaluate_size, size_text
+from dagflow_tasks.program.stage_program import Constant, StageProgram
 
 CPU = torch.device("cpu")
 ADDRESS = RandomAddress(0, 0, 0)

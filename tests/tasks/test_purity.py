@@ -14,14 +14,14 @@ from torch.nn.functional import mse_loss
 from zoo import Example, build, captured
 
 from dagflow_storage import commit_snapshot
-from dagflow_tasks import tasks
-from dagflow_tasks.cache import CACHE, SavedGraph
 from dagflow_tasks.errors import StateLost
-from dagflow_tasks.journal import JOURNAL, EntryKey
-from dagflow_tasks.references import StateRef
-from dagflow_tasks.results import BackwardResult, ForwardResult
-from dagflow_tasks.state import StageState
-from dagflow_tasks.weight_gradients import WeightGradients
+from dagflow_tasks.program.weight_gradients import WeightGradients
+from dagflow_tasks.train import tasks
+from dagflow_tasks.train.cache import CACHE, SavedGraph
+from dagflow_tasks.train.references import StateRef
+from dagflow_tasks.train.results import BackwardResult, ForwardResult
+from dagflow_tasks.train.state import StageState
+from dagflow_tasks.train.worker_journal import JOURNAL, EntryKey
 
 STEPS, STAGES, MICROBATCHES = 2, 3, 3
 

@@ -7,9 +7,9 @@ import torch
 from inline import run_inline
 from zoo import build, captured
 
-from dagflow_tasks.interpreter import Executable, RandomAddress
-from dagflow_tasks.operators import Node, draws_random_numbers
-from dagflow_tasks.program import StageProgram
+from dagflow_tasks.program.interpreter import Executable, RandomAddress
+from dagflow_tasks.program.operators import Node, draws_random_numbers
+from dagflow_tasks.program.stage_program import StageProgram
 
 
 def noise(name: str) -> Node:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dagflow_tasks.attention import SessionCache, Span, attending
-from dagflow_tasks.recurrence import running_max, scan, window
-from dagflow_tasks.states import REACH_TOKENS
+from dagflow_tasks.kernels.attention import SessionCache, Span, attending
+from dagflow_tasks.kernels.recurrence import running_max, scan, window
+from dagflow_tasks.kernels.states import REACH_TOKENS
 
 LENGTH = 3 * REACH_TOKENS + 7
 HEADS, GROUPS, KEY, VALUE = 4, 2, 8, 9

@@ -13,12 +13,11 @@ from inline import InlineRun, assert_same_bits, run_inline, save_now
 from zoo import build, captured
 
 from dagflow_storage import Store, commit_snapshot
-from dagflow_storage.journal import delete_segments, trim_journal
-from dagflow_tasks.cache import CACHE, COPY
+from dagflow_storage.records.journal import delete_segments, trim_journal
 from dagflow_tasks.errors import StateLost
-from dagflow_tasks.journal import JOURNAL
-from dagflow_tasks.references import StateRef
-from dagflow_tasks.replay import (
+from dagflow_tasks.train.cache import CACHE, COPY
+from dagflow_tasks.train.references import StateRef
+from dagflow_tasks.train.replay import (
     StepRecord,
     drop_stage,
     needed_entries,
@@ -27,10 +26,11 @@ from dagflow_tasks.replay import (
     recall,
     restore,
 )
-from dagflow_tasks.results import UpdateResult
-from dagflow_tasks.snapshots import copy_state, save_copy
-from dagflow_tasks.state import state_tensors
-from dagflow_tasks.tasks import call, lend_parameters
+from dagflow_tasks.train.results import UpdateResult
+from dagflow_tasks.train.snapshots import copy_state, save_copy
+from dagflow_tasks.train.state import state_tensors
+from dagflow_tasks.train.tasks import call, lend_parameters
+from dagflow_tasks.train.worker_journal import JOURNAL
 
 STEPS, STAGES, MICROBATCHES = 3, 3, 2
 

@@ -12,12 +12,12 @@ from inline import InlineRun, assert_same_bits, run_inline
 from zoo import build, captured
 
 from dagflow_storage import Snapshot, commit_snapshot, list_snapshots
-from dagflow_tasks import tasks
-from dagflow_tasks.cache import CACHE
 from dagflow_tasks.errors import StateLost, WeightsNotFinite
-from dagflow_tasks.references import StateRef
-from dagflow_tasks.snapshots import copy_state, save_copy
-from dagflow_tasks.state import PARAMETER, read_tensors
+from dagflow_tasks.train import tasks
+from dagflow_tasks.train.cache import CACHE
+from dagflow_tasks.train.references import StateRef
+from dagflow_tasks.train.snapshots import copy_state, save_copy
+from dagflow_tasks.train.state import PARAMETER, read_tensors
 
 
 def test_weights_that_are_not_finite_get_no_snapshot() -> None:

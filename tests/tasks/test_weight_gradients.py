@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dagflow_tasks import onednn, weight_gradients
-from dagflow_tasks.operators import LINEAR, resolve
-from dagflow_tasks.weight_gradients import WeightGradients
+from dagflow_tasks.kernels import onednn
+from dagflow_tasks.program import weight_gradients
+from dagflow_tasks.program.operators import LINEAR, resolve
+from dagflow_tasks.program.weight_gradients import WeightGradients
 
 
 def leaf(*shape: int) -> torch.Tensor:

@@ -13,11 +13,11 @@ import torch
 from local import wait_until
 
 from dagflow_storage import Store, StoreNotWritable, StoreUnreachable, write_behind
-from dagflow_storage.journal import read_segments, write_segment
-from dagflow_tasks import journal as module
-from dagflow_tasks.journal import EntryKey, Journal, Sent
-from dagflow_tasks.optimizer import Optimizer
-from dagflow_tasks.references import StageRef, TaskSettings
+from dagflow_storage.records.journal import read_segments, write_segment
+from dagflow_tasks.train import worker_journal as module
+from dagflow_tasks.train.optimizer import Optimizer
+from dagflow_tasks.train.references import StageRef, TaskSettings
+from dagflow_tasks.train.worker_journal import EntryKey, Journal, Sent
 
 KEY = EntryKey("forward", 0, 0)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dagflow_tasks.operators import resolve, schema_of
+from dagflow_tasks.program.operators import resolve, schema_of
 
 _FLOATS = (
     torch.float32,

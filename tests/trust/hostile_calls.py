@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 import torch
 
-from dagflow_tasks.allow_list import allowed
-from dagflow_tasks.operators import ASSERTIONS, own_operators, resolve
+from dagflow_tasks.program.allow_list import allowed
+from dagflow_tasks.program.operators import ASSERTIONS, own_operators, resolve
 
 from .hostile_arguments import Arena, Hostile, formals_of
 

@@ -32,14 +32,14 @@ from dagflow.errors import (
     SettingsInvalid,
     StoreUnreachable,
 )
-from dagflow.run import wire
-from dagflow.run.seen import SeenBatches
-from dagflow.run.weights import WeightFiles
-from dagflow.sessions import kept
-from dagflow.sessions.defaults import read_generation
-from dagflow.sessions.models import Model
-from dagflow.sessions.source import _config
-from dagflow.sessions.tokenizing import open_tokenizer
+from dagflow.models.defaults import read_generation
+from dagflow.models.model import Model
+from dagflow.models.source import _config
+from dagflow.models.tokenizing import open_tokenizer
+from dagflow.models.weight_files import WeightFiles
+from dagflow.serving import kept
+from dagflow.swarm import wire
+from dagflow.training.seen import SeenBatches
 from dagflow_storage import (
     ArraySpec,
     RetryPolicy,
@@ -55,19 +55,18 @@ from dagflow_storage import (
     write_shard,
     write_tokens,
 )
-from dagflow_storage._backends import Backend
-from dagflow_storage.bounded_json import JsonLimits, JsonRefused, parse_json
-from dagflow_storage.codec import Blosc2Codec
+from dagflow_storage.arrays.codec import Blosc2Codec
+from dagflow_storage.arrays.flat import FlatArray
 from dagflow_storage.faults import FakeClock
-from dagflow_storage.flat import FlatArray
-from dagflow_storage.journal import EntryKey, read_segments, write_segment
 from dagflow_storage.lease import _LeaseFiles
-from dagflow_storage.manifest import _checksum
-from dagflow_storage.rows import RowLog
-from dagflow_storage.sequences import _checksum as row_checksum
-from dagflow_tasks.journal import Sent, encode, read_sent
-from dagflow_tasks.operators import Node
-from dagflow_tasks.program import (
+from dagflow_storage.place.backends import Backend
+from dagflow_storage.place.bounded_json import JsonLimits, JsonRefused, parse_json
+from dagflow_storage.records.journal import EntryKey, read_segments, write_segment
+from dagflow_storage.records.manifest import _checksum
+from dagflow_storage.records.rows import RowLog
+from dagflow_storage.records.sequences import _checksum as row_checksum
+from dagflow_tasks.program.operators import Node
+from dagflow_tasks.program.stage_program import (
     BufferUse,
     Constant,
     ParameterUse,
@@ -76,10 +75,12 @@ from dagflow_tasks.program import (
     StageProgram,
     ValueSpec,
 )
-from dagflow_tasks.references import Microbatch
-from dagflow_tasks.replay import StepRecord
-from dagflow_tasks.results import BackwardResult, Decision, ForwardResult, TensorDict
-from dagflow_tasks.state import read_tensors
+from dagflow_tasks.tensors import TensorDict
+from dagflow_tasks.train.references import Microbatch
+from dagflow_tasks.train.replay import StepRecord
+from dagflow_tasks.train.results import BackwardResult, Decision, ForwardResult
+from dagflow_tasks.train.state import read_tensors
+from dagflow_tasks.train.worker_journal import Sent, encode, read_sent
 
 STORED = (DamagedData, FormatTooNew, NotFound, StoreUnreachable)
 

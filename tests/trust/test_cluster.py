@@ -23,9 +23,9 @@ from distributed import Client
 from distributed.security import Security
 from local_attacks import Place, as_nobody, bomb, is_let_in, listening, send, strangers_context
 
-from dagflow.run import unix_comm
-from dagflow.run.embedded import embedded_cluster
-from dagflow.run.join import TEMPORARY_VARIABLE, with_private_folder
+from dagflow.swarm import unix_comm
+from dagflow.swarm.embedded import embedded_cluster
+from dagflow.swarm.join import TEMPORARY_VARIABLE, with_private_folder
 
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 

@@ -25,8 +25,8 @@ from tokenizers.models import WordLevel
 import dagflow
 from dagflow.demo.language import _network, _write_tokens
 from dagflow.errors import SettingsInvalid
+from dagflow.models.tokenizing import open_tokenizer, tokenizer_files
 from dagflow.server.conversation import to_prompt
-from dagflow.sessions.tokenizing import open_tokenizer, tokenizer_files
 
 ROOT = Path(dagflow.__file__).parents[1]
 SIZES = {

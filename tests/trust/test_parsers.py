@@ -27,17 +27,17 @@ from dagflow.errors import (
     SettingsInvalid,
     StoreNotReadable,
 )
-from dagflow.run.export import STATE_DICT_NAMES, TIED_NAMES, num_tensors
-from dagflow.run.inspect import describe_run
-from dagflow.run.weights import WeightFiles
-from dagflow.sessions.groups import write_groups
-from dagflow.sessions.source import of_folder
-from dagflow.sessions.tokenizing import open_tokenizer, tokenizer_files
+from dagflow.models.groups import write_groups
+from dagflow.models.source import of_folder
+from dagflow.models.tokenizing import open_tokenizer, tokenizer_files
+from dagflow.models.weight_files import WeightFiles
+from dagflow.runs.export import STATE_DICT_NAMES, TIED_NAMES, num_tensors
+from dagflow.runs.inspect import describe_run
 from dagflow_storage import RunDirectory, SequenceLog, Store, commit_snapshot
-from dagflow_storage.flat import FlatArray
+from dagflow_storage.arrays.flat import FlatArray
 from dagflow_storage.lease import _LeaseFiles
-from dagflow_storage.manifest import _checksum as manifest_checksum
-from dagflow_storage.sequences import _checksum as row_checksum
+from dagflow_storage.records.manifest import _checksum as manifest_checksum
+from dagflow_storage.records.sequences import _checksum as row_checksum
 
 _MADE: dict[str, Parser] = {}
 

@@ -15,8 +15,6 @@ from trust.hostile_calls import hostile_calls
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.capture import capture
-from dagflow_tasks import fences
-from dagflow_tasks.allow_list import FILE, allowed, name_in_programs
 from dagflow_tasks.errors import (
     LimitReached,
     OperatorNotAllowed,
@@ -24,11 +22,13 @@ from dagflow_tasks.errors import (
     SizeInvalid,
     TaskFailed,
 )
-from dagflow_tasks.interpreter import Executable, RandomAddress
-from dagflow_tasks.operators import Node, is_allowed, own_operators, resolve
-from dagflow_tasks.program import Constant, StageInput, StageProgram, ValueSpec
-from dagflow_tasks.program_limits import Limits
-from dagflow_tasks.sizes import evaluate_size
+from dagflow_tasks.program import fences
+from dagflow_tasks.program.allow_list import FILE, allowed, name_in_programs
+from dagflow_tasks.program.interpreter import Executable, RandomAddress
+from dagflow_tasks.program.limits import Limits
+from dagflow_tasks.program.operators import Node, is_allowed, own_operators, resolve
+from dagflow_tasks.program.sizes import evaluate_size
+from dagflow_tasks.program.stage_program import Constant, StageInput, StageProgram, ValueSpec
 
 CPU = torch.device("cpu")
 SMALL = Limits(memory_bytes=64 << 20, seconds=20.0)
@@ -66,7 +66,7 @@ def test_every_operator_of_the_list_is_what_its_section_says() -> None:
 
 
 def test_what_isnt_plainly_functional_has_a_reason() -> None:
-    body = tomllib.loads((files("dagflow_tasks") / FILE).read_text("utf-8"))
+    body = tomllib.loads((files("dagflow_tasks.program") / FILE).read_text("utf-8"))
     sections = [section for name, section in body.items() if name != "functional"]
     assert all(len(reason) > 8 for section in sections for reason in section.values())
     assert {name_in_programs(name) for name in body["checked"]} == fences.checked_operators()
@@ -460,7 +460,7 @@ def test_how_many_values_there_are_is_known_before_they_are_made() -> None:
 def test_a_program_has_a_limited_number_of_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     text = program(*(call(f"n{i}", "zeros.default", [1]) for i in range(4))).to_json()
     StageProgram.from_json(text)
-    monkeypatch.setattr("dagflow_tasks.program.MOST_NODES", 3)
+    monkeypatch.setattr("dagflow_tasks.program.stage_program.MOST_NODES", 3)
     with pytest.raises(ProgramInvalid, match="4 nodes, and may have 3"):
         StageProgram.from_json(text)
 

@@ -34,7 +34,7 @@ from dagflow.server.keys import Keys
 from dagflow.server.replies import CompletionReply, Usage
 from dagflow.server.serve import listen
 from dagflow.server.service import ServerSettings, Service
-from dagflow.sessions.answers import Logprobs, Token
+from dagflow.serving.answers import Logprobs, Token
 
 MEGABYTE = 2**20
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from dagflow.sessions.answers import Request
-from dagflow.sessions.memory import Room
-from dagflow.sessions.pool import LEAST_SHARED_TOKENS, CachePool, Holder
-from dagflow_tasks.attention import BLOCK_TOKENS
+from dagflow.plan.serving_memory import Room
+from dagflow.serving.answers import Request
+from dagflow.serving.pool import LEAST_SHARED_TOKENS, CachePool, Holder
+from dagflow_tasks.kernels.attention import BLOCK_TOKENS
 
 PROMPT = list(range(2 * LEAST_SHARED_TOKENS))
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dagflow.errors import SettingsInvalid
-from dagflow.sessions.sampling import Sampling
+from dagflow.serving.sampling import Sampling
 
 LOGITS = torch.linspace(-30, 30, 50)
 TOKENS = [3, 49, 49, 7]

@@ -17,11 +17,11 @@ from local import local_client, wait_until
 from trust_models import tiny_llama
 
 import dagflow
-from dagflow.run.dask_internals import connection_arguments
-from dagflow.sessions import service
-from dagflow.sessions.links import CommClosedError, Link
-from dagflow.sessions.proofs import DRIVER, STAGE, Credentials, Issuer, introduced
-from dagflow.sessions.service import sessions_open, take_part
+from dagflow.serving import stage_server as service
+from dagflow.serving.stage_server import sessions_open, take_part
+from dagflow.swarm.dask_internals import connection_arguments
+from dagflow.swarm.links import CommClosedError, Link
+from dagflow.swarm.proofs import DRIVER, STAGE, Credentials, Issuer, introduced
 
 PROMPT = [5, 1, 3]
 LONG: dict[str, Any] = {"max_new_tokens": 24, "ignore_end": True, "speculate": False}
@@ -168,7 +168,7 @@ def test_nobody_else_passes_for_the_driver_or_says_what_it_says(
     for number, (name, attack) in enumerate(ATTACKS.items(), 1):
         stream = deployment.stream([deployment.request(PROMPT, **LONG)])
         first = next(stream).token
-        with caplog.at_level(logging.WARNING, logger="dagflow.sessions.engine"):
+        with caplog.at_level(logging.WARNING, logger="dagflow.serving.engine"):
             for address in [*deployment.engine.placement.addresses]:
                 heard = client.sync(attack, client, deployment, address)
                 assert {message["kind"] for message in heard} <= {"challenge"}, name
@@ -209,7 +209,7 @@ def test_what_a_worker_is_given_is_shown_nowhere() -> None:
 
 
 def secrets_kept(dask_worker: Any) -> int:
-    from dagflow.sessions.service import _hub
+    from dagflow.serving.stage_server import _hub
 
     return len(_hub(dask_worker)._known)
 

@@ -24,10 +24,10 @@ from s3_server import MotoServer
 import dagflow
 from dagflow.demo.gpt import GPT
 from dagflow.errors import DagflowError
-from dagflow.run.data import _ARRAYS
+from dagflow.training.data import _ARRAYS
 from dagflow_storage import RetryPolicy, Store, TokenArray, shown_url, walk
 from dagflow_storage.faults import Fault, FaultKind
-from dagflow_storage.redaction import hidden
+from dagflow_storage.place.redaction import hidden
 
 KEY, SECRET, TOKEN = "PLANTEDKEYqwer", "PLANTED/secret+asdf", "PLANTEDtoken==zxcv"
 OPTIONS = {"key": KEY, "secret": SECRET, "token": TOKEN}

@@ -15,10 +15,11 @@ import torch
 from distributed.protocol import deserialize, serialize
 
 from dagflow.errors import GarbageReceived
-from dagflow.run import wire
-from dagflow_storage.codec import Blosc2Codec, check_packed
+from dagflow.swarm import wire
+from dagflow_storage.arrays.codec import Blosc2Codec, check_packed
 from dagflow_tasks.limits import RECEIVING
-from dagflow_tasks.results import BackwardResult, ForwardResult, TensorDict
+from dagflow_tasks.tensors import TensorDict
+from dagflow_tasks.train.results import BackwardResult, ForwardResult
 
 wire.register()
 DECLARED_BYTES = 1900 * 2**20

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from dagflow.check.whole_batch import check_microbatches
 from dagflow.errors import DagflowError
 from dagflow.graph.batch import flatten_batch
 from dagflow.graph.dag import OperatorDag
-from dagflow.plan.check_batch import check_microbatches
-from dagflow.plan.loss_weight import LossWeights
-from dagflow.run.data import num_rows, split_rows
-from dagflow.run.feed import least_rows, split_batch
+from dagflow.microbatches.loss_weight import LossWeights
+from dagflow.training.data import num_rows, split_rows
+from dagflow.training.feed import least_rows, split_batch
 
 from .case import Subject
 from .record import Record, short

@@ -18,8 +18,8 @@ import torch
 
 from dagflow.graph.capture import capture
 from dagflow.graph.decoder import capture_decoder
-from dagflow_tasks import operators
-from dagflow_tasks.allow_list import FUNCTIONAL, allowed, name_in_programs, unlike
+from dagflow_tasks.program import operators
+from dagflow_tasks.program.allow_list import FUNCTIONAL, allowed, name_in_programs, unlike
 
 from .case import Case
 from .record import Record, short

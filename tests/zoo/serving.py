@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 import dagflow
-from dagflow.sessions.cutting import cut_at_layers
-from dagflow.sessions.models import read_stage
-from dagflow_tasks.decoding import LAST, Part
-from dagflow_tasks.results import TensorDict
+from dagflow.models.model import read_stage
+from dagflow.plan.decoder_cuts import cut_at_layers
+from dagflow_tasks.decode.decoder_stage import LAST, Part
+from dagflow_tasks.tensors import TensorDict
 
 from .record import Record, short
 from .shrink import VOCABULARY

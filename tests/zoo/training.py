@@ -23,11 +23,11 @@ from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.signature import match_batch
 from dagflow.plan.partition import partition, partition_by_operator
-from dagflow_tasks import interpreter
-from dagflow_tasks.cache import CACHE
-from dagflow_tasks.gradient_sums import total_gradients
-from dagflow_tasks.operators import draws_random_numbers
-from dagflow_tasks.optimizer import Optimizer
+from dagflow_tasks.program import interpreter
+from dagflow_tasks.program.operators import draws_random_numbers
+from dagflow_tasks.train.cache import CACHE
+from dagflow_tasks.train.gradient_sums import total_gradients
+from dagflow_tasks.train.optimizer import Optimizer
 
 from .case import IDIOMS, Case, Subject, scalar_of
 from .differences import differing, worst
@@ -163,7 +163,7 @@ def _checked(
     What it refuses is tried all the same, to know whether it was right to.
     """
     try:
-        from dagflow.plan.check import check_capture
+        from dagflow.check.micro_batch import check_capture
     except ImportError:
         return dag
     subject = _same_again(case, subject)

@@ -1,0 +1,1 @@
+"""How a batch's loss is made of its micro-batches' losses, read off the operator DAG."""

@@ -1,0 +1,1 @@
+"""Language models in a store: brought there, checked against transformers, and read by a deployment."""

@@ -1,0 +1,321 @@
+"""What stages take of workers' memory, and how many tokens their caches hold together. No IO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dagflow.errors import StageTooLarge
+from dagflow.graph.dag import OperatorDag, dtype_bytes
+from dagflow.graph.show import amount
+from dagflow_tasks.kernels.attention import ATTEND, BLOCK_TOKENS, look_back_bytes, reach_of
+from dagflow_tasks.kernels.recurrence import RECURRENT, SCAN, WINDOW
+from dagflow_tasks.kernels.states import REACH_TOKENS, most_bytes
+from dagflow_tasks.program.operators import Node, argument_references
+from dagflow_tasks.program.stage_program import StageProgram
+
+# Of what weights leave of a worker's memory. The rest is for what a pass computes, and the process.
+CACHE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class StageNeeds:
+    """What a stage takes of its worker's memory.
+
+    Attributes
+    ----------
+    weight_bytes : int
+        Parameters, buffers and constants, those included that other stages have as well.
+    token_bytes : int
+        For each token of each session: a key and a value a layer, and the rows that are sent on.
+    windows : tuple of (int, int)
+        Layers with a window or chunks: how many tokens of a session each keeps at most, and its part
+        of `token_bytes`.
+    session_bytes : int
+        For each session, however long: what its recurrent layers remember at most.
+    pass_bytes : int
+        For each token of one session: what a pass takes to look back at it, in one layer at a time.
+    """
+
+    weight_bytes: int
+    token_bytes: int
+    windows: tuple[tuple[int, int], ...] = ()
+    session_bytes: int = 0
+    pass_bytes: int = 0
+
+    @property
+    def least_bytes(self) -> int:
+        """What a session of a block takes."""
+        return BLOCK_TOKENS * self.token_bytes + self.session_bytes
+
+    def spared(self, num_tokens: int) -> int:
+        """Return how many tokens fewer a session of so many takes, because layers have windows."""
+        spared_bytes = sum(size * max(0, num_tokens - kept) for kept, size in self.windows)
+        return spared_bytes // max(1, self.token_bytes)
+
+    @classmethod
+    def of(cls, dag: OperatorDag, program: StageProgram) -> StageNeeds:
+        tensors = {use.parameter: (use.dtype, use.shape) for use in program.parameters}
+        tensors |= {use.buffer: (use.dtype, use.shape) for use in program.buffers}
+        tensors |= {use.name: (use.dtype, use.shape) for use in program.constants}
+        token_bytes = sum(_bytes(o.value.dtype, o.value.shape) for o in program.outputs)
+        windows, session_bytes, pass_bytes = [], 0, 0
+        for node in program.nodes:
+            if node.op in RECURRENT:
+                session_bytes += _state_bytes(dag, node)
+            if node.op == ATTEND:
+                names = [name for a in node.args[1:3] for name in argument_references(a)]
+                layer_bytes = sum(_bytes(*dag.info[name].outputs[0]) for name in names)
+                token_bytes += layer_bytes
+                pass_bytes = max(pass_bytes, look_back_bytes(node.args))
+                reach = reach_of(node.args)
+                if reach is not None:
+                    windows.append((reach.most_tokens, layer_bytes))
+        weight_bytes = sum(_bytes(*tensor) for tensor in tensors.values())
+        return cls(weight_bytes, token_bytes, tuple(windows), session_bytes, pass_bytes)
+
+
+def _state_bytes(dag: OperatorDag, node: Node) -> int:
+    """Return what an operator with a state takes of a session at most."""
+    # Of a scan's arguments the rates are the same for all tokens.
+    given = [*node.args[:4], *node.args[6:]] if node.op == SCAN else node.args
+    names = [name for argument in given for name in argument_references(argument)]
+    known = {spec.name: (spec.dtype, spec.shape) for spec in dag.inputs}
+    inputs = [known[name] if name in known else dag.info[name].outputs[0] for name in names]
+    row_bytes = sum(_bytes(*tensor) for tensor in inputs)
+    if node.op == SCAN:  # in float32: each head's keys times its values
+        key, value = inputs[1][1], inputs[2][1]
+        return most_bytes(key[3] * math.prod(value[2:]) * torch.float32.itemsize, row_bytes)
+    return most_bytes(row_bytes * (node.args[1] - 1) if node.op == WINDOW else row_bytes, row_bytes)
+
+
+def _bytes(dtype: str, shape: Iterable[object]) -> int:
+    """Bytes of a tensor, of one token if it has any."""
+    return math.prod(size for size in shape if isinstance(size, int)) * dtype_bytes(dtype)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many tokens all sessions together may have, and what a long session takes of that.
+
+    Attributes
+    ----------
+    capacity : int
+        In tokens that every layer keeps.
+    needs : tuple of StageNeeds
+        Of each worker, over its stages.
+    session_tokens : int
+        What a session takes besides its tokens, in tokens.
+    """
+
+    capacity: int
+    needs: tuple[StageNeeds, ...] = ()
+    session_tokens: int = 0
+
+    def taken(self, num_tokens: int) -> int:
+        """Return what a session of so many tokens takes of the capacity.
+
+        That is less than its tokens if layers have windows, and more if some have states.
+
+        >>> Room(1000, (StageNeeds(0, 4, ((96, 3),)),)).taken(496)
+        196
+        >>> Room(1000, session_tokens=10).taken(5)
+        15
+        """
+        if not num_tokens:
+            return 0
+        spared = min((need.spared(num_tokens) for need in self.needs), default=0)
+        return num_tokens - spared + self.session_tokens
+
+    @property
+    def reach(self) -> int | None:
+        """How many of a session's latest tokens can be gone back; None for all."""
+        return REACH_TOKENS if self.session_tokens else None
+
+    @property
+    def longest(self) -> int:
+        """How many tokens a session may have that is alone, as far as memory decides."""
+        # The first length that is too much lies between these; what is taken never falls.
+        low, high = 0, _NO_END
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.taken(middle) <= self.capacity else (low, middle)
+        return low // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+# More tokens than any session has.
+_NO_END = 1 << 40
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """A worker's memory.
+
+    Attributes
+    ----------
+    limit_bytes : int
+        dask's limit for the worker, or its GPU's memory.
+    taken_bytes : int
+        What other deployments have of it: weights and caches.
+    """
+
+    limit_bytes: int
+    taken_bytes: int = 0
+
+    @property
+    def free_bytes(self) -> int:
+        return self.limit_bytes - self.taken_bytes
+
+
+def cache_budget(
+    memory: WorkerMemory, weight_bytes: int, needs: StageNeeds, cache_bytes: int | None
+) -> int:
+    """Return what caches of stages may take on a worker that holds so many bytes of weights.
+
+    One session may have all of it, and a pass of it looks back at all: that takes its part, too.
+    """
+    most = int((memory.free_bytes - weight_bytes) * _share(needs, cache_bytes))
+    return most if cache_bytes is None else min(most, cache_bytes)
+
+
+def _share(needs: StageNeeds, cache_bytes: int | None) -> float:
+    """Return which part of what weights leave caches may take."""
+    beside_passes = 1.0
+    if needs.pass_bytes:
+        beside_passes = needs.token_bytes / (needs.token_bytes + needs.pass_bytes)
+    return min(beside_passes, CACHE_SHARE if cache_bytes is None else 1.0)
+
+
+def fits(
+    memory: WorkerMemory, weight_bytes: int, needs: StageNeeds, cache_bytes: int | None
+) -> bool:
+    """Tell whether a worker can hold stages, and a session of a block in their caches."""
+    return cache_budget(memory, weight_bytes, needs, cache_bytes) >= needs.least_bytes
+
+
+def together(needs: Iterable[StageNeeds]) -> StageNeeds:
+    """Return what stages take on one worker."""
+    found = list(needs)
+    return StageNeeds(
+        sum(need.weight_bytes for need in found),
+        sum(need.token_bytes for need in found),
+        tuple(window for need in found for window in need.windows),
+        sum(need.session_bytes for need in found),
+        max((need.pass_bytes for need in found), default=0),
+    )
+
+
+def needs_by_worker(addresses: Sequence[str], needs: Sequence[StageNeeds]) -> dict[str, StageNeeds]:
+    """Return what each worker's stages take together; `addresses` has the worker of each stage."""
+    return {a: together(_of(addresses, needs, a)) for a in dict.fromkeys(addresses)}
+
+
+def room_of(
+    addresses: Sequence[str],
+    needs: Sequence[StageNeeds],
+    weight_bytes: Mapping[str, int],
+    workers: Mapping[str, WorkerMemory],
+    cache_bytes: int | None,
+) -> Room:
+    """Return the room for sessions; parameters are those of `tokens_that_fit`.
+
+    A session takes the share of the room that its states take of the budget on the worker where this
+    is largest, so neither many short sessions nor a long one can be too much for any.
+    """
+    capacity = tokens_that_fit(addresses, needs, weight_bytes, workers, cache_bytes)
+    own = needs_by_worker(addresses, needs)
+    budgets = {a: cache_budget(workers[a], weight_bytes[a], own[a], cache_bytes) for a in own}
+    shares = [-(-capacity * need.session_bytes // max(1, budgets[a])) for a, need in own.items()]
+    return Room(capacity, tuple(own.values()), max(shares))
+
+
+def tokens_that_fit(
+    addresses: Sequence[str],
+    needs: Sequence[StageNeeds],
+    weight_bytes: Mapping[str, int],
+    workers: Mapping[str, WorkerMemory],
+    cache_bytes: int | None,
+) -> int:
+    """Return how many tokens all sessions together may have: what the fullest worker can hold.
+
+    Parameters
+    ----------
+    addresses
+        The worker of each stage.
+    needs
+        Of each stage.
+    weight_bytes
+        What each worker has open, stages included that it isn't asked to compute.
+    workers
+        Memory by address.
+    cache_bytes
+        Budget of a worker; None for `CACHE_SHARE` of what weights leave.
+    """
+    room = min(
+        max(0, cache_budget(workers[address], weight_bytes[address], need, cache_bytes))
+        // max(1, need.token_bytes)
+        for address, need in needs_by_worker(addresses, needs).items()
+    )
+    return room // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+def place_stages(
+    needs: Sequence[StageNeeds], workers: Mapping[str, WorkerMemory], cache_bytes: int | None
+) -> list[str]:
+    """Return a worker for each stage: evenly and in a row if they fit so, otherwise where they fit.
+
+    Raises
+    ------
+    StageTooLarge
+        Says by how much.
+    """
+    addresses, count = sorted(workers), len(needs)
+    even = [addresses[stage * min(len(addresses), count) // count] for stage in range(count)]
+    if all(_fits(_of(even, needs, a), workers[a], cache_bytes) for a in set(even)):
+        return even
+    # The largest first, each to whoever has most left afterwards.
+    found = [""] * count
+    for stage in sorted(range(count), key=lambda stage: -needs[stage].weight_bytes):
+        left = {
+            a: workers[a].free_bytes - together(_of(found, needs, a)).weight_bytes
+            for a in addresses
+        }
+        found[stage] = address = max(addresses, key=lambda a: left[a])
+        if not _fits(_of(found, needs, address), workers[address], cache_bytes):
+            raise StageTooLarge(_too_small(stage, left[address], needs, workers, cache_bytes))
+    return found
+
+
+def _of(addresses: Sequence[str], needs: Sequence[StageNeeds], address: str) -> list[StageNeeds]:
+    return [need for own, need in zip(addresses, needs, strict=True) if own == address]
+
+
+def _fits(needs: Iterable[StageNeeds], memory: WorkerMemory, cache_bytes: int | None) -> bool:
+    all_of_them = together(needs)
+    weight_bytes = all_of_them.weight_bytes
+    enough = cache_bytes is None or weight_bytes + cache_bytes <= memory.free_bytes
+    return enough and fits(memory, weight_bytes, all_of_them, cache_bytes)
+
+
+def _too_small(
+    stage: int,
+    left: int,
+    needs: Sequence[StageNeeds],
+    workers: Mapping[str, WorkerMemory],
+    cache_bytes: int | None,
+) -> str:
+    need = needs[stage]
+    caches = max(math.ceil(need.least_bytes / _share(need, cache_bytes)), cache_bytes or 0)
+    short = need.weight_bytes + caches - left
+    stages = ", ".join(amount(n.weight_bytes, "B") for n in needs)
+    have = ", ".join(f"{a} {amount(w.free_bytes, 'B')}" for a, w in sorted(workers.items()))
+    return (
+        f"The workers are too small for the model: {amount(short, 'B')} are missing. Stage {stage} "
+        f"takes {amount(need.weight_bytes, 'B')} of weights and at least {amount(caches, 'B')} for "
+        f"caches, and at most {amount(left, 'B')} are left for it. Weights of the stages: {stages}. "
+        f"Workers: {have}. Use more workers or larger ones, more stages, or weights in fewer bits"
+        f"{', or a smaller cache_bytes' if cache_bytes is not None else ''}."
+    )

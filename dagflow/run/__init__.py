@@ -1,1 +1,0 @@
-"""Running plans on dask: graphs, clusters, workers, the driver."""

@@ -1,0 +1,1 @@
+"""Generation: sequences on the stages of a decoder, whose tokens take dask's comms, not its graph."""

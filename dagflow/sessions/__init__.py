@@ -1,1 +1,0 @@
-"""Generation: sessions on the stages of a decoder, whose tokens take dask's comms, not its graph."""

@@ -1,0 +1,651 @@
+"""The dask graph of one training step.
+
+For step k, stage s, micro-batch m: ``forward(s,k,m)``, ``backward(s,k,m)``, ``update(s,k)``, and a
+``report(k)`` that ends the step. The last stage has ``backward(s,k,m)`` only, which includes the
+forward. The second half of a backward in two is the beginning of the forward that takes the
+micro-batch's place in memory or, at the end of a step, ``weights(s,k,m)``. The only links between
+steps are a stage's own updates, so there is no barrier: a stage goes on with the next step as soon
+as its weights are updated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+from dagflow.plan.schedule import BACKWARD, FORWARD, WEIGHTS, Pipeline
+from dagflow.swarm.behind import save_behind
+from dagflow.swarm.dask_internals import StepTask, Task, TaskRef
+from dagflow_tasks.program.stage_program import StageProgram
+from dagflow_tasks.tensors import TensorDict
+from dagflow_tasks.train import snapshots, tasks
+from dagflow_tasks.train.optimizer import Schedule as LearningRates
+from dagflow_tasks.train.references import Microbatch, StageRef, StateRef
+from dagflow_tasks.train.replay import (
+    Neighbours,
+    StageProgress,
+    StepRecord,
+    progress,
+    recall,
+    recall_decision,
+    restore,
+)
+from dagflow_tasks.train.results import Decision
+
+Key = tuple[str | int, ...]
+
+_AT_ONCE = frozenset({"lend", "batch", "copy", "save", "recall", "restore", "progress"})
+_ACTIONS = {"forward": FORWARD, "backward": BACKWARD, "weights": WEIGHTS}
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step is computed from.
+
+    Attributes
+    ----------
+    step : int
+    microbatches : tuple of Microbatch
+    batch : callable
+        ``batch(stage, microbatch_index)`` gives the graph argument (a literal or a `TaskRef`) that
+        holds the batch's tensors for that stage.
+    learning_rate : float or Schedule
+        The schedule's factor, or the schedule itself; see `dagflow_tasks.train.tasks.update`.
+    saved : bool
+        True if the state before this step is being written to the store, which its update must
+        wait for.
+    first : bool
+        True if nothing before this step is in flight: the weights are in the workers' caches or in
+        the store, and no earlier task has to be waited for.
+    decision : Decision | None
+        The latest decision, if `first` in a run that clips or scales.
+    ready : mapping
+        By stage the key of a task that brings its weights to this step, and has to be waited for.
+    standing : Standing | None
+        How far each stage has got, if the step is taken up again after something was lost.
+    """
+
+    step: int
+    microbatches: tuple[Microbatch, ...]
+    batch: Callable[[int, int], Any]
+    learning_rate: float | LearningRates
+    first: bool
+    saved: bool = False
+    decision: Decision | None = None
+    ready: Mapping[int, Key] = field(default_factory=dict)
+    standing: Standing | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far every stage has got in steps that were interrupted.
+
+    Attributes
+    ----------
+    stages : mapping
+        Progress by stage; a stage that is being rebuilt stands at the beginning of a step.
+    """
+
+    stages: Mapping[int, StageProgress]
+
+    def step(self, stage: int) -> int:
+        """Return how many steps a stage's weights have taken."""
+        return self.stages[stage].step
+
+    def has_done(self, kind: str, step: int, stage: int, index: int = 0) -> bool:
+        """Tell whether a task is done, so that its result can be recalled."""
+        known = self.stages[stage]
+        if known.step != step:
+            return known.step > step
+        place = (step, index)
+        if known.place[0] == step and place <= known.place:
+            return kind in ("forward", "backward", "weights")
+        if kind == "forward":
+            return place in known.forwards or place in known.halves
+        return kind == "backward" and place in known.halves
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """Builds the graph of one step after the other for one plan.
+
+    Attributes
+    ----------
+    prefix : str
+        Eight hexadecimal digits that tell this attempt at the run from any other.
+    programs, refs
+        The stages.
+    limits : tuple of int
+        Micro-batches in flight, by stage.
+    halved : tuple of bool
+        Whether backwards come in two halves, by stage.
+    clip_norm : float | None
+    scaled : bool
+        Whether the loss is scaled (fp16).
+    parameter_order : tuple of str
+        Names of the trainable parameters in the model's order.
+    read_batch : callable or None
+        ``read_batch(stage)`` gives a stage's `Neighbours.read_batch`, where workers read the data.
+    """
+
+    prefix: str
+    programs: Sequence[StageProgram]
+    refs: Sequence[StageRef]
+    limits: Sequence[int]
+    halved: Sequence[bool]
+    clip_norm: float | None = None
+    scaled: bool = False
+    parameter_order: tuple[str, ...] = field(default=())
+    read_batch: Callable[[int], Callable[[int, int], TensorDict]] | None = None
+
+    def key(self, kind: str, step: int, stage: int, *more: str | int) -> Key:
+        return (f"{kind}-{self.prefix}", step, stage, *more)
+
+    def update_keys(self, step: int) -> list[Key]:
+        return [self.key("update", step, stage) for stage in range(len(self.programs))]
+
+    def report_key(self, step: int) -> Key:
+        return self.key("report", step, self.loss_stage)
+
+    def decision_key(self, step: int) -> Key:
+        return self.key("decide", step, self.loss_stage)
+
+    @property
+    def journal(self) -> int:
+        """Steps whose entries are written together; 0 if there is no journal."""
+        return self.refs[0].journal
+
+    @cached_property
+    def loss_stage(self) -> int:
+        return next(p.stage for p in self.programs if p.loss is not None)
+
+    @cached_property
+    def decides(self) -> bool:
+        return self.clip_norm is not None or self.scaled
+
+    @cached_property
+    def loans(self) -> dict[int, dict[int, tuple[list[str], list[str]]]]:
+        """For each owner the borrowing stages, with the parameters' names and the uses' names."""
+        found: dict[int, dict[int, tuple[list[str], list[str]]]] = {}
+        for program in self.programs:
+            for use in program.parameters:
+                if use.owner != program.stage and use.trainable:
+                    names, uses = found.setdefault(use.owner, {}).setdefault(
+                        program.stage, ([], [])
+                    )
+                    uses.append(use.value)
+                    if use.parameter not in names:
+                        names.append(use.parameter)
+        return found
+
+    @cached_property
+    def neighbours(self) -> tuple[Neighbours, ...]:
+        """Return whom each stage has to do with besides its sources."""
+        return tuple(
+            Neighbours(
+                tuple(self.loans.get(program.stage, {})),
+                self.scaled and program.stage == self.loss_stage,
+                self.read_batch(program.stage) if self.read_batch is not None else None,
+            )
+            for program in self.programs
+        )
+
+    def again(self, prefix: str) -> StepGraph:
+        """Return the same graph under other keys: dask remembers those of tasks that were lost."""
+        return replace(self, prefix=prefix)
+
+    def restore(
+        self, stage: int, step: int, records: Sequence[StepRecord], turn: tuple[int, int]
+    ) -> dict[Key, Task]:
+        """Return the task that brings a stage to its weights after `step` steps.
+
+        `turn` grows with every rebuilding; see `dagflow_tasks.train.replay.restore`.
+        """
+        key = self.key("restore", step, stage)
+        call = (restore, self.refs[stage], step, tuple(records), self.neighbours[stage], turn)
+        return {key: task(key, *call)}
+
+    def progress(self, stage: int, step: int) -> dict[Key, Task]:
+        """Return the task that says how far a stage is on its worker."""
+        key = self.key("progress", step, stage)
+        return {key: task(key, progress, self.refs[stage])}
+
+    def step(self, inputs: StepInputs) -> dict[Key, Task]:
+        """Return the tasks of one step by key."""
+        return _StepBuilder(self, inputs).build()
+
+    def save(
+        self,
+        step: int,
+        *,
+        after_update: bool,
+        before: Sequence[Key] = (),
+        ready: Mapping[int, Key] | None = None,
+    ) -> dict[Key, Task]:
+        """Return the tasks that write every stage's state after `step` steps to the store.
+
+        A copy is taken first; the next step's update waits for that only.
+
+        Parameters
+        ----------
+        after_update : bool
+            Whether the last step is still in flight, so that they wait for it. Otherwise nothing is,
+            and nothing may follow before they are done: no copy is needed.
+        before
+            Earlier snapshots' tasks: memory holds one copy at a time.
+        ready
+            As in `StepInputs`.
+        """
+        dsk = {}
+        for ref in self.refs:
+            after = [key for key in before if key[2] == ref.stage]
+            if after_update:
+                after.append(self.key("update", step - 1, ref.stage))
+            elif ready and ref.stage in ready:
+                after.append(ready[ref.stage])
+            copy, save = self.key("copy", step, ref.stage), self.key("save", step, ref.stage)
+            if after_update:
+                dsk[copy] = task(copy, snapshots.copy_state, ref, StateRef(step), after=after)
+                after = [copy]
+            # The stage's name comes last: the task isn't part of the stage's work, see `tasks.call`.
+            dsk[save] = task(save, save_behind, StateRef(step), ref, after_update, after=after)
+        return dsk
+
+
+class _StepBuilder:
+    def __init__(self, graph: StepGraph, inputs: StepInputs) -> None:
+        self.graph = graph
+        self.inputs = inputs
+        self.k = inputs.step
+        self.dsk: dict[Key, Task] = {}
+
+    def build(self) -> dict[Key, Task]:
+        for program in self.graph.programs[:-1]:
+            for microbatch in self.inputs.microbatches:
+                self._forward(program, microbatch)
+        for program in reversed(self.graph.programs):
+            for microbatch in self.inputs.microbatches:
+                self._backward(program, microbatch)
+        if self.graph.decides and not self._decided_by():
+            self._decide()
+        for program in self.graph.programs:
+            self._update(program)
+        self._report()
+        return self.dsk
+
+    # Building blocks
+
+    def _add(
+        self, kind: str, stage: int, *more: str | int, call: tuple[Any, ...], after: Any = ()
+    ) -> Key:
+        key = self.graph.key(kind, self.k, stage, *more)
+        self.dsk[key] = task(key, *call, after=after)
+        return key
+
+    def _is_done(self, kind: str, stage: int, index: int = 0) -> bool:
+        standing = self.inputs.standing
+        return standing is not None and standing.has_done(kind, self.k, stage, index)
+
+    def _at(self, kind: str, stage: int, index: int, names: Sequence[str] | None = ()) -> TaskRef:
+        """Refer to a task's result, or to what it has sent, if it is done: the named tensors."""
+        if not self._is_done(kind, stage, index):
+            return TaskRef(self.graph.key(kind, self.k, stage, index))
+        wanted = "all" if names is None else "+".join(names)
+        key = self.graph.key("recall", self.k, stage, kind, index, wanted)
+        if key not in self.dsk:
+            asked = None if names is None else tuple(names)
+            call = (recall, self._ref(stage), self.k, kind, index, asked)
+            self._add("recall", stage, kind, index, wanted, call=call)
+        return TaskRef(key)
+
+    def _waiting_for(self, kind: str, stage: int, index: int) -> list[Key]:
+        if self._is_done(kind, stage, index):
+            return []
+        return [self.graph.key(kind, self.k, stage, index)]
+
+    def _ref(self, stage: int) -> StageRef:
+        return self.graph.refs[stage]
+
+    @property
+    def _state(self) -> StateRef:
+        return StateRef(self.k)
+
+    def _weights_ready(self, stage: int) -> list[Key]:
+        """Keys to wait for before a stage's weights are those of this step."""
+        standing = self.inputs.standing
+        if self.inputs.first or (standing is not None and standing.step(stage) >= self.k):
+            return [self.inputs.ready[stage]] if stage in self.inputs.ready else []
+        return [self.graph.key("update", self.k - 1, stage)]
+
+    def _values(self, program: StageProgram, index: int) -> list[Any]:
+        parts: list[Any] = [self.inputs.batch(program.stage, index)] if program.batch_inputs else []
+        parts += [self._boundary(source, program.stage, index) for source in program.sources]
+        return [*parts]
+
+    def _boundary(self, source: int, reader: int, index: int) -> TaskRef:
+        """Refer to the part of a stage's forward result that a reader needs."""
+        program = self.graph.programs[source]
+        names = program.values_for(reader)
+        result = self._at("forward", source, index, names)
+        if self._is_done("forward", source, index) or len(names) == len(program.outputs):
+            return result
+        return self._selected(FORWARD, source, reader, index, tasks.select_values, result, names)
+
+    def _gradient(self, source: int, reader: int, index: int) -> TaskRef:
+        """Refer to the part of a stage's backward result that another stage's backward needs."""
+        names = self.graph.programs[reader].gradients_from(source)
+        inputs = self.graph.programs[source].inputs
+        boundary = [i for i in inputs if i.source is not None and i.differentiable]
+        result = self._at("backward", source, index, names)
+        if self._is_done("backward", source, index) or len(names) == len(boundary):
+            return result
+        select = tasks.select_gradients
+        return self._selected(BACKWARD, source, reader, index, select, result, names)
+
+    def _selected(
+        self, kind: str, source: int, reader: int, index: int, select: Any, result: Any, names: Any
+    ) -> TaskRef:
+        key = self.graph.key("select", self.k, source, index, kind, reader)
+        if key not in self.dsk:
+            self._add("select", source, index, kind, reader, call=(select, result, names))
+        return TaskRef(key)
+
+    def _before(self, program: StageProgram, index: int) -> TaskRef | None:
+        if not program.mutated_buffers or index == 0:
+            return None
+        return self._there(program.stage, index - 1)
+
+    def _there(self, stage: int, index: int) -> TaskRef:
+        """Refer to the result that holds a forward's."""
+        last = stage == len(self.graph.programs) - 1
+        return self._at("backward" if last else "forward", stage, index)
+
+    def _begun_with(self, stage: int, index: int) -> Key | None:
+        """Return the forward that begins with the second half of a micro-batch's backward, if any."""
+        later = index + self.graph.limits[stage]
+        kind = "backward" if stage == len(self.graph.programs) - 1 else "forward"
+        if later >= len(self.inputs.microbatches) or self._is_done(kind, stage, later):
+            return None
+        return self.graph.key(kind, self.k, stage, later)
+
+    def _to_begin_with(self, program: StageProgram, index: int) -> list[Any] | None:
+        """Return the arguments of the second half that a forward begins with."""
+        stage, earlier = program.stage, index - self.graph.limits[program.stage]
+        if earlier < 0 or not self.graph.halved[stage] or self._is_done("weights", stage, earlier):
+            return None
+        return self._second_half(program, self.inputs.microbatches[earlier])[2:]
+
+    def _second_half(self, program: StageProgram, microbatch: Microbatch) -> list[Any]:
+        stage, index = program.stage, microbatch.index
+        return [
+            *self._inputs_of_backward(program, microbatch),
+            self._there(stage, index),
+            self._sums(stage, index - 1) if index else None,
+            *self._for_recomputing(program, index),
+        ]
+
+    def _in_flight_before(self, stage: int, index: int) -> list[Key]:
+        """Return what a forward waits for so that memory is bounded."""
+        earlier = index - self.graph.limits[stage]
+        return self._waiting_for("backward", stage, earlier) if earlier >= 0 else []
+
+    def _tied(self, program: StageProgram) -> list[Any]:
+        return [self._lent(owner, program.stage) for owner in program.lenders]
+
+    def _lent(self, owner: int, borrower: int) -> TaskRef:
+        lent = self._at("lend", owner, borrower, None)
+        if not self._is_done("lend", owner) and lent.key not in self.dsk:
+            names, _ = self.graph.loans[owner][borrower]
+            call = (tasks.lend_parameters, self._ref(owner), self._state, names, borrower)
+            self._add("lend", owner, borrower, call=call, after=self._weights_ready(owner))
+        return lent
+
+    # Tasks
+
+    def _forward(self, program: StageProgram, microbatch: Microbatch) -> None:
+        stage, index = program.stage, microbatch.index
+        if self._is_done("forward", stage, index):
+            return
+        call = (
+            tasks.forward,
+            self._ref(stage),
+            self._state,
+            microbatch,
+            self._values(program, index),
+            self._before(program, index),
+            self._tied(program),
+            self.graph.halved[stage],
+            self._to_begin_with(program, index),
+        )
+        after = self._weights_ready(stage) + self._in_flight_before(stage, index)
+        self._add("forward", stage, index, call=call, after=after)
+
+    def _backward(self, program: StageProgram, microbatch: Microbatch) -> None:
+        stage, index = program.stage, microbatch.index
+        if not self._is_done("backward", stage, index):
+            self._whole_or_first_half(program, microbatch)
+        if not self.graph.halved[stage] or self._is_done("weights", stage, index):
+            return
+        if self._begun_with(stage, index) is None:
+            call = (tasks.backward_weights, *self._second_half(program, microbatch))
+            after = self._waiting_for("backward", stage, index)
+            self._add("weights", stage, index, call=call, after=after)
+
+    def _whole_or_first_half(self, program: StageProgram, microbatch: Microbatch) -> None:
+        stage, index = program.stage, microbatch.index
+        halved = self.graph.halved[stage]
+        ahead = halved and self._begun_with(stage, index) is not None
+        previous = self._sums(stage, index - 1) if index and not halved else None
+        recompute = self._for_recomputing(program, index)
+        after: list[Key] = []
+        call: tuple[Any, ...]
+        if stage == len(self.graph.programs) - 1:
+            where = (self._ref(stage), self._state, microbatch, self._values(program, index))
+            weights = self._to_begin_with(program, index)
+            call = (tasks.forward_backward, *where, previous, *recompute, halved, ahead, weights)
+            after = self._weights_ready(stage)
+            if weights is not None:
+                after += self._in_flight_before(stage, index)
+        else:
+            where = self._inputs_of_backward(program, microbatch)
+            this = None if halved else self._there(stage, index)
+            call = (tasks.backward, *where, this, previous, *recompute, halved, ahead)
+            if self._is_done("forward", stage, index):
+                after = self._weights_ready(stage)
+            elif halved and self.inputs.standing is not None:
+                # A gradient that is recalled doesn't come by way of this stage's forward.
+                after = self._waiting_for("forward", stage, index)
+        self._add("backward", stage, index, call=call, after=after)
+
+    def _inputs_of_backward(self, program: StageProgram, microbatch: Microbatch) -> Any:
+        stage, index = program.stage, microbatch.index
+        gradients = [self._gradient(source, stage, index) for source in program.gradient_sources]
+        values = self._values(program, index)
+        return (self._ref(stage), self._state, microbatch, values, [*gradients])
+
+    def _for_recomputing(self, program: StageProgram, index: int) -> Any:
+        return (self._before(program, index), self._tied(program), self._scaling(program.stage))
+
+    def _scaling(self, stage: int) -> Any:
+        if not self.graph.scaled or stage != self.graph.loss_stage:
+            return None
+        return self._previous_decision()
+
+    def _previous_decision(self) -> Any:
+        if self.inputs.first:
+            return self.inputs.decision or Decision.initial(scaled=self.graph.scaled)
+        return TaskRef(self.graph.decision_key(self.k - 1))
+
+    def _sums(self, stage: int, index: int = -1) -> TaskRef:
+        """Refer to the gradient sums up to a micro-batch, the step's last by default."""
+        index %= len(self.inputs.microbatches)
+        if not self.graph.halved[stage]:
+            return self._at("backward", stage, index)
+        if not self._is_done("weights", stage, index):
+            key = self._begun_with(stage, index)
+            if key is not None:
+                return TaskRef(key)
+        return self._at("weights", stage, index)
+
+    def _borrowed(self, stage: int) -> list[Any]:
+        found = []
+        for borrower, (_, uses) in self.graph.loans.get(stage, {}).items():
+            returned = self._at("return", borrower, stage, None)
+            if not self._is_done("return", borrower) and returned.key not in self.dsk:
+                sums = self._sums(borrower)
+                call = (tasks.return_gradients, self._ref(borrower), sums, uses, stage)
+                self._add("return", borrower, stage, call=call)
+            found.append(returned)
+        return [*found]
+
+    def _decided_by(self) -> list[int]:
+        """Stages that know what was decided on this step: those that have gone on."""
+        standing = self.inputs.standing
+        stages = [program.stage for program in self.graph.programs]
+        return [s for s in stages if standing is not None and standing.step(s) > self.k]
+
+    def _decide(self) -> None:
+        norms = []
+        for program in self.graph.programs:
+            stage = program.stage
+            call = (
+                tasks.gradient_norms,
+                self._ref(stage),
+                self._sums(stage),
+                self._borrowed(stage),
+            )
+            norms.append(TaskRef(self._add("norms", stage, call=call)))
+        order = list(self.graph.parameter_order)
+        self._add(
+            "decide",
+            self.graph.loss_stage,
+            call=(
+                tasks.decide,
+                [*norms],
+                order,
+                self.graph.clip_norm,
+                self._previous_decision(),
+                self.graph.scaled,
+            ),
+        )
+
+    def _decision(self) -> TaskRef | None:
+        if not self.graph.decides:
+            return None
+        key = self.graph.decision_key(self.k)
+        knowing = self._decided_by()
+        if knowing and key not in self.dsk:
+            # Under the decision's own key: the next step asks for that.
+            self.dsk[key] = task(key, recall_decision, self._ref(knowing[0]), self.k)
+        return TaskRef(key)
+
+    def _update(self, program: StageProgram) -> None:
+        stage = program.stage
+        if self._is_done("update", stage):
+            return
+        last = len(self.inputs.microbatches) - 1
+        call = (
+            tasks.update,
+            self._ref(stage),
+            self._state,
+            self._sums(stage),
+            self.inputs.learning_rate,
+            self._borrowed(stage),
+            self._there(stage, last) if program.mutated_buffers else None,
+            self._decision(),
+        )
+        after = [self.graph.key("copy", self.k, stage)] if self.inputs.saved else []
+        # Once it has updated, a stage can't be asked for this step's gradients again.
+        owners = [owner for owner in program.lenders if not self._is_done("update", owner)]
+        after += [self.graph.key("return", self.k, stage, owner) for owner in owners]
+        self._add("update", stage, call=call, after=after)
+
+    def _report(self) -> None:
+        stage = self.graph.loss_stage
+        weights = [microbatch.weight for microbatch in self.inputs.microbatches]
+        updates = [self._updated(p.stage) for p in self.graph.programs]
+        call = (tasks.report, self.k, weights, self._sums(stage), [*updates], self._decision())
+        self._add("report", stage, call=call)
+
+    def _updated(self, stage: int) -> TaskRef:
+        if self._is_done("update", stage):
+            return self._at("update", stage, 0)
+        return TaskRef(self.graph.key("update", self.k, stage))
+
+
+def attempt_of(key: Key) -> str:
+    """Return the prefix of the graph that a key is of, see `StepGraph`."""
+    return str(key[0]).rpartition("-")[2]
+
+
+def task(key: Key, function: Callable[..., Any], *args: Any, after: Sequence[Key] = ()) -> Task:
+    """Return a dask task whose arguments may hold `TaskRef`s inside lists.
+
+    dask would make a task of every list; a step has tens of thousands of tasks, so references are
+    passed side by side instead, and put back into place on the worker.
+    """
+    references: list[TaskRef] = []
+
+    def template(argument: Any) -> Any:
+        if isinstance(argument, TaskRef):
+            references.append(argument)
+            return tasks.result_slot(len(references) - 1)
+        if isinstance(argument, list):
+            return tuple(template(item) for item in argument)
+        return argument
+
+    layout = tuple(template(argument) for argument in args)
+    waited_for = [TaskRef(name) for name in after]
+    return StepTask(key, tasks.call, function, layout, *references, *waited_for)
+
+
+class Priorities:
+    """Gives every key its place in the schedule, as dask understands it: higher goes first.
+
+    Travels with every graph, and is called on the scheduler: so it is what the schedule follows from,
+    and the scheduler makes the schedule itself, once for each plan.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._starts: Mapping[Key, float] = {}
+        self._span = 0.0
+
+    def __reduce__(self) -> Any:
+        return Priorities, (self._pipeline,)
+
+    def __call__(self, key: Key) -> float:
+        if not self._starts:
+            self._starts, self._span = _starts(self._pipeline)
+        kind, step, stage, *more = key
+        name = str(kind).partition("-")[0]
+        if name in _ACTIONS:
+            start = self._starts[(_ACTIONS[name], stage, more[0])]
+        elif name == "select":
+            start = -1.0  # a message, hardly any work: at once
+        else:
+            start = -1.0 if name in _AT_ONCE else self._span - 3
+        return -(int(str(step)) * self._span + start)
+
+
+@lru_cache(maxsize=4)
+def _starts(pipeline: Pipeline) -> tuple[Mapping[Key, float], float]:
+    """Return when each action of a step starts, and how far apart two steps are."""
+    schedule = pipeline.schedule()
+    starts: dict[Key, float] = {
+        (action.kind, action.stage, action.microbatch): start
+        for action, start in schedule.starts.items()
+    }
+    return starts, schedule.length + 4
+
+
+class Places:
+    """Gives every key the address of its stage's worker."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._addresses = list(addresses)
+
+    def __call__(self, key: Key) -> list[str]:
+        return [self._addresses[int(str(key[2]))]]

@@ -1,0 +1,1 @@
+"""Tensors as zarr arrays, compressed with blosc2 and checked when they are read."""

@@ -1,0 +1,1 @@
+"""One place on any file system: locations, documents, retries, and errors told apart."""

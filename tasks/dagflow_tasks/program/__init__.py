@@ -1,0 +1,1 @@
+"""Stage programs: what they may say, how they are checked, and how they are run."""

@@ -1,0 +1,1 @@
+"""The tasks of training, the state that they work on, and how it is rebuilt."""
