@@ -28,7 +28,9 @@ MOST_SECONDS = 10.0
 
 
 # Keys that heads share would go through another attention kernel while it is traced than when it runs.
-OWN_KEYS = {family: {"num_key_value_heads": 4} for family in ("qwen3_next", "minimax")}
+OWN_KEYS = {
+    family: {"num_key_value_heads": 4} for family in ("qwen3_next", "minimax", "recurrent_gemma")
+}
 # xLSTM's chunks of 64 tokens can't be trained: they are written in place.
 LONGER = {"xlstm": 40}
 

@@ -138,7 +138,7 @@ class Constant:
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> Constant:
         flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        data = bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
+        data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
         dtype = str(tensor.dtype).removeprefix("torch.")
         return cls(name, dtype, tuple(tensor.shape), data, odd_strides(tensor))
 
