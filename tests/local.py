@@ -78,3 +78,9 @@ def wait_until(
         if time.monotonic() > deadline:
             raise AssertionError(f"{what() if callable(what) else what}: not within {seconds:g} s")
         pause.wait(0.02)
+
+
+def wait_until_forgotten(cluster: LocalCluster) -> None:
+    """Wait until a scheduler knows no task."""
+    tasks = cluster.scheduler.tasks
+    wait_until(lambda: not tasks, lambda: f"the tasks {list(tasks)[:5]} are forgotten")

@@ -368,8 +368,8 @@ class Driver:
             journal_bytes=journal_bytes,
             journal_share=min(1.0, journal_seconds / seconds) if seconds else 0.0,
         )
-        # By hand: the frames of an earlier disturbance may still hold them.
-        release(batch.held.values())
+        # By hand: the frames of an earlier disturbance, or a traceback that a callback keeps, hold them.
+        release([*flight.futures.values(), *batch.held.values()])
         self.ledger.add(record, event.to_json())
         self.on_step(event)
         self._tell(StepDone(self._done))

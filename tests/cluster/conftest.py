@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import Client, LocalCluster
-from local import local_cluster, wait_until
+from local import local_cluster, wait_until_forgotten
 from once import once, what_a_dag_follows_from
 
 import dagflow.training.train  # noqa: F401
@@ -57,11 +57,6 @@ def client(cluster: LocalCluster) -> Iterator[Client]:
         # Bit for bit the same whichever process computes.
         connected.run(torch.set_num_threads, 1)
         yield connected
-
-
-def wait_until_forgotten(cluster: LocalCluster) -> None:
-    tasks = cluster.scheduler.tasks
-    wait_until(lambda: not tasks, lambda: f"the tasks {list(tasks)[:5]} are forgotten")
 
 
 @pytest.fixture(autouse=True)

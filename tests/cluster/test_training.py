@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import Client
+from distributed import Client, LocalCluster
+from local import wait_until_forgotten
 from small import LR, assert_same_run, batches, example, train, train_with_torch
 from zoo import Example, normed
 
@@ -267,3 +268,21 @@ def test_the_users_model_is_left_as_it_was(client: Client, tmp_path: Path) -> No
     }
     assert all(torch.equal(before[name], t) for name, t in of.model.state_dict().items())
     assert all(parameter.grad is None for parameter in of.model.parameters())
+
+
+def test_a_callback_that_keeps_its_traceback_keeps_no_task(
+    cluster: LocalCluster, client: Client, tmp_path: Path
+) -> None:
+    """A traceback keeps the frames of all callers, and these keep what they name."""
+    kept = []
+
+    def callback(event: dagflow.StepEvent) -> None:
+        try:
+            raise LookupError(event.step)
+        except LookupError as error:
+            kept.append(error)
+
+    of = example()
+    train(of, batches(of, 3), tmp_path / "run", client=client, callbacks=[callback])
+    assert len(kept) == 3
+    wait_until_forgotten(cluster)
