@@ -47,8 +47,9 @@ if TYPE_CHECKING:
     from dagflow.swarm.clusters import ClusterSettings
     from dagflow.training.data import TokenDataset
     from dagflow.training.events import StepEvent
+    from dagflow.training.result import TrainResult
     from dagflow.training.settings import Config
-    from dagflow.training.train import TrainResult, train
+    from dagflow.training.train import train
     from dagflow_storage import Retention
     from dagflow_tasks.train.optimizer import Optimizer, Schedule
     from dagflow_tasks.train.references import DAGFLOW_VERSION as __version__
@@ -138,10 +139,8 @@ _HOMES = {
     "dagflow.training.data": ("TokenDataset",),
     "dagflow.training.events": ("StepEvent",),
     "dagflow.training.settings": ("Config",),
-    "dagflow.training.train": (
-        "TrainResult",
-        "train",
-    ),
+    "dagflow.training.result": ("TrainResult",),
+    "dagflow.training.train": ("train",),
     "dagflow.models.weight_files": ("empty_weights",),
     "dagflow.serving.answers": ("Token",),
     "dagflow.serving.deployment": ("Deployment",),

@@ -22,8 +22,8 @@ from dagflow.plan.plan import Plan
 from dagflow.plan.training_memory import by_worker
 from dagflow.swarm.workers import WorkerFacts
 from dagflow.training import training
+from dagflow.training.attempts import make_plan
 from dagflow.training.settings import Config, Mathematics
-from dagflow.training.train import make_plan
 from dagflow_tasks.train.optimizer import Optimizer, Schedule
 
 MATHEMATICS = Mathematics(Optimizer("AdamW", lr=0.01), Schedule(), None, 8, "fp32", 0)
