@@ -12,7 +12,8 @@ from typing import Any
 
 from dagflow_storage import is_pausing
 
-_TICK_SECONDS = 0.5
+# Whoever waits looks around so often: for Ctrl-C, and for who has come or gone.
+TICK_SECONDS = 0.5
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Interrupts:
             Waits for it as many seconds as it is given, and tells whether it is done.
         """
         deadline = time.monotonic() + seconds
-        while not is_done(_TICK_SECONDS):
+        while not is_done(TICK_SECONDS):
             self.heed()
             if time.monotonic() > deadline:
                 return False

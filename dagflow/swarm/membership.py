@@ -16,11 +16,10 @@ from distributed import Client, Future
 
 from dagflow.errors import SchedulerLost
 from dagflow.swarm.clusters import in_background, scheduler_info
+from dagflow.swarm.interrupts import TICK_SECONDS
 from dagflow.swarm.watch import TOPIC
 
 _REFRESH_SECONDS = 10.0
-# Interrupts are heeded and the roster is looked at this often; news wakes whoever waits at once.
-_TICK_SECONDS = 0.5
 _FRUITLESS_TICKS = 10
 
 
@@ -139,11 +138,11 @@ class Membership:
         future.add_done_callback(lambda _: self._news.set())
         while not future.done():
             look_around()
-            self.wait(_TICK_SECONDS)
+            self.wait(TICK_SECONDS)
         fetching = in_background(self.client, self.client.gather(future, asynchronous=True))
         try:
             for _ in range(_FRUITLESS_TICKS):
-                if wait([fetching], _TICK_SECONDS).done:
+                if wait([fetching], TICK_SECONDS).done:
                     return fetching.result()
                 look_around()
         finally:

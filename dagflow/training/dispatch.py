@@ -122,6 +122,17 @@ class Dispatch:
             self._look_around()
             raise Disturbed(str(error), self._failure(error, future)) from error
 
+    def check_scheduler(self, why: str, cause: BaseException | None) -> None:
+        """Refuse to ask a scheduler that isn't there, or is another than the one we knew.
+
+        Raises
+        ------
+        SchedulerLost
+        """
+        if self.client.status != "running" or CONNECTION_LOST in why:
+            address = self.client.scheduler.address
+            raise SchedulerLost(f"The scheduler at {address} went away.") from cause
+
     def _failure(self, error: Exception, future: Future) -> recovery.WorkFailed:
         assignment, cause = self._cause(future)
         why = f"{type(error).__name__}: {error}"

@@ -7,7 +7,6 @@ the driver tells it what happens, and carries out what it says.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import time
@@ -19,48 +18,26 @@ from typing import Any
 
 from distributed import Client, Future
 
-from dagflow.errors import NonFiniteLoss, SchedulerLost, WorkersLost
-from dagflow.swarm.clusters import ask_workers, in_background, scheduler_info
+from dagflow.errors import NonFiniteLoss, WorkersLost
 from dagflow.swarm.interrupts import Interrupts
 from dagflow.swarm.membership import Membership
+from dagflow.training import recovery_protocol as protocol
+from dagflow.training.copies import Copies
+from dagflow.training.disowning import disown, drop_from_memory
 from dagflow.training.dispatch import CONNECTION_LOST, Dispatch, Disturbed, release
 from dagflow.training.events import StepEvent
 from dagflow.training.feed import Feed, StepBatch
+from dagflow.training.journal_watch import JournalWatch
 from dagflow.training.ledger import Ledger
-from dagflow.training.recovery import NUMBERS_LEFT_RANGE, Recovery
-from dagflow.training.recovery_protocol import (
-    Assign,
-    Copied,
-    Copy,
-    Disown,
-    Drained,
-    End,
-    Event,
-    Forget,
-    Hold,
-    Instruction,
-    Progress,
-    Release,
-    ResultLost,
-    Resume,
-    Resumed,
-    Roster,
-    Say,
-    SnapshotCommitted,
-    Stall,
-    StepDone,
-    Stop,
-    Stopped,
-    Wait,
-)
+from dagflow.training.lookout import Lookout
+from dagflow.training.non_finite import where_numbers_left_range
+from dagflow.training.recovery import Recovery
 from dagflow.training.saving import Saving
 from dagflow.training.step_graph import Key, Priorities, Standing, StepGraph, StepInputs
 from dagflow_storage import Lease, LeaseUnconfirmed, RunDirectory, ShardRecord
-from dagflow_storage.records.journal import delete_segments
 from dagflow_tasks.train.optimizer import Schedule
-from dagflow_tasks.train.references import StageRef
-from dagflow_tasks.train.replay import StageProgress, StepRecord, drop_stage
-from dagflow_tasks.train.results import Decision, JournalStats, StepReport
+from dagflow_tasks.train.replay import StageProgress, StepRecord
+from dagflow_tasks.train.results import Decision, StepReport
 from dagflow_tasks.train.tasks import learning_rate_factor
 from dagflow_tasks.train.worker_journal import JOURNAL
 
@@ -69,7 +46,6 @@ from dagflow_tasks.train.worker_journal import JOURNAL
 # nothing is in flight, and the next step starts from the workers' state.
 _LINEAGE_TASKS = 20_000
 _LINEAGE_STEPS = 64
-_DISOWN_SECONDS = 5.0
 
 
 @dataclass
@@ -144,25 +120,22 @@ class Driver:
     recovery: Recovery = field(init=False)
     dispatch: Dispatch = field(init=False)
     saving: Saving = field(init=False)
-    _duty: Instruction | None = None  # to be carried out before anything else; the latest counts
+    _copies: Copies = field(init=False)
+    _lookout: Lookout = field(init=False)
+    _journals: JournalWatch = field(init=False)
+    _duty: protocol.Instruction | None = None  # comes before anything else; the latest counts
     _error: BaseException | None = None
     _is_holding: bool = False
-    _copies: dict[int, Future] = field(default_factory=dict)
-    _arriving: set[int] = field(default_factory=set)  # copies that `Recovery` waits for
     _flights: deque[_Flight] = field(default_factory=deque)
     _ready: dict[int, Future] = field(default_factory=dict)
     _restored: list[Future] = field(default_factory=list)
     _known: dict[int, StageProgress] = field(default_factory=dict)
     _standing: Standing | None = None
     _lineage: tuple[int, int] = (0, 0)
-    _journals: dict[str, JournalStats] = field(default_factory=dict)
-    _trouble: str = ""
     _done: int = 0
     _next: int = 0
     _exhausted: bool = False
     _clock: float = 0.0
-    _limits: dict[str, int] = field(default_factory=dict)
-    _asked_of: Collection[str] = ()
 
     def __post_init__(self) -> None:
         self.dispatch = Dispatch(
@@ -185,6 +158,9 @@ class Driver:
             self.write_extra,
             self._committed,
         )
+        self._copies = Copies(self.dispatch, self.addresses, self.ledger, self._turn)
+        self._lookout = Lookout(self.client, self.membership, self.memory)
+        self._journals = JournalWatch(self.ledger, self.note)
         self._begin_at(0)
 
     def _begin_at(self, step: int) -> None:
@@ -251,8 +227,7 @@ class Driver:
             self._let_go()
             self._flights.clear()
             self.saving.drop_all()
-            release(self._copies.values())
-            self._copies.clear()
+            self._copies.release_all()
             self._error = None
 
     # Steps
@@ -261,7 +236,7 @@ class Driver:
         """Submit what may be, finish a step, and tell whether the run is done."""
         if self._is_holding and not self._flights:
             self._is_holding = False
-            self._tell(Drained())
+            self._tell(protocol.Drained())
         while not self._exhausted and (last_step is None or self._next < last_step):
             if len(self._flights) >= self.lookahead_steps or self._is_holding:
                 break
@@ -282,7 +257,7 @@ class Driver:
         try:
             batch = self.feed.prepare(self._next, self.dispatch.graph)
         except WorkersLost as error:
-            raise Disturbed(str(error), ResultLost(str(error))) from error
+            raise Disturbed(str(error), protocol.ResultLost(str(error))) from error
         if batch is None:
             self._exhausted = True
             return False
@@ -341,7 +316,7 @@ class Driver:
         seconds, self._clock = now - self._clock, now
         skipped = report.decision is not None and not report.decision.apply
         if not math.isfinite(report.loss) and not skipped:
-            raise NonFiniteLoss(_not_finite(report))
+            raise NonFiniteLoss(where_numbers_left_range(report))
         self.decision = report.decision
         # From here on the step is done, whatever happens to its workers.
         self._flights.popleft()
@@ -356,7 +331,7 @@ class Driver:
         for ref in graph.refs:
             JOURNAL.end_step(ref, flight.step)  # of what the driver itself has put there
         record = StepRecord(flight.step, batch.microbatches, factor, report.decision, batch.samples)
-        journal_bytes, journal_seconds = self._journal_since(report)
+        journal_bytes, journal_seconds = self._journals.since_last(report)
         event = StepEvent(
             step=flight.step + 1,
             loss=report.loss,
@@ -372,22 +347,7 @@ class Driver:
         release([*flight.futures.values(), *batch.held.values()])
         self.ledger.add(record, event.to_json())
         self.on_step(event)
-        self._tell(StepDone(self._done))
-
-    def _journal_since(self, report: StepReport) -> tuple[int, float]:
-        """Return what all journals have written since the last report, and the busiest's seconds."""
-        num_bytes, seconds = 0, 0.0
-        for stats in {s.process: s for s in report.journal.values()}.values():
-            before = self._journals.get(stats.process, JournalStats())
-            num_bytes += max(0, stats.num_bytes - before.num_bytes)
-            seconds = max(seconds, stats.seconds - before.seconds)
-            if stats.trouble and stats.trouble != before.trouble:
-                self.note(f"A worker's journal can't be written at present: {stats.trouble}")
-            self._journals[stats.process] = stats
-        if self.ledger.trouble and self.ledger.trouble != self._trouble:
-            self.note(f"The ledger can't be written at present: {self.ledger.trouble}")
-        self._trouble = self.ledger.trouble
-        return num_bytes, seconds
+        self._tell(protocol.StepDone(self._done))
 
     # What happens to the swarm
 
@@ -401,41 +361,23 @@ class Driver:
         """
         self.interrupts.heed()
         if self.client.status != "running":
-            raise Disturbed(CONNECTION_LOST, ResultLost(CONNECTION_LOST))
-        with contextlib.suppress(OSError):  # of a connection that is about to be noticed as lost
-            self.membership.refresh_if_old()
-        self._tell(self._roster())
-        for number in [n for n in self._arriving if self._copies[n].done()]:
-            self._arriving.discard(number)
-            self._tell(Copied(number, self._copies[number].status == "finished"))
-
-    def _roster(self) -> Roster:
-        present, stalled = self.membership.seen()
-        memory = self._memory(present)
-        stalls = {a: Stall(news["seconds"], news["silent"]) for a, news in stalled.items()}
-        return Roster({address: memory.get(address) for address in present}, stalls)
-
-    def _memory(self, present: Collection[str]) -> dict[str, int]:
-        """Return the memory of each worker that says how much it has."""
-        if self._asked_of is not present:  # which is replaced, not changed
-            self._asked_of = present
-            workers = scheduler_info(self.client)["workers"]
-            limits = {address: info.get("memory_limit") for address, info in workers.items()}
-            self._limits = {address: limit for address, limit in limits.items() if limit}
-        return {**self._limits, **self.memory}
+            raise Disturbed(CONNECTION_LOST, protocol.ResultLost(CONNECTION_LOST))
+        self._tell(self._lookout.look())
+        for copied in self._copies.arrived():
+            self._tell(copied)
 
     def _take_in(self, disturbance: Disturbed) -> None:
         """Tell what has disturbed the steps in flight, unless `Recovery` has said so itself."""
         if disturbance.event is None:
             return
         self._error = disturbance.__cause__
-        for event in (disturbance.event, ResultLost(str(disturbance))):
+        for event in (disturbance.event, protocol.ResultLost(str(disturbance))):
             with contextlib.suppress(Disturbed):
                 self._tell(event)
             if self._duty is not None:  # else it has been told before
                 return
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: protocol.Event) -> None:
         """Tell what has happened, and do what is to be done about it.
 
         Raises
@@ -445,63 +387,47 @@ class Driver:
         """
         for instruction in self.recovery.handle(event, time.monotonic()):
             match instruction:
-                case Say(text):
+                case protocol.Say(text):
                     self.note(text)
-                case Hold():
+                case protocol.Hold():
                     self._is_holding = True
-                case Copy():
-                    self._begin_copy(instruction)
-                case Release(number):
-                    self._arriving.discard(number)
-                    self._copies.pop(number).release()
-                case Forget(stage, address):
-                    self._have_forgotten(stage, address)
-                case Disown(stage, address):
-                    self._disown(stage, address)
+                case protocol.Copy():
+                    self._copies.begin(instruction)
+                case protocol.Release(number):
+                    self._copies.release(number)
+                case protocol.Forget(stage, address):
+                    drop_from_memory(self.client, self.graph.refs[stage], self._turn(), address)
+                case protocol.Disown(stage, address):
+                    disown(self.client, self.run.store, self.graph.refs[stage], self._done, address)
                 case _:
                     self._duty = instruction
         if self._duty is not None:
             raise Disturbed(getattr(self._duty, "why", type(self._duty).__name__))
 
-    def _carry_out(self, instruction: Instruction) -> None:
+    def _carry_out(self, instruction: protocol.Instruction) -> None:
         match instruction:
-            case Stop(why):
-                self._check_scheduler(why)
+            case protocol.Stop(why):
+                self.dispatch.check_scheduler(why, self._error)
                 self.note(why)
                 self._is_holding = False
                 self._let_go()
                 self.saving.drop_uncopied()
-                self._ask_who_is_there()
-                self._tell(Stopped())
-            case Wait(seconds):
+                self._tell(self._lookout.look_now())
+                self._tell(protocol.Stopped())
+            case protocol.Wait(seconds):
                 self.membership.wait(seconds)
                 self.interrupts.heed()
                 with contextlib.suppress(OSError):
-                    self._ask_who_is_there()
-            case Assign():
+                    self._tell(self._lookout.look_now())
+            case protocol.Assign():
                 self._assign(instruction)
-            case Resume():
+            case protocol.Resume():
                 self._resume(instruction)
-            case End(error):
+            case protocol.End(error):
                 if error is not None:
                     raise error from self._error
                 assert self._error is not None
                 raise self._error
-
-    def _ask_who_is_there(self) -> None:
-        self.membership.refresh()
-        self._tell(self._roster())
-
-    def _check_scheduler(self, why: str) -> None:
-        """Refuse to ask a scheduler that isn't there, or is another than the one we knew.
-
-        Raises
-        ------
-        SchedulerLost
-        """
-        if self.client.status != "running" or CONNECTION_LOST in why:
-            address = self.client.scheduler.address
-            raise SchedulerLost(f"The scheduler at {address} went away.") from self._error
 
     def _let_go(self) -> None:
         """Release every result that is waited for; dask forgets their tasks."""
@@ -512,7 +438,7 @@ class Driver:
         self._ready.clear()
         self._restored.clear()
 
-    def _assign(self, assign: Assign) -> None:
+    def _assign(self, assign: protocol.Assign) -> None:
         """Give stages other owners, and ask the others how far they are."""
         if not self.interrupts.until(JOURNAL.flush, self.wait_seconds):
             raise WorkersLost(f"The journal can't be written: {JOURNAL.stats().trouble}")
@@ -530,9 +456,9 @@ class Driver:
         finally:
             release(futures.values())
         self._known = {progress.stage: progress for progress in found}
-        self._tell(Progress(assign.number, {s: p.step for s, p in self._known.items()}))
+        self._tell(protocol.Progress(assign.number, {s: p.step for s, p in self._known.items()}))
 
-    def _resume(self, resume: Resume) -> None:
+    def _resume(self, resume: protocol.Resume) -> None:
         """Have stages rebuilt, and submit what is left of the steps in flight."""
         begins = {stage: StageProgress(stage, self._done) for stage in resume.rebuild}
         self._standing = Standing({**self._known, **begins})
@@ -542,12 +468,12 @@ class Driver:
             try:
                 again = self.feed.prepare_again(flight.batch, flight.step, graph, resume.resend)
             except WorkersLost as error:
-                raise Disturbed(str(error), ResultLost(str(error))) from error
+                raise Disturbed(str(error), protocol.ResultLost(str(error))) from error
             kept = {id(future) for future in again.held.values()}
             release(f for f in flight.batch.held.values() if id(f) not in kept)
             flight.batch = again
             self._submit(flight, first=number == 0)
-        self._tell(Resumed(resume.assignment))
+        self._tell(protocol.Resumed(resume.assignment))
 
     def _turn(self) -> tuple[int, int]:
         """Return a number that grows with every rebuilding of this run, whoever drives it."""
@@ -562,61 +488,6 @@ class Driver:
         futures = self.dispatch.submit(dsk)
         self._ready = {int(str(key[2])): future for key, future in futures.items()}
 
-    def _begin_copy(self, copy: Copy) -> None:
-        """Have a stage rebuilt on a worker that isn't its owner."""
-        graph = self.graph.again(uuid.uuid4().hex[:8])
-        records = () if copy.by_snapshot else self.ledger.before(copy.num_steps)
-        dsk = graph.restore(copy.stage, copy.num_steps, records, self._turn())
-        places = list(self.addresses)
-        places[copy.stage] = copy.address
-        (self._copies[copy.number],) = self.dispatch.submit(dsk, addresses=places).values()
-        self._arriving.add(copy.number)
-
-    def _have_forgotten(self, stage: int, address: str) -> None:
-        """Have a worker drop a stage from its memory; nobody waits for that."""
-        # Workers of one process have one memory.
-        if self.client.status != "running" or address.startswith("inproc://"):
-            return
-        forgetting = self.client.run(
-            _drop_stage,
-            self.graph.refs[stage],
-            self._turn(),
-            workers=[address],
-            on_error="ignore",
-            asynchronous=True,
-        )
-        in_background(self.client, forgetting)
-
-    def _disown(self, stage: int, address: str) -> None:
-        """Make sure that whoever is rebuilt doesn't read what a stage has sent from the journal."""
-        ref = self.graph.refs[stage]
-        ask_workers(self.client, _disown, ref.run_id, stage, self._done, addresses=[address])
-        # The stage's batches, which the driver has written, go with the rest; they are sent again.
-        JOURNAL.disown(ref.run_id, stage, self._done, _DISOWN_SECONDS)
-        delete_segments(self.run.store, ref.plan, self._done, stage)
-
     def _committed(self, step: int, under_way: Collection[int]) -> None:
         self.after_commit(step, under_way)
-        self._tell(SnapshotCommitted(step))
-
-
-async def _disown(run_id: str, stage: int, from_step: int) -> None:
-    """Have a worker's journal drop what a stage sent; runs on the worker."""
-    await asyncio.to_thread(JOURNAL.disown, run_id, stage, from_step, _DISOWN_SECONDS)
-
-
-async def _drop_stage(ref: StageRef, turn: tuple[int, int]) -> None:
-    """Have a worker drop a stage from its memory; runs on the worker."""
-    await asyncio.to_thread(drop_stage, ref, turn)
-
-
-def _not_finite(report: StepReport) -> str:
-    where = "the loss itself"
-    if report.non_finite:
-        stage = min(report.non_finite)
-        microbatches = ", ".join(map(str, report.non_finite[stage]))
-        where = f"stage {stage}, micro-batch {microbatches}"
-    return (
-        f"The loss of step {report.step} is {report.loss}; the numbers first left the finite range in "
-        f"{where}. {NUMBERS_LEFT_RANGE}"
-    )
+        self._tell(protocol.SnapshotCommitted(step))

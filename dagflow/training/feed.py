@@ -19,6 +19,7 @@ from dagflow.graph.signature import match_batch
 from dagflow.microbatches.loss_weight import LossWeights
 from dagflow.swarm.clusters import in_background
 from dagflow.swarm.dask_internals import Task, TaskRef
+from dagflow.swarm.interrupts import TICK_SECONDS
 from dagflow.training.data import BatchStream, TokenDataset, num_rows, read_rows, split_rows
 from dagflow.training.seen import SeenBatches
 from dagflow.training.step_graph import Key, StepGraph, task
@@ -28,8 +29,6 @@ from dagflow_tasks.tensors import TensorDict
 from dagflow_tasks.train.references import Microbatch
 from dagflow_tasks.train.tasks import tensors_of
 from dagflow_tasks.train.worker_journal import JOURNAL, EntryKey, Sent
-
-_TICK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class StreamFeed(Feed):
         sending = self._client.scatter(data, workers=[address], hash=False, asynchronous=True)
         pending = in_background(self._client, sending)
         try:
-            while not wait([pending], _TICK_SECONDS).done:
+            while not wait([pending], TICK_SECONDS).done:
                 self.look_around()
             try:
                 futures: Sequence[Any] = pending.result()

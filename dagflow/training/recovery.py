@@ -17,6 +17,8 @@ from enum import Enum, auto
 
 from dagflow.errors import NonFiniteLoss, TaskFailed, WorkersLost
 from dagflow.plan.placement import NoRoom, choose_spares, place_again, spare_for
+from dagflow.swarm.interrupts import TICK_SECONDS
+from dagflow.training.non_finite import NUMBERS_LEFT_RANGE
 from dagflow.training.recovery_protocol import (
     Assign,
     Copied,
@@ -44,18 +46,10 @@ from dagflow.training.recovery_protocol import (
     WorkFailed,
 )
 
-# Waiting for workers, the run looks at who is there so often; news wakes it at once.
-TICK_SECONDS = 0.5
-# A step that so many workers in turn have not survived, or that was taken up again so often without
-# a worker being lost, isn't unlucky.
+# A step that so many workers have not survived, or taken up again so often with none lost: no bad luck.
 MAX_LOSSES_A_STEP = 12
 MAX_TROUBLES_A_STEP = 5
 STALLED = "it has stalled"
-
-NUMBERS_LEFT_RANGE = (
-    "The weights of the last snapshot are good. Lower the learning rate, clip gradients "
-    "(clip_grad_norm=1.0), or look at that step's data; then train again with the same store."
-)
 
 
 class Phase(Enum):
@@ -452,17 +446,14 @@ class Recovery:
         """Give every stage that is lost or about to move a new owner, or wait for one with room."""
         self._forgive_if_alone()
         lost = self._missing() | self._wrong
-        ready_moves = {s for s, copy in self._moves().items() if copy.is_there}
-        moved = ready_moves - lost
+        ready_moves = {s: c.address for s, c in self._moves().items() if c.is_there}
+        moved = ready_moves.keys() - lost
         usable, wanted = self.usable(), "All workers are gone"
-        ready = {copy.stage: copy.address for copy in self._copies.values() if copy.is_there}
-        ready |= {stage: copy.address for stage, copy in self._moves().items() if copy.is_there}
+        ready = {c.stage: c.address for c in self._copies.values() if c.is_there} | ready_moves
         if usable:
+            sizes = self._stage_bytes, self._roster.memory
             try:
-                memory = self._roster.memory
-                owners = place_again(
-                    self.owners, lost | moved, usable, ready, self._stage_bytes, memory
-                )
+                owners = place_again(self.owners, lost | moved, usable, ready, *sizes)
             except NoRoom as error:
                 wanted = str(error)
             else:
@@ -499,8 +490,7 @@ class Recovery:
                 instructions += self._call_off(copy)
         instructions += self._forget([(stage, before[stage]) for stage in sorted(placed)])
         ask = frozenset(range(len(self.owners))) - placed
-        assign = Assign(self.assignment, tuple(self.owners), ask, frozenset(moved))
-        return [*instructions, assign]
+        return [*instructions, Assign(self.assignment, tuple(owners), ask, frozenset(moved))]
 
     def _resume(self, num_steps: Mapping[int, int]) -> list[Instruction]:
         well = {stage for stage, known in num_steps.items() if known >= self.num_steps}

@@ -10,11 +10,10 @@ from typing import Any
 from distributed import Future
 
 from dagflow.errors import TransientError, WorkersLost
-from dagflow.swarm.interrupts import Interrupts
+from dagflow.swarm.interrupts import TICK_SECONDS, Interrupts
 from dagflow.swarm.membership import Membership
 from dagflow.training.dispatch import Dispatch, release
 from dagflow.training.ledger import Ledger
-from dagflow.training.recovery import TICK_SECONDS
 from dagflow.training.step_graph import Key
 from dagflow_storage import (
     Lease,

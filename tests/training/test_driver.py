@@ -24,12 +24,12 @@ def test_a_stage_is_copied_while_its_worker_is_slow_and_let_go_of_when_it_is_bac
     said: list[str] = []
     driver.note = said.append
     membership.hear(stalled("a"))
-    driver._tell(driver._roster())
+    driver._tell(driver._lookout.roster())
     (copy,) = swarm.handed_out
     assert (copy.key[0].partition("-")[0], *copy.key[1:]) == ("restore", 0, 0)
     assert not copy.released
     membership.hear((0.0, {"action": "recovered", "worker": "a"}))
-    driver._tell(driver._roster())
+    driver._tell(driver._lookout.roster())
     assert copy.released
     assert said[-1] == "The worker a is back, with stage 0."
 
@@ -39,7 +39,7 @@ def test_a_copy_that_is_there_ends_the_wait_for_the_slow_worker() -> None:
     membership = Membership(cast("Any", swarm), present={"a", "b", "c"})
     driver = driver_of(membership, ["a", "b"])
     membership.hear(stalled("a"))
-    driver._tell(driver._roster())
+    driver._tell(driver._lookout.roster())
     swarm.handed_out[0].status = "finished"
     swarm.status = "running"
     membership._refreshed = math.inf  # nobody asks this scheduler

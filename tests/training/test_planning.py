@@ -21,7 +21,7 @@ from dagflow.plan.partition import num_parts
 from dagflow.plan.plan import Plan
 from dagflow.plan.training_memory import by_worker
 from dagflow.swarm.workers import WorkerFacts
-from dagflow.training import training
+from dagflow.training import attempts
 from dagflow.training.attempts import make_plan
 from dagflow.training.settings import Config, Mathematics
 from dagflow_tasks.train.optimizer import Optimizer, Schedule
@@ -134,10 +134,10 @@ CLIENT = cast("Any", SimpleNamespace(scheduler=SimpleNamespace(address="tcp://sw
 def test_a_run_whose_last_large_worker_left_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     large, tiny = worker(0, 2 * whole_bytes()), worker(1, 1000)
     there = iter([[tiny], [tiny, large]])
-    monkeypatch.setattr(training, "roster", lambda *_: next(there))
-    monkeypatch.setattr(training, "_LOOK_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(attempts, "roster", lambda *_: next(there))
+    monkeypatch.setattr(attempts, "_LOOK_EVERY_SECONDS", 0.0)
     running = session(planned([large, tiny]))
-    plan, workers = training._Session._planned(running, CLIENT, [tiny])
+    plan, workers = attempts.Attempts._planned(running, CLIENT, [tiny])
     assert workers == [tiny, large]
     assert plan.placement == (1,)
     (said,) = running.line.said
@@ -147,13 +147,13 @@ def test_a_run_whose_last_large_worker_left_waits_for_one(monkeypatch: pytest.Mo
 
 def test_a_run_that_has_never_fitted_is_refused_at_once() -> None:
     with pytest.raises(StageTooLarge):
-        training._Session._planned(session(None), CLIENT, [worker(1, 1000)])
+        attempts.Attempts._planned(session(None), CLIENT, [worker(1, 1000)])
 
 
 def test_a_run_that_waits_in_vain_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = worker(1, 1000)
-    monkeypatch.setattr(training, "roster", lambda *_: [tiny])
-    monkeypatch.setattr(training, "_LOOK_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(attempts, "roster", lambda *_: [tiny])
+    monkeypatch.setattr(attempts, "_LOOK_EVERY_SECONDS", 0.0)
     running = session(planned([worker(0, 2 * whole_bytes())]), wait_seconds=-1.0)
     with pytest.raises(StageTooLarge, match="its worker has 1 kB"):
-        training._Session._planned(running, CLIENT, [tiny])
+        attempts.Attempts._planned(running, CLIENT, [tiny])
