@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dagflow.errors import CacheFull, RequestTooLarge
-from dagflow.plan import serving_memory as memory
+from dagflow.plan import serving_memory
 from dagflow.serving.pool import LEAST_SHARED_TOKENS, CachePool, Holder, common
 from dagflow_tasks.kernels.attention import BLOCK_TOKENS
 from dagflow_tasks.kernels.states import REACH_TOKENS
@@ -25,7 +25,7 @@ class Room(CachePool[Holder]):
         self.decided: list[tuple[Any, ...]] = []
         self.dropped: list[int] = []
         super().__init__(reuse, self.shared, self.taken_over, self.drop)
-        self.resize(memory.Room(blocks * ONE))
+        self.resize(serving_memory.Room(blocks * ONE))
 
     def shared(self, source: Holder, new: Holder, length: int) -> None:
         self.decided.append(("fork", source, length))
@@ -224,7 +224,7 @@ async def test_with_less_capacity_the_latest_sessions_leave_and_come_back_first(
     holders = [await room.admit(Holder(), ONE) for _ in range(4)]
     waiting = asyncio.create_task(room.admit(Holder(), ONE))
     await settle()
-    leaving = room.resize(memory.Room(2 * ONE))
+    leaving = room.resize(serving_memory.Room(2 * ONE))
     assert leaving == [holders[3], holders[2]]
     numbers = [room.leave(holder) for holder in leaving]
     settled = asyncio.create_task(room.settle())
@@ -247,7 +247,7 @@ async def test_with_less_capacity_the_latest_sessions_leave_and_come_back_first(
 @scenario(4)
 async def test_who_comes_back_and_can_never_fit_hears_of_it(room: Room) -> None:
     holder = await room.admit(Holder(), 3 * ONE)
-    assert room.resize(memory.Room(2 * ONE)) == [holder]
+    assert room.resize(serving_memory.Room(2 * ONE)) == [holder]
     room.forgotten(room.leave(holder))
     with pytest.raises(CacheFull, match=f"{3 * ONE} tokens are wanted.*{2 * ONE}"):
         await room.readmit(holder, 3 * ONE)
@@ -255,7 +255,7 @@ async def test_who_comes_back_and_can_never_fit_hears_of_it(room: Room) -> None:
 
 @scenario(4)
 async def test_with_states_only_what_can_be_gone_back_to_is_shared(room: Room) -> None:
-    room.resize(memory.Room(40 * ONE, session_tokens=ONE))
+    room.resize(serving_memory.Room(40 * ONE, session_tokens=ONE))
     source = room.computed(
         await room.admit(Holder(), ONE), [*PROMPT, *range(40, 40 + REACH_TOKENS)]
     )

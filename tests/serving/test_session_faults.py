@@ -20,7 +20,7 @@ from local import local_cluster, wait_until
 
 import dagflow
 from dagflow.errors import NoProgress
-from dagflow.serving import stage_server as service
+from dagflow.serving import stage_server
 from dagflow.serving.stage_server import num_tokens_computed
 
 PROMPT = [5, 17, 3, 42, 8, 23, 5, 17]
@@ -214,7 +214,7 @@ def test_a_beam_search_survives_a_loss(
 
 
 def hub_of(worker: Any) -> Any:
-    return service._hub(worker)
+    return stage_server._hub(worker)
 
 
 def forget_stage(dask_worker: Any) -> None:
@@ -252,10 +252,18 @@ def lose_all_but(num_passes: int, dask_worker: Any) -> None:
     hub.take = take
 
 
-def compute_for_ever(dask_worker: Any) -> None:
+def compute_for_ever_after(num_passes: int, dask_worker: Any) -> None:
+    stage_server._SHORT_SECONDS = 0.0  # never on the loop, which would be a frozen worker
     for running in hub_of(dask_worker)._stages.values():
-        running._last_seconds = float("inf")  # not on the loop, which would be a frozen worker
-        running._stage.run = lambda *_: threading.Event().wait(4)
+        run, left = running._stage.run, [num_passes]
+
+        def counted(*given: Any, run: Any = run, left: list[int] = left) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                threading.Event().wait(4)
+            return run(*given)
+
+        running._stage.run = counted
 
 
 def break_in_mid_answer(swarm: Swarm, stage: int, how: Callable[[Any], None]) -> list[int]:
@@ -302,7 +310,8 @@ def test_a_worker_that_computes_one_pass_for_ever_is_replaced(
 ) -> None:
     swarm.engine.placement.patience_seconds = 1.0
     before = swarm.address(1)
-    assert break_in_mid_answer(swarm, 1, compute_for_ever) == greedy(llama[0], PROMPT, NUM_NEW)
+    swarm.client.run(compute_for_ever_after, 6, workers=[before])
+    assert answer(swarm, lambda: None) == greedy(llama[0], PROMPT, NUM_NEW)
     assert swarm.address(1) != before
 
 

@@ -17,7 +17,7 @@ from local import local_client, wait_until
 from trust_models import tiny_llama
 
 import dagflow
-from dagflow.serving import stage_server as service
+from dagflow.serving import stage_server
 from dagflow.serving.stage_server import sessions_open, take_part
 from dagflow.swarm.dask_internals import connection_arguments
 from dagflow.swarm.links import CommClosedError, Link
@@ -220,7 +220,7 @@ def test_a_worker_forgets_a_driver_that_was_announced_and_never_came(
     with dagflow.Deployment(model, client, num_stages=2):
         pass  # workers know of sessions from now on
     address = sorted(client.scheduler_info()["workers"])[0]
-    monkeypatch.setattr(service, "UNPROVEN_SECONDS", 0.2)
+    monkeypatch.setattr(stage_server, "UNPROVEN_SECONDS", 0.2)
     client.run(take_part, "gone", Issuer().credentials(address), workers=[address])
     assert client.run(secrets_kept)[address] == 1
     wait_until(lambda: set(client.run(secrets_kept).values()) == {0}, "it is forgotten")
