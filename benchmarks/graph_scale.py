@@ -23,7 +23,9 @@ from torch import nn
 
 import dagflow
 from dagflow.plan.plan import Plan
-from dagflow.training.step_graph import Places, Priorities, StepGraph, StepInputs
+from dagflow.training.dask_tasks import Places, Priorities
+from dagflow.training.step_graph import StepGraph
+from dagflow.training.step_inputs import StepInputs
 from dagflow_storage import Store
 from dagflow_tasks.tensors import TensorDict
 from dagflow_tasks.train.optimizer import Optimizer

@@ -18,12 +18,14 @@ from dagflow.graph.dag import OperatorDag
 from dagflow.plan.partition import Partition, partition, partition_by_operator
 from dagflow.plan.plan import Plan
 from dagflow.swarm import wire
-from dagflow.training.step_graph import Priorities, StepGraph, StepInputs
+from dagflow.training.dask_tasks import Priorities
+from dagflow.training.step_graph import StepGraph
+from dagflow.training.step_inputs import StepInputs
 from dagflow_storage import ShardRecord, Snapshot, Store, commit_snapshot
 from dagflow_tasks.kernels import onednn
 from dagflow_tasks.program import weight_gradients
 from dagflow_tasks.tensors import TensorDict
-from dagflow_tasks.train import snapshots, tasks
+from dagflow_tasks.train import exchange, snapshots
 from dagflow_tasks.train.cache import CACHE
 from dagflow_tasks.train.optimizer import Optimizer
 from dagflow_tasks.train.references import Microbatch, StageRef, StateRef, TaskSettings
@@ -125,7 +127,7 @@ class InlineRun:
         )
 
         def batch(stage: int, index: int) -> dict[str, torch.Tensor]:
-            named = tasks.tensors_of(flat[index])
+            named = exchange.tensors_of(flat[index])
             return {name: named[name] for name in self.cut[stage].batch_inputs}
 
         self.batches.append(flat)
@@ -170,7 +172,7 @@ class InlineRun:
         names = self.cut[stage].batch_inputs
 
         def read(step: int, index: int) -> TensorDict:
-            named = tasks.tensors_of(self.batches[step][index])
+            named = exchange.tensors_of(self.batches[step][index])
             return TensorDict({name: named[name] for name in names})
 
         return replace(self.graph.neighbours[stage], read_batch=read)

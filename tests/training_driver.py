@@ -15,9 +15,10 @@ from torch.nn.functional import mse_loss
 import dagflow
 from dagflow.plan.plan import Plan
 from dagflow.swarm.membership import Membership
+from dagflow.training.dask_tasks import Key, Priorities
 from dagflow.training.driver import Driver
 from dagflow.training.ledger import Ledger
-from dagflow.training.step_graph import Key, Priorities, StepGraph
+from dagflow.training.step_graph import StepGraph
 from dagflow_storage import RunDirectory, Store
 from dagflow_tasks.train.optimizer import Optimizer
 from dagflow_tasks.train.references import StageRef, TaskSettings

@@ -35,7 +35,7 @@ from dagflow.graph.dag import OperatorDag, Symbol
 from dagflow.graph.loss import LossFunction
 from dagflow.graph.signature import match_batch
 from dagflow_tasks.errors import TaskFailed
-from dagflow_tasks.train.tasks import tensors_of
+from dagflow_tasks.train.exchange import tensors_of
 
 # Gradients are compared of all parameters, or of as many as take this much memory.
 _GRADIENT_BYTES = 256 << 20

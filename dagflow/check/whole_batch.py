@@ -29,8 +29,8 @@ from dagflow.graph.dag import OperatorDag
 from dagflow.graph.loss import LossFunction
 from dagflow.graph.signature import match_batch
 from dagflow_tasks.errors import TaskFailed
+from dagflow_tasks.train.exchange import tensors_of
 from dagflow_tasks.train.references import Microbatch
-from dagflow_tasks.train.tasks import tensors_of
 
 
 @no_bare_errors()

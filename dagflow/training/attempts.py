@@ -35,6 +35,7 @@ from dagflow.runs.listing import foreign
 from dagflow.swarm.clusters import ask_workers, reconnect, roster
 from dagflow.swarm.membership import Membership
 from dagflow.swarm.workers import WorkerFacts
+from dagflow.training.dask_tasks import Priorities
 from dagflow.training.data import BatchStream, TokenDataset
 from dagflow.training.dispatch import Disturbed
 from dagflow.training.driver import Driver
@@ -46,7 +47,7 @@ from dagflow.training.opening import alias_names
 from dagflow.training.result import TrainResult
 from dagflow.training.seen import SeenBatches
 from dagflow.training.settings import Config, Mathematics
-from dagflow.training.step_graph import Priorities, StepGraph
+from dagflow.training.step_graph import StepGraph
 from dagflow_storage import (
     Lease,
     NotFound,

@@ -22,7 +22,7 @@ from dagflow.training.generators import (
 from dagflow.training.seen import SeenBatches
 from dagflow_storage import TokenArray, shown_url, write_tokens
 from dagflow_tasks.tensors import TensorDict
-from dagflow_tasks.train.tasks import tensors_of
+from dagflow_tasks.train.exchange import tensors_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from dagflow.swarm.dask_internals import cause_of
 from dagflow.swarm.membership import Membership, ResultGone
 from dagflow.swarm.watch import kind_of
 from dagflow.training import recovery_protocol as recovery
-from dagflow.training.step_graph import Key, Places, Priorities, StepGraph, attempt_of
+from dagflow.training.dask_tasks import Key, Places, Priorities, attempt_of
+from dagflow.training.step_graph import StepGraph
 
 # What dask says of every future of a client whose scheduler is gone.
 CONNECTION_LOST = "scheduler-connection-lost"

@@ -23,6 +23,7 @@ from dagflow.swarm.interrupts import Interrupts
 from dagflow.swarm.membership import Membership
 from dagflow.training import recovery_protocol as protocol
 from dagflow.training.copies import Copies
+from dagflow.training.dask_tasks import Key, Priorities
 from dagflow.training.disowning import disown, drop_from_memory
 from dagflow.training.dispatch import CONNECTION_LOST, Dispatch, Disturbed, release
 from dagflow.training.events import StepEvent
@@ -33,12 +34,13 @@ from dagflow.training.lookout import Lookout
 from dagflow.training.non_finite import where_numbers_left_range
 from dagflow.training.recovery import Recovery
 from dagflow.training.saving import Saving
-from dagflow.training.step_graph import Key, Priorities, Standing, StepGraph, StepInputs
+from dagflow.training.step_graph import StepGraph
+from dagflow.training.step_inputs import Standing, StepInputs
 from dagflow_storage import Lease, LeaseUnconfirmed, RunDirectory, ShardRecord
 from dagflow_tasks.train.optimizer import Schedule
 from dagflow_tasks.train.replay import StageProgress, StepRecord
 from dagflow_tasks.train.results import Decision, StepReport
-from dagflow_tasks.train.tasks import learning_rate_factor
+from dagflow_tasks.train.update import learning_rate_factor
 from dagflow_tasks.train.worker_journal import JOURNAL
 
 # The scheduler remembers every task from which one that is still wanted descends. A run's steps

@@ -20,14 +20,15 @@ from dagflow.microbatches.loss_weight import LossWeights
 from dagflow.swarm.clusters import in_background
 from dagflow.swarm.dask_internals import Task, TaskRef
 from dagflow.swarm.interrupts import TICK_SECONDS
+from dagflow.training.dask_tasks import Key, task
 from dagflow.training.data import BatchStream, TokenDataset, num_rows, read_rows, split_rows
 from dagflow.training.seen import SeenBatches
-from dagflow.training.step_graph import Key, StepGraph, task
+from dagflow.training.step_graph import StepGraph
 from dagflow_storage import shown_url
 from dagflow_tasks.program.stage_program import StageProgram
 from dagflow_tasks.tensors import TensorDict
+from dagflow_tasks.train.exchange import tensors_of
 from dagflow_tasks.train.references import Microbatch
-from dagflow_tasks.train.tasks import tensors_of
 from dagflow_tasks.train.worker_journal import JOURNAL, EntryKey, Sent
 
 

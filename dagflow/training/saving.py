@@ -12,9 +12,9 @@ from distributed import Future
 from dagflow.errors import TransientError, WorkersLost
 from dagflow.swarm.interrupts import TICK_SECONDS, Interrupts
 from dagflow.swarm.membership import Membership
+from dagflow.training.dask_tasks import Key
 from dagflow.training.dispatch import Dispatch, release
 from dagflow.training.ledger import Ledger
-from dagflow.training.step_graph import Key
 from dagflow_storage import (
     Lease,
     LeaseUnconfirmed,

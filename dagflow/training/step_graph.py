@@ -12,99 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
-from dagflow.plan.schedule import BACKWARD, FORWARD, WEIGHTS, Pipeline
+from dagflow.plan.schedule import BACKWARD, FORWARD
 from dagflow.swarm.behind import save_behind
-from dagflow.swarm.dask_internals import StepTask, Task, TaskRef
+from dagflow.swarm.dask_internals import Task, TaskRef
+from dagflow.training.dask_tasks import Key, task
+from dagflow.training.step_inputs import StepInputs
 from dagflow_tasks.program.stage_program import StageProgram
 from dagflow_tasks.tensors import TensorDict
-from dagflow_tasks.train import snapshots, tasks
-from dagflow_tasks.train.optimizer import Schedule as LearningRates
+from dagflow_tasks.train import exchange, replay, snapshots, tasks
+from dagflow_tasks.train import update as updating
 from dagflow_tasks.train.references import Microbatch, StageRef, StateRef
-from dagflow_tasks.train.replay import (
-    Neighbours,
-    StageProgress,
-    StepRecord,
-    progress,
-    recall,
-    recall_decision,
-    restore,
-)
+from dagflow_tasks.train.replay import Neighbours, StepRecord
 from dagflow_tasks.train.results import Decision
-
-Key = tuple[str | int, ...]
-
-_AT_ONCE = frozenset({"lend", "batch", "copy", "save", "recall", "restore", "progress"})
-_ACTIONS = {"forward": FORWARD, "backward": BACKWARD, "weights": WEIGHTS}
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """What a step is computed from.
-
-    Attributes
-    ----------
-    step : int
-    microbatches : tuple of Microbatch
-    batch : callable
-        ``batch(stage, microbatch_index)`` gives the graph argument (a literal or a `TaskRef`) that
-        holds the batch's tensors for that stage.
-    learning_rate : float or Schedule
-        The schedule's factor, or the schedule itself; see `dagflow_tasks.train.tasks.update`.
-    saved : bool
-        True if the state before this step is being written to the store, which its update must
-        wait for.
-    first : bool
-        True if nothing before this step is in flight: the weights are in the workers' caches or in
-        the store, and no earlier task has to be waited for.
-    decision : Decision | None
-        The latest decision, if `first` in a run that clips or scales.
-    ready : mapping
-        By stage the key of a task that brings its weights to this step, and has to be waited for.
-    standing : Standing | None
-        How far each stage has got, if the step is taken up again after something was lost.
-    """
-
-    step: int
-    microbatches: tuple[Microbatch, ...]
-    batch: Callable[[int, int], Any]
-    learning_rate: float | LearningRates
-    first: bool
-    saved: bool = False
-    decision: Decision | None = None
-    ready: Mapping[int, Key] = field(default_factory=dict)
-    standing: Standing | None = None
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How far every stage has got in steps that were interrupted.
-
-    Attributes
-    ----------
-    stages : mapping
-        Progress by stage; a stage that is being rebuilt stands at the beginning of a step.
-    """
-
-    stages: Mapping[int, StageProgress]
-
-    def step(self, stage: int) -> int:
-        """Return how many steps a stage's weights have taken."""
-        return self.stages[stage].step
-
-    def has_done(self, kind: str, step: int, stage: int, index: int = 0) -> bool:
-        """Tell whether a task is done, so that its result can be recalled."""
-        known = self.stages[stage]
-        if known.step != step:
-            return known.step > step
-        place = (step, index)
-        if known.place[0] == step and place <= known.place:
-            return kind in ("forward", "backward", "weights")
-        if kind == "forward":
-            return place in known.forwards or place in known.halves
-        return kind == "backward" and place in known.halves
 
 
 @dataclass(frozen=True)
@@ -204,13 +126,20 @@ class StepGraph:
         `turn` grows with every rebuilding; see `dagflow_tasks.train.replay.restore`.
         """
         key = self.key("restore", step, stage)
-        call = (restore, self.refs[stage], step, tuple(records), self.neighbours[stage], turn)
+        call = (
+            replay.restore,
+            self.refs[stage],
+            step,
+            tuple(records),
+            self.neighbours[stage],
+            turn,
+        )
         return {key: task(key, *call)}
 
     def progress(self, stage: int, step: int) -> dict[Key, Task]:
         """Return the task that says how far a stage is on its worker."""
         key = self.key("progress", step, stage)
-        return {key: task(key, progress, self.refs[stage])}
+        return {key: task(key, replay.progress, self.refs[stage])}
 
     def step(self, inputs: StepInputs) -> dict[Key, Task]:
         """Return the tasks of one step by key."""
@@ -249,7 +178,7 @@ class StepGraph:
             if after_update:
                 dsk[copy] = task(copy, snapshots.copy_state, ref, StateRef(step), after=after)
                 after = [copy]
-            # The stage's name comes last: the task isn't part of the stage's work, see `tasks.call`.
+            # The stage's name comes last: the task isn't part of the stage's work, see `calling.call`.
             dsk[save] = task(save, save_behind, StateRef(step), ref, after_update, after=after)
         return dsk
 
@@ -296,7 +225,7 @@ class _StepBuilder:
         key = self.graph.key("recall", self.k, stage, kind, index, wanted)
         if key not in self.dsk:
             asked = None if names is None else tuple(names)
-            call = (recall, self._ref(stage), self.k, kind, index, asked)
+            call = (replay.recall, self._ref(stage), self.k, kind, index, asked)
             self._add("recall", stage, kind, index, wanted, call=call)
         return TaskRef(key)
 
@@ -331,7 +260,7 @@ class _StepBuilder:
         result = self._at("forward", source, index, names)
         if self._is_done("forward", source, index) or len(names) == len(program.outputs):
             return result
-        return self._selected(FORWARD, source, reader, index, tasks.select_values, result, names)
+        return self._selected(FORWARD, source, reader, index, exchange.select_values, result, names)
 
     def _gradient(self, source: int, reader: int, index: int) -> TaskRef:
         """Refer to the part of a stage's backward result that another stage's backward needs."""
@@ -341,7 +270,7 @@ class _StepBuilder:
         result = self._at("backward", source, index, names)
         if self._is_done("backward", source, index) or len(names) == len(boundary):
             return result
-        select = tasks.select_gradients
+        select = exchange.select_gradients
         return self._selected(BACKWARD, source, reader, index, select, result, names)
 
     def _selected(
@@ -398,7 +327,7 @@ class _StepBuilder:
         lent = self._at("lend", owner, borrower, None)
         if not self._is_done("lend", owner) and lent.key not in self.dsk:
             names, _ = self.graph.loans[owner][borrower]
-            call = (tasks.lend_parameters, self._ref(owner), self._state, names, borrower)
+            call = (exchange.lend_parameters, self._ref(owner), self._state, names, borrower)
             self._add("lend", owner, borrower, call=call, after=self._weights_ready(owner))
         return lent
 
@@ -495,7 +424,7 @@ class _StepBuilder:
             returned = self._at("return", borrower, stage, None)
             if not self._is_done("return", borrower) and returned.key not in self.dsk:
                 sums = self._sums(borrower)
-                call = (tasks.return_gradients, self._ref(borrower), sums, uses, stage)
+                call = (exchange.return_gradients, self._ref(borrower), sums, uses, stage)
                 self._add("return", borrower, stage, call=call)
             found.append(returned)
         return [*found]
@@ -508,28 +437,12 @@ class _StepBuilder:
 
     def _decide(self) -> None:
         norms = []
-        for program in self.graph.programs:
-            stage = program.stage
-            call = (
-                tasks.gradient_norms,
-                self._ref(stage),
-                self._sums(stage),
-                self._borrowed(stage),
-            )
-            norms.append(TaskRef(self._add("norms", stage, call=call)))
-        order = list(self.graph.parameter_order)
-        self._add(
-            "decide",
-            self.graph.loss_stage,
-            call=(
-                tasks.decide,
-                [*norms],
-                order,
-                self.graph.clip_norm,
-                self._previous_decision(),
-                self.graph.scaled,
-            ),
-        )
+        for stage in range(len(self.graph.programs)):
+            what = self._ref(stage), self._sums(stage), self._borrowed(stage)
+            norms.append(TaskRef(self._add("norms", stage, call=(updating.gradient_norms, *what))))
+        graph, before = self.graph, self._previous_decision()
+        settings = list(graph.parameter_order), graph.clip_norm, before, graph.scaled
+        self._add("decide", graph.loss_stage, call=(updating.decide, [*norms], *settings))
 
     def _decision(self) -> TaskRef | None:
         if not self.graph.decides:
@@ -538,7 +451,7 @@ class _StepBuilder:
         knowing = self._decided_by()
         if knowing and key not in self.dsk:
             # Under the decision's own key: the next step asks for that.
-            self.dsk[key] = task(key, recall_decision, self._ref(knowing[0]), self.k)
+            self.dsk[key] = task(key, replay.recall_decision, self._ref(knowing[0]), self.k)
         return TaskRef(key)
 
     def _update(self, program: StageProgram) -> None:
@@ -547,7 +460,7 @@ class _StepBuilder:
             return
         last = len(self.inputs.microbatches) - 1
         call = (
-            tasks.update,
+            updating.update,
             self._ref(stage),
             self._state,
             self._sums(stage),
@@ -573,79 +486,3 @@ class _StepBuilder:
         if self._is_done("update", stage):
             return self._at("update", stage, 0)
         return TaskRef(self.graph.key("update", self.k, stage))
-
-
-def attempt_of(key: Key) -> str:
-    """Return the prefix of the graph that a key is of, see `StepGraph`."""
-    return str(key[0]).rpartition("-")[2]
-
-
-def task(key: Key, function: Callable[..., Any], *args: Any, after: Sequence[Key] = ()) -> Task:
-    """Return a dask task whose arguments may hold `TaskRef`s inside lists.
-
-    dask would make a task of every list; a step has tens of thousands of tasks, so references are
-    passed side by side instead, and put back into place on the worker.
-    """
-    references: list[TaskRef] = []
-
-    def template(argument: Any) -> Any:
-        if isinstance(argument, TaskRef):
-            references.append(argument)
-            return tasks.result_slot(len(references) - 1)
-        if isinstance(argument, list):
-            return tuple(template(item) for item in argument)
-        return argument
-
-    layout = tuple(template(argument) for argument in args)
-    waited_for = [TaskRef(name) for name in after]
-    return StepTask(key, tasks.call, function, layout, *references, *waited_for)
-
-
-class Priorities:
-    """Gives every key its place in the schedule, as dask understands it: higher goes first.
-
-    Travels with every graph, and is called on the scheduler: so it is what the schedule follows from,
-    and the scheduler makes the schedule itself, once for each plan.
-    """
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-        self._starts: Mapping[Key, float] = {}
-        self._span = 0.0
-
-    def __reduce__(self) -> Any:
-        return Priorities, (self._pipeline,)
-
-    def __call__(self, key: Key) -> float:
-        if not self._starts:
-            self._starts, self._span = _starts(self._pipeline)
-        kind, step, stage, *more = key
-        name = str(kind).partition("-")[0]
-        if name in _ACTIONS:
-            start = self._starts[(_ACTIONS[name], stage, more[0])]
-        elif name == "select":
-            start = -1.0  # a message, hardly any work: at once
-        else:
-            start = -1.0 if name in _AT_ONCE else self._span - 3
-        return -(int(str(step)) * self._span + start)
-
-
-@lru_cache(maxsize=4)
-def _starts(pipeline: Pipeline) -> tuple[Mapping[Key, float], float]:
-    """Return when each action of a step starts, and how far apart two steps are."""
-    schedule = pipeline.schedule()
-    starts: dict[Key, float] = {
-        (action.kind, action.stage, action.microbatch): start
-        for action, start in schedule.starts.items()
-    }
-    return starts, schedule.length + 4
-
-
-class Places:
-    """Gives every key the address of its stage's worker."""
-
-    def __init__(self, addresses: Sequence[str]) -> None:
-        self._addresses = list(addresses)
-
-    def __call__(self, key: Key) -> list[str]:
-        return [self._addresses[int(str(key[2]))]]

@@ -21,7 +21,8 @@ from distributed.cli.dask_worker import main as dask_worker
 
 from chaos.faults import Fault, InTask
 from dagflow_tasks.program.interpreter import Executable
-from dagflow_tasks.train import replay, tasks
+from dagflow_tasks.train import call as calling
+from dagflow_tasks.train import replay
 from dagflow_tasks.train.cache import CACHE
 from dagflow_tasks.train.references import StageRef, StateRef
 
@@ -47,7 +48,7 @@ class Instruments:
 
     def install(self) -> None:
         """Stand between dask and dagflow's tasks."""
-        call, replay_step, run = tasks.call, replay.replay_step, Executable.run
+        call, replay_step, run = calling.call, replay.replay_step, Executable.run
 
         def listening(function: Callable[..., Any], layout: Any, *results: Any) -> Any:
             place = _place(function, layout)
@@ -63,7 +64,7 @@ class Instruments:
             outputs = run(executable, *arguments)
             return self._spoil(outputs)
 
-        tasks.call = listening
+        calling.call = listening
         replay.replay_step = listening_replay
         Executable.run = spoiling  # type: ignore[method-assign, assignment]
 

@@ -14,10 +14,10 @@ from training_driver import driver_of
 from dagflow.swarm.clusters import ClusterSettings, open_cluster
 from dagflow.swarm.dask_internals import Task, TaskRef
 from dagflow.swarm.membership import Membership
+from dagflow.training.dask_tasks import Key
 from dagflow.training.dispatch import Disturbed
 from dagflow.training.driver import Driver
 from dagflow.training.recovery_protocol import Stop
-from dagflow.training.step_graph import Key
 from dagflow_storage import Store
 from dagflow_tasks.errors import GarbageReceived
 

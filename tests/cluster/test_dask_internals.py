@@ -40,7 +40,7 @@ from dagflow.swarm.dask_internals import (
 )
 from dagflow.swarm.watch import LONG_SILENCE_SECONDS, TOPIC, is_ours
 from dagflow.swarm.workers import StageScheduler, StageWorker
-from dagflow.training.step_graph import Places
+from dagflow.training.dask_tasks import Places
 
 # Modules and attributes of dask that its documentation doesn't have.
 _PUBLIC = {

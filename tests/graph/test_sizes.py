@@ -19,7 +19,7 @@ from dagflow.graph.dag import OperatorDag
 from dagflow.graph.signature import match_batch
 from dagflow.plan.partition import partition
 from dagflow_tasks.program.interpreter import Executable, RandomAddress
-from dagflow_tasks.train.tasks import tensors_of
+from dagflow_tasks.train.exchange import tensors_of
 
 
 class Calls(nn.Module):

@@ -19,8 +19,8 @@ from dagflow.graph.signature import match_batch
 from dagflow.plan.partition import partition
 from dagflow_tasks.program.interpreter import Executable, RandomAddress
 from dagflow_tasks.program.stage_program import StageProgram
+from dagflow_tasks.train.exchange import tensors_of
 from dagflow_tasks.train.gradient_sums import total_gradients
-from dagflow_tasks.train.tasks import tensors_of
 
 SEQUENCE_MODELS = [name for name in ZOO if name not in ("vit", "resnet", "two_branches")]
 

@@ -14,7 +14,7 @@ import torch
 from inline import InlineRun, assert_same_bits, run_inline
 from zoo import Example, build, captured
 
-from dagflow.training.step_graph import Standing
+from dagflow.training.step_inputs import Standing
 from dagflow_tasks.program.weight_gradients import WeightGradients
 from dagflow_tasks.train.cache import CACHE
 from dagflow_tasks.train.gradient_sums import SUMS

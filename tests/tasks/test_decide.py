@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dagflow_tasks.train.results import INITIAL_LOSS_SCALE, Decision
-from dagflow_tasks.train.tasks import decide
+from dagflow_tasks.train.update import decide
 
 GRADIENTS = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([[12.0]])}
 NORMS = [{"b": torch.tensor(12.0)}, {"a": torch.tensor(5.0)}]

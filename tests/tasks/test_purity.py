@@ -16,7 +16,8 @@ from zoo import Example, build, captured
 from dagflow_storage import commit_snapshot
 from dagflow_tasks.errors import StateLost
 from dagflow_tasks.program.weight_gradients import WeightGradients
-from dagflow_tasks.train import tasks
+from dagflow_tasks.train import exchange
+from dagflow_tasks.train import update as updating
 from dagflow_tasks.train.cache import CACHE, SavedGraph
 from dagflow_tasks.train.references import StateRef
 from dagflow_tasks.train.results import BackwardResult, ForwardResult
@@ -116,7 +117,7 @@ def run_last_update_again(run: InlineRun, stage: int) -> Any:
     there = run.there(step, stage, MICROBATCHES - 1)
     gradients = run.sums(step, stage, MICROBATCHES - 1)
     last = there if there.buffers is not None else None
-    return tasks.update(run.refs[stage], StateRef(step), gradients, 1.0, last=last)
+    return updating.update(run.refs[stage], StateRef(step), gradients, 1.0, last=last)
 
 
 @pytest.mark.parametrize("name", ["resnet", "llama"])
@@ -174,7 +175,7 @@ def test_weights_neither_cached_nor_stored_are_reported_as_lost() -> None:
     run = train("two_branches", remember).run
     CACHE.clear()
     with pytest.raises(StateLost, match=r"stage 1 after step 1 .* complete are: \[0, 2\]"):
-        tasks.lend_parameters(run.refs[1], StateRef(1), [])
+        exchange.lend_parameters(run.refs[1], StateRef(1), [])
 
 
 def test_an_update_that_fails_leaves_no_half_updated_state(
@@ -207,7 +208,7 @@ def test_an_update_whose_buffers_are_lost_takes_no_step() -> None:
     gradients = run.sums(STEPS - 1, 1, MICROBATCHES - 1)
     travelled = replace(there, buffers=None)
     with pytest.raises(StateLost, match="buffers of stage 1"):
-        tasks.update(run.refs[1], StateRef(STEPS - 1), gradients, 1.0, last=travelled)
+        updating.update(run.refs[1], StateRef(STEPS - 1), gradients, 1.0, last=travelled)
     run_last_update_again(run, 1)
     assert_same_bits(state_of(run, 1)[1], wanted)
 

@@ -16,6 +16,8 @@ from dagflow_storage import Store, commit_snapshot
 from dagflow_storage.records.journal import delete_segments, trim_journal
 from dagflow_tasks.errors import StateLost
 from dagflow_tasks.train.cache import CACHE, COPY
+from dagflow_tasks.train.call import call
+from dagflow_tasks.train.exchange import lend_parameters
 from dagflow_tasks.train.references import StateRef
 from dagflow_tasks.train.replay import (
     StepRecord,
@@ -29,7 +31,6 @@ from dagflow_tasks.train.replay import (
 from dagflow_tasks.train.results import UpdateResult
 from dagflow_tasks.train.snapshots import copy_state, save_copy
 from dagflow_tasks.train.state import state_tensors
-from dagflow_tasks.train.tasks import call, lend_parameters
 from dagflow_tasks.train.worker_journal import JOURNAL
 
 STEPS, STAGES, MICROBATCHES = 3, 3, 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 
 from dagflow.plan.schedule import Pipeline, halved_stages, in_flight_limits
-from dagflow.training.step_graph import Key, Priorities
+from dagflow.training.dask_tasks import Key, Priorities
 
 
 def pipeline(num_stages: int, num_microbatches: int) -> Pipeline:

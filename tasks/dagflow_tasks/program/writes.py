@@ -1,7 +1,7 @@
 """Which operators write parameters in place, and what these operators need.
 
 A model may clamp or renormalise a weight under ``no_grad`` before it is used. A stage's forward does
-so on copies, and so can be run again; `dagflow_tasks.train.tasks.update` does it once a step to the weights
+so on copies, and so can be run again; `dagflow_tasks.train.update.update` does it once a step to the weights
 themselves, just before the optimizer's update, as one forward and one update would.
 """
 

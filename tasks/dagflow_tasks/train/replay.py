@@ -33,7 +33,8 @@ from dagflow_tasks.train.results import (
     forward_part,
 )
 from dagflow_tasks.train.state import load_state
-from dagflow_tasks.train.tasks import backward, forward, forward_backward, update
+from dagflow_tasks.train.tasks import backward, forward, forward_backward
+from dagflow_tasks.train.update import update
 from dagflow_tasks.train.worker_journal import JOURNAL, EntryKey, Sent
 
 _FLUSH_SECONDS = 120.0

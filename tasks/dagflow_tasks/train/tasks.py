@@ -7,9 +7,9 @@ the cached state on in place, but recognises its own work when it is run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,19 +19,16 @@ from dagflow_tasks.layout import copied, moved
 from dagflow_tasks.program.interpreter import Executable, RandomAddress
 from dagflow_tasks.program.operators import countable, has_gradients
 from dagflow_tasks.program.weight_gradients import WeightGradients
-from dagflow_tasks.tensors import TensorDict
 from dagflow_tasks.train.cache import CACHE, SavedGraph
+from dagflow_tasks.train.exchange import BUFFERS, buffers_after, send
 from dagflow_tasks.train.gradient_sums import (
     SUMS,
     add_ahead,
     add_up,
     already_added,
-    finished_sums,
-    own_gradients,
     sums_before,
     with_sums,
 )
-from dagflow_tasks.train.optimizer import Schedule
 from dagflow_tasks.train.received import (
     check_gradient,
     check_numbers,
@@ -51,12 +48,6 @@ from dagflow_tasks.train.results import (
     forward_part,
 )
 from dagflow_tasks.train.state import StageState
-from dagflow_tasks.train.worker_journal import JOURNAL, EntryKey, Sent
-
-BUFFERS = "buffers"
-
-# Loss scaling as torch.amp.GradScaler does it (its defaults), see `Decision.initial`.
-_SCALE_GROWTH, _SCALE_BACKOFF, _GROWTH_INTERVAL = 2.0, 0.5, 2000
 
 
 def forward(
@@ -211,18 +202,6 @@ def forward_backward(
     return result
 
 
-def send(
-    ref: StageRef,
-    kind: str,
-    place: tuple[int, int],
-    tensors: Tensors,
-    facts: Mapping[str, Any] | None = None,
-) -> None:
-    """Have the journal keep what a task sends to other stages."""
-    step, index = place
-    JOURNAL.put(ref, step, EntryKey(kind, ref.stage, index), Sent(dict(tensors), facts or {}))
-
-
 def _send_backward(ref: StageRef, result: BackwardResult) -> None:
     """Have the journal keep a backward's result.
 
@@ -278,7 +257,7 @@ def _run(
             tensor.detach().requires_grad_() if item.differentiable else tensor
         )
     uses = _leaves(executable, state, {n: t for part in tied for n, t in part.items()})
-    latest = _buffers_after(ref, before) if before is not None else state.buffers
+    latest = buffers_after(ref, before) if before is not None else state.buffers
     buffers, written = _buffers(executable, state, latest)
     random = RandomAddress(ref.settings.seed, microbatch.step, microbatch.index)
     weights = WeightGradients(later=halves)
@@ -450,189 +429,6 @@ def _roots(
     return roots, seeds
 
 
-def _buffers_after(ref: StageRef, result: StageResult) -> Tensors:
-    """Return a result's buffers, from the cache if this copy of it has been on a journey."""
-    there = forward_part(result)
-    return there.buffers if there.buffers is not None else CACHE.recall(ref, BUFFERS, there.place)
-
-
-def update(
-    ref: StageRef,
-    state: StateRef,
-    gradients: BackwardResult,
-    learning_rate: float | Schedule,
-    borrowed: Sequence[Tensors] = (),
-    last: StageResult | None = None,
-    decision: Decision | None = None,
-) -> UpdateResult:
-    """Take one optimizer step on a stage's parameters.
-
-    Parameters
-    ----------
-    gradients
-        Backward result of the step's last micro-batch.
-    learning_rate : float or Schedule
-        The schedule's factor for this step, or the schedule, in a run with loss scaling: which of its
-        factors it is depends on the decision.
-    borrowed
-        Gradients of this stage's parameters from stages that borrow them, by use.
-    last
-        Forward result of the last micro-batch, in a stage with mutated buffers.
-    decision
-        Clipping and loss scaling, if the run has either.
-
-    Returns
-    -------
-    UpdateResult
-        Refers to the state after the step; run again, the same.
-    """
-    cached = CACHE.states.get(ref.key)
-    if cached is None or cached.step != state.step + 1:
-        _move_on(ref, state, gradients, learning_rate, borrowed, last, decision)
-    facts = {
-        "non_finite": gradients.non_finite,
-        "decision": decision.to_json() if decision is not None else None,
-    }
-    # Also when it runs again: the first time may have ended right before this.
-    send(ref, "update", (state.step, 0), {}, facts)
-    JOURNAL.end_step(ref, state.step)
-    stats = JOURNAL.stats(ref.run_id) if ref.journal else None
-    return UpdateResult(StateRef(state.step + 1), ref.stage, gradients.non_finite, stats)
-
-
-def _move_on(
-    ref: StageRef,
-    state: StateRef,
-    gradients: BackwardResult,
-    learning_rate: float | Schedule,
-    borrowed: Sequence[Tensors],
-    last: StageResult | None,
-    decision: Decision | None,
-) -> None:
-    """Do the work of `update` on the cached state; what fails halfway leaves no state behind."""
-    current = CACHE.state(ref, state.step)
-    # Whatever may be lost is looked for before the first weight changes.
-    totals = own_gradients(ref, gradients, borrowed)
-    buffers = _buffers_after(ref, last) if last is not None else {}
-    try:
-        CACHE.executable(ref).write_parameters(current.parameters, current.buffers)
-        if decision is None or decision.apply:
-            factor = learning_rate_factor(learning_rate, state.step, decision)
-            _step(current, totals, factor, decision)
-        current.buffers.update(buffers)
-        current.casts.clear()
-        current.step += 1
-    except BaseException:
-        with CACHE.lock:
-            CACHE.states.pop(ref.key, None)  # half-updated: better none
-        raise
-    CACHE.drop(ref, SUMS)
-    CACHE.drop(ref, BUFFERS)
-
-
-def learning_rate_factor(
-    learning_rate: float | Schedule, step: int, decision: Decision | None
-) -> float:
-    """Return a step's factor. As in a torch loop, a skipped update doesn't move the schedule on."""
-    if not isinstance(learning_rate, Schedule):
-        return learning_rate
-    if decision is None:
-        return learning_rate.factor(step)
-    return learning_rate.factor(step - decision.skipped + (0 if decision.apply else 1))
-
-
-def _step(
-    state: StageState,
-    gradients: Mapping[str, torch.Tensor],
-    learning_rate_factor: float,
-    decision: Decision | None,
-) -> None:
-    if state.optimizer is None:
-        return
-    coefficient = decision.coefficient if decision is not None else 1.0
-    for name, parameter in state.parameters.items():
-        gradient = gradients.get(name)
-        if gradient is not None and coefficient != 1.0:
-            gradient = gradient * coefficient
-        parameter.grad = gradient if gradient is None else gradient.to(parameter.dtype)
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["base_lr"] * learning_rate_factor
-    state.optimizer.step()
-    for parameter in state.parameters.values():
-        parameter.grad = None
-
-
-def gradient_norms(
-    ref: StageRef, gradients: BackwardResult, borrowed: Sequence[Tensors] = ()
-) -> Tensors:
-    """Return the 2-norm of each parameter's gradient, by name."""
-    totals = own_gradients(ref, gradients, borrowed)
-    return TensorDict(
-        {name: torch.linalg.vector_norm(total).cpu() for name, total in totals.items()}
-    )
-
-
-def decide(
-    norms: Sequence[Tensors],
-    order: Sequence[str],
-    clip_norm: float | None,
-    before: Decision,
-    scaled: bool,
-) -> Decision:
-    """Decide on clipping and on the loss scale from all gradients' norms.
-
-    The global norm is taken over the parameters in the model's order, so that it doesn't depend on
-    the cut; clipping is `torch.nn.utils.clip_grad_norm_`'s, scaling `torch.amp.GradScaler`'s.
-    """
-    by_name = {name: norm for part in norms for name, norm in part.items()}
-    ordered = [by_name[name] for name in order if name in by_name]
-    total = torch.linalg.vector_norm(torch.stack(ordered)) if ordered else torch.zeros(())
-    scale = before.loss_scale
-    if scaled and not torch.isfinite(total):
-        return Decision(float("inf"), 1.0, False, scale * _SCALE_BACKOFF, 0, before.skipped + 1)
-    total = total / scale
-    coefficient = 1.0
-    if clip_norm is not None:
-        coefficient = float(torch.clamp(clip_norm / (total + 1e-6), max=1.0))
-    good = before.good_steps + 1
-    grown = scaled and good >= _GROWTH_INTERVAL
-    next_scale = scale * _SCALE_GROWTH if grown else scale
-    good = 0 if grown else good
-    return Decision(float(total), coefficient / scale, True, next_scale, good, before.skipped)
-
-
-def select_values(result: ForwardResult, names: Sequence[str]) -> ForwardResult:
-    """Keep the boundary values that one reader needs, so that no more travels."""
-    return ForwardResult({name: result.values[name] for name in names}, finite=result.finite)
-
-
-def select_gradients(result: BackwardResult, names: Sequence[str]) -> BackwardResult:
-    """Keep the gradients that one stage needs, so that no more travels."""
-    present = {name: g for name, g in result.gradients.items() if name in names}
-    return BackwardResult(present)
-
-
-def lend_parameters(
-    ref: StageRef, state: StateRef, names: Sequence[str], borrower: int = -1
-) -> Tensors:
-    """Return copies of parameters that another stage uses, too (tied weights)."""
-    # Copies: `update` moves the cached weights on in place, and a result must not move with them.
-    parameters = CACHE.state(ref, state.step).parameters
-    lent = TensorDict({name: copied(parameters[name]) for name in names})
-    send(ref, "lend", (state.step, borrower), lent)
-    return lent
-
-
-def return_gradients(
-    ref: StageRef, gradients: BackwardResult, uses: Sequence[str], owner: int = -1
-) -> Tensors:
-    """Return the gradients of borrowed parameters to their owner, by use."""
-    sums = finished_sums(ref, gradients)
-    returned = TensorDict({use: sums[use] for use in uses if use in sums})
-    send(ref, "return", (gradients.place[0], owner), returned)
-    return returned
-
-
 def report(
     step: int,
     weights: Sequence[float],
@@ -653,44 +449,3 @@ def report(
     non_finite = {u.stage: u.non_finite for u in updates if u.non_finite}
     journal = {u.stage: u.journal for u in updates if u.journal is not None}
     return StepReport(step, loss, last.losses, decision, non_finite, journal)
-
-
-def tensors_of(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Name a batch's tensors as programs do."""
-    return {f"in.{name}": tensor for name, tensor in values.items()}
-
-
-@dataclass(frozen=True)
-class ResultSlot:
-    """Stands for another task's result in the layout of a call."""
-
-    index: int
-
-
-@cache
-def result_slot(index: int) -> ResultSlot:
-    """Return the slot of an index, the same object each time: graphs hold very many."""
-    return ResultSlot(index)
-
-
-def call(function: Callable[..., Any], layout: tuple[Any, ...], *results: Any) -> Any:
-    """Call a function with other tasks' results in their places.
-
-    Results that no slot asks for are those of tasks that only had to be done before.
-    """
-
-    filled = [_filled(argument, results) for argument in layout]
-    if not filled or type(filled[0]) is not StageRef:
-        return function(*filled)
-    with CACHE.stage_lock(filled[0]):
-        return function(*filled)
-
-
-def _filled(argument: Any, results: tuple[Any, ...]) -> Any:
-    # Not a function inside `call`: one that calls itself is a reference cycle, and would keep the
-    # results, gradients as large as the weights among them, until the garbage collector comes by.
-    if type(argument) is ResultSlot:
-        return results[argument.index]
-    if type(argument) is tuple:
-        return tuple(_filled(item, results) for item in argument)
-    return argument
