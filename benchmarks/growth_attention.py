@@ -18,7 +18,8 @@ import transformers
 from dagflow.graph.decoder import capture_decoder
 from dagflow.plan.decoder_cuts import cut_at_layers
 from dagflow_tasks.decode.decoder_stage import LAST, DecoderStage, Part
-from dagflow_tasks.kernels.attention import SessionCache, Span, attend, attending
+from dagflow_tasks.kernels.attention import attend, attending
+from dagflow_tasks.kernels.session_cache import SessionCache, Span
 from dagflow_tasks.tensors import TensorDict
 
 # As the engine sends them.

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dagflow_tasks.program.operators import Node, draws_random_numbers
+from dagflow_tasks.program.nodes import Node
+from dagflow_tasks.program.operators import draws_random_numbers
 
 Draw = tuple[Any, torch.Tensor]
 """What was drawn (operator and shapes), and the generator's state before."""

@@ -8,13 +8,8 @@ from functools import cached_property
 
 from dagflow.graph.dag import OperatorDag
 from dagflow.graph.data_sizes import are_of_data
-from dagflow_tasks.program.operators import (
-    Node,
-    dtype_of,
-    has_gradients,
-    mutated_arguments,
-    storages,
-)
+from dagflow_tasks.program.nodes import Node, dtype_of
+from dagflow_tasks.program.operators import has_gradients, mutated_arguments, storages
 
 # Roughly one volunteer's CPU core; only ratios between operators matter.
 NOMINAL_FLOPS_PER_SECOND = 50e9

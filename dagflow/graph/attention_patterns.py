@@ -22,7 +22,7 @@ from dagflow.graph.attention_capture import REMEDY
 from dagflow.graph.dag import OperatorDag, OperatorInfo
 from dagflow.graph.evaluation import LEAST_TOKENS, Evaluation, forms_of
 from dagflow_tasks.kernels.attention import ATTEND
-from dagflow_tasks.program.operators import Node, argument_references
+from dagflow_tasks.program.nodes import Node, argument_references
 from dagflow_tasks.program.stage_program import Constant
 
 _SOFTMAX = ("aten.softmax.int", "aten._softmax.default", "aten._safe_softmax.default")

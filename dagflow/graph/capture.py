@@ -35,13 +35,14 @@ from dagflow.graph.dag import FixedSize, OperatorDag, input_value
 from dagflow.graph.effects import gradient_hooks, without_gradient_hooks
 from dagflow.graph.examine import examined
 from dagflow.graph.experts import experts_by_groups
+from dagflow.graph.explain import decides_by_values, explain
 from dagflow.graph.known_numbers import known_constants, whole_numbers
 from dagflow.graph.known_values import grids
 from dagflow.graph.loss import LossFunction, LossModule, check_loss
 from dagflow.graph.masks import without_needless_masks
 from dagflow.graph.outside import refuse_iterators
 from dagflow.graph.sizes import what_fixed
-from dagflow.graph.trace import Trace, decides_by_values, explain, follow
+from dagflow.graph.trace import Trace, follow
 from dagflow.graph.translate import translate
 from dagflow.graph.whole_sequences import whole_sequences
 from dagflow_tasks.program.stage_program import ValueSpec

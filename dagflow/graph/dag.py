@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dagflow_tasks.errors import ProgramInvalid
-from dagflow_tasks.program.operators import Node, dtype_of
+from dagflow_tasks.program.nodes import Node, dtype_of
 from dagflow_tasks.program.sizes import evaluate_size
 from dagflow_tasks.program.stage_program import Constant, ValueSpec, check_nodes, read_format
 

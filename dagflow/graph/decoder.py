@@ -28,7 +28,8 @@ from dagflow.graph.recurrent import recurrent_layers
 from dagflow.graph.tokenwise import check_tokenwise, take_positions
 from dagflow.graph.translate import translate
 from dagflow_tasks.kernels.attention import ATTEND, reach_of
-from dagflow_tasks.program.operators import argument_references, multiplies
+from dagflow_tasks.program.nodes import argument_references
+from dagflow_tasks.program.operators import multiplies
 from dagflow_tasks.program.stage_program import ValueSpec
 
 TOKENS, POSITIONS, ROWS = "tokens", "positions", "rows"

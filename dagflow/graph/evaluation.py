@@ -12,14 +12,8 @@ import torch
 
 from dagflow.graph.dag import OperatorDag, buffer_value, input_value
 from dagflow_tasks.kernels.attention import ATTEND
-from dagflow_tasks.program.operators import (
-    Node,
-    argument_references,
-    decode_literal,
-    dtype_of,
-    mutated_arguments,
-    resolve,
-)
+from dagflow_tasks.program.nodes import Node, argument_references, decode_literal, dtype_of
+from dagflow_tasks.program.operators import mutated_arguments, resolve
 from dagflow_tasks.program.sizes import evaluate_size
 
 LEAST_TOKENS, MOST_TOKENS = 64, 4096

@@ -17,7 +17,8 @@ from dagflow_tasks.kernels.quantised import (
     quantise_int4,
     quantise_int8,
 )
-from dagflow_tasks.program.operators import LINEAR, Node, linear_weights
+from dagflow_tasks.program.nodes import Node
+from dagflow_tasks.program.operators import LINEAR, linear_weights
 
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 

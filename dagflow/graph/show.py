@@ -9,7 +9,7 @@ from dagflow_tasks.program.sizes import size_text
 
 if TYPE_CHECKING:
     from dagflow.graph.dag import OperatorDag
-    from dagflow_tasks.program.operators import Node
+    from dagflow_tasks.program.nodes import Node
 
 _COLOURS = ("#cfe2f3", "#fce5cd", "#d9ead3", "#ead1dc", "#fff2cc", "#d0e0e3", "#f4cccc", "#d9d2e9")
 

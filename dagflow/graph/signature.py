@@ -10,15 +10,8 @@ import torch
 from dagflow.errors import BatchInvalid
 from dagflow.graph.dag import Condition, FixedSize, OperatorDag, buffer_value
 from dagflow.graph.data_sizes import are_of_data
-from dagflow_tasks.program.operators import (
-    ASSERTIONS,
-    CHECKS,
-    Argument,
-    Node,
-    decode_literal,
-    dtype_of,
-    resolve,
-)
+from dagflow_tasks.program.nodes import Argument, Node, decode_literal, dtype_of
+from dagflow_tasks.program.operators import ASSERTIONS, CHECKS, resolve
 from dagflow_tasks.program.sizes import evaluate_size, size_text
 from dagflow_tasks.program.stage_program import ValueSpec
 

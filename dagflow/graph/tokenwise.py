@@ -17,7 +17,7 @@ from dagflow.graph.dag import OperatorDag, OperatorInfo, input_value
 from dagflow.graph.data_sizes import is_of_data
 from dagflow.graph.evaluation import forms_of, live_values
 from dagflow_tasks.kernels.attention import ATTEND
-from dagflow_tasks.program.operators import Node, argument_references
+from dagflow_tasks.program.nodes import Node, argument_references
 
 _POSITIONS = input_value("positions")
 # Over which dimensions they compute is their second argument; without it over all.

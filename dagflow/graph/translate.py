@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,6 @@ from dagflow.graph.dag import (
     Parameter,
     Symbol,
     buffer_value,
-    dtype_bytes,
 )
 from dagflow.graph.data_sizes import (
     DataSizes,
@@ -33,26 +31,26 @@ from dagflow.graph.data_sizes import (
     takes_numbers_in_tensors,
 )
 from dagflow.graph.flops import is_view, operator_flops
+from dagflow.graph.fx_nodes import (
+    _RANGE_CHECKS,
+    SYMBOLIC,
+    bytes_of,
+    is_dropout_off,
+    is_node,
+    is_number,
+    is_unread_selection,
+    symbolic_sizes,
+)
+from dagflow.graph.origins import Origin, _place, depends_on_data, not_allowed, origin_of
 from dagflow.graph.sharing import check_sharing
-from dagflow.graph.sizes import SIZE_CALLS, Decision, SizeUnknown, SizeWriter, conditions
-from dagflow.graph.trace import OWN_FILES
+from dagflow.graph.sizes import Decision, SizeUnknown, SizeWriter, conditions
 from dagflow.graph.whole import TRACED_AS
 from dagflow.graph.writes import check_frozen, check_writes, early, read_from_copies, written
 from dagflow_tasks.layout import odd_strides
-from dagflow_tasks.program.operators import (
-    Argument,
-    Node,
-    encode_literal,
-    is_allowed,
-    mutated_arguments,
-    storages,
-)
+from dagflow_tasks.program.nodes import Argument, Node, encode_literal
+from dagflow_tasks.program.operators import is_allowed, mutated_arguments, storages
 from dagflow_tasks.program.sizes import evaluate_size
 from dagflow_tasks.program.stage_program import Constant, ValueSpec
-
-_SYMBOLIC = (torch.SymInt, torch.SymBool, torch.SymFloat)
-# Nodes that only say what the ranges of the symbols say already.
-_RANGE_CHECKS = ("sym_constrain_range", "_assert_scalar", "sym_constrain_range_for_size")
 
 
 def translate(
@@ -108,19 +106,6 @@ class _Setting:
     autocast_dtype: str = ""
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """Where in the model's code an operator comes from."""
-
-    module: str
-    source: str
-    op: str
-
-    def __str__(self) -> str:
-        module = self.module or "the model itself"
-        return f"Module: {module!r}. Source: {self.source or 'unknown'}. Operator: {self.op}."
-
-
 class _Translator:
     def __init__(
         self,
@@ -147,12 +132,12 @@ class _Translator:
         self.nodes: list[Node] = []
         self.info: dict[str, OperatorInfo] = {}
         # Where rows are selected whose number data decides, by what is computed of them.
-        self.selected: dict[str, _Origin] = {}
+        self.selected: dict[str, Origin] = {}
         self.constants: list[Constant] = []
         self.canonical, self.aliases = _tied_names(model)
         self.devices = devices_of(model)  # regions of autocast are for one kind of device
         self.buffer_names: list[str] = []
-        self.origin = _Origin("", "", "none yet")
+        self.origin = Origin("", "", "none yet")
 
     def dag(self) -> OperatorDag:
         specs = self._placeholders()
@@ -228,7 +213,7 @@ class _Translator:
             ) from error
 
     def _conditions(self) -> tuple[Condition, ...]:
-        sizes = [s for spec in self.exported.graph.nodes for s in _symbolic_sizes(spec)]
+        sizes = [s for spec in self.exported.graph.nodes for s in symbolic_sizes(spec)]
         environment = sizes[0].node.shape_env if sizes else None
         try:
             return conditions(environment, list(self.decisions), self.sizes)
@@ -278,11 +263,11 @@ class _Translator:
             if isinstance(self.environment.get(source), tuple):  # a region's results
                 self.environment[node] = self.environment[source][index]
                 return
-        if _is_number(node) or any(word in target for word in _RANGE_CHECKS):
+        if is_number(node) or any(word in target for word in _RANGE_CHECKS):
             return  # sizes are carried as expressions where they are used
-        if _is_unread_selection(node):
+        if is_unread_selection(node):
             return
-        if _is_dropout_off(node):
+        if is_dropout_off(node):
             self.environment[node] = self.environment[cast("torch.fx.Node", node.args[0])]
             return
         self._operator(node, name, setting)
@@ -311,9 +296,9 @@ class _Translator:
     def _operator(self, node: torch.fx.Node, name: str, setting: _Setting) -> None:
         op = "getitem" if node.target is operator.getitem else str(node.target)
         op = TRACED_AS.get(op, op)
-        self.origin = origin = _origin(node, op)
+        self.origin = origin = origin_of(node, op)
         if not is_allowed(op):
-            raise _not_allowed(op, origin)
+            raise not_allowed(op, origin)
         self.of_data.learn(node)
         given = self._with_tensors(node.args) if takes_numbers_in_tensors(op) else node.args
         args = tuple(self._argument(argument, origin) for argument in given)
@@ -348,10 +333,10 @@ class _Translator:
         """Return arguments with numbers that are read out of tensors as these tensors."""
         if isinstance(arguments, (list, tuple)):
             return [self._with_tensors(argument) for argument in arguments]
-        inner = self.environment.get(arguments, arguments) if _is_node(arguments) else arguments
+        inner = self.environment.get(arguments, arguments) if is_node(arguments) else arguments
         return number_in_tensor(inner) or arguments
 
-    def _check_rows(self, node: Node, origin: _Origin) -> None:
+    def _check_rows(self, node: Node, origin: Origin) -> None:
         """Refuse what is computed of rows that data selects, and isn't put back at rows."""
         outputs = self.info[node.name].outputs
         selected = [self.selected[name] for name in node.references() if name in self.selected]
@@ -359,16 +344,16 @@ class _Translator:
             self.selected[node.name] = selected[0] if selected else origin
         elif selected and outputs and not puts_at_rows(node.op):
             number = f"of rows that {origin.op} ({origin.source}) gets"
-            raise _depends_on_data(number, selected[0])
+            raise depends_on_data(number, selected[0])
 
-    def _argument(self, argument: Any, origin: _Origin) -> Argument:
+    def _argument(self, argument: Any, origin: Origin) -> Argument:
         if isinstance(argument, torch.fx.Node):
-            if _is_number(argument):
+            if is_number(argument):
                 return self._size(lambda: self.sizes.of_node(argument), origin)
             return self._reference(self.environment[argument])
         if isinstance(argument, (list, tuple)):
             return [self._argument(item, origin) for item in argument]
-        if isinstance(argument, _SYMBOLIC):
+        if isinstance(argument, SYMBOLIC):
             return self._size(lambda: self.sizes.of_value(argument), origin)
         try:
             return encode_literal(argument)
@@ -386,17 +371,17 @@ class _Translator:
             return {"ref": uses[-1]}
         return {"ref": value}
 
-    def _size(self, write: Callable[[], Any], origin: _Origin) -> Argument:
+    def _size(self, write: Callable[[], Any], origin: Origin) -> Argument:
         expression = self._written(write, origin)
         plain = isinstance(expression, (bool, int, float))
         return encode_literal(expression) if plain else {"size": expression}
 
-    def _written(self, write: Callable[[], Any], origin: _Origin) -> Any:
+    def _written(self, write: Callable[[], Any], origin: Origin) -> Any:
         try:
             return write()
         except SizeUnknown as error:
             if error.depends_on_data:
-                raise _depends_on_data(str(error), origin) from error
+                raise depends_on_data(str(error), origin) from error
             raise CaptureFailed(
                 f"The size {error} can't be written in a program. {origin} What to do: pass "
                 "dynamic={'tensor': []} to fix the tensor's sizes to those of the example batch."
@@ -404,7 +389,7 @@ class _Translator:
 
     # What is known of an operator
 
-    def _outputs(self, value: Any, origin: _Origin) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    def _outputs(self, value: Any, origin: Origin) -> tuple[tuple[str, tuple[Any, ...]], ...]:
         tensors = [value] if isinstance(value, torch.Tensor) else list(value or ())
         return tuple(
             (
@@ -418,14 +403,14 @@ class _Translator:
             if isinstance(tensor, torch.Tensor)
         )
 
-    def _info(self, node: torch.fx.Node, outputs: Any, origin: _Origin) -> OperatorInfo:
+    def _info(self, node: torch.fx.Node, outputs: Any, origin: Origin) -> OperatorInfo:
         def concrete(item: Any) -> Any:
             if isinstance(item, torch.fx.Node):
                 return concrete(item.meta.get("val"))
             if isinstance(item, torch.Tensor):
                 shape = [self._hint(size, origin) for size in item.shape]
                 return torch.empty(shape, dtype=item.dtype, device="meta")
-            if isinstance(item, _SYMBOLIC):
+            if isinstance(item, SYMBOLIC):
                 return self._hint(item, origin)
             if isinstance(item, (list, tuple)):
                 return [concrete(element) for element in item]
@@ -435,10 +420,10 @@ class _Translator:
         kwargs = {key: concrete(value) for key, value in node.kwargs.items()}
         result = concrete(node.meta.get("val"))
         flops = operator_flops(origin.op, args, kwargs, result)
-        moved = 0 if is_view(origin.op) else _bytes([args, list(kwargs.values()), result])
+        moved = 0 if is_view(origin.op) else bytes_of([args, list(kwargs.values()), result])
         return OperatorInfo(outputs, flops, moved, origin.source)
 
-    def _hint(self, size: Any, origin: _Origin) -> Any:
+    def _hint(self, size: Any, origin: Origin) -> Any:
         hints = {symbol.name: symbol.hint for symbol in self.symbols.values()}
         return evaluate_size(self._written(lambda: self.shapes.of_value(size), origin), hints)
 
@@ -473,7 +458,7 @@ class _Translator:
                 tensor = self.model.get_buffer(name)
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 outputs = ((dtype, tuple(tensor.shape)),)
-                self.info[copy] = OperatorInfo(outputs, 0, 2 * _bytes(tensor), "")
+                self.info[copy] = OperatorInfo(outputs, 0, 2 * bytes_of(tensor), "")
 
     def _buffer(self, name: str, mutated: bool) -> Buffer:
         tensor = self.model.get_buffer(name)
@@ -498,69 +483,6 @@ class _Translator:
         raise CaptureFailed("The model's result isn't computed by any operator: is it a constant?")
 
 
-def _not_allowed(op: str, origin: _Origin) -> CaptureFailed:
-    return CaptureFailed(
-        f"The model calls {op}, which is not on the allow-list of operators that workers "
-        f"run. {origin} What to do: write it with public functions of torch that return new "
-        "tensors; if it is one, it belongs into dagflow_tasks/program/allowed_operators.toml."
-    )
-
-
-def _depends_on_data(number: str, origin: _Origin) -> CaptureFailed:
-    return CaptureFailed(
-        f"The number {number} depends on the data, not on the batch's shape. {origin} "
-        "What to do: use masks instead of selecting by value (nonzero, boolean "
-        "indexing), and tensors instead of .item()."
-    )
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, torch.fx.Node)
-
-
-def _is_number(node: torch.fx.Node) -> bool:
-    """Tell whether a node computes a size, or a number from sizes, and no tensor."""
-    value = node.meta.get("val")
-    return isinstance(value, (*_SYMBOLIC, int, float)) or node.target in SIZE_CALLS
-
-
-def _is_unread_selection(node: torch.fx.Node) -> bool:
-    """Tell whether a node selects by a mask, for nobody: see `dagflow.graph.whole`."""
-
-    def is_unread(node: torch.fx.Node) -> bool:
-        return all(
-            _is_range_check(user) or (_is_number(user) and is_unread(user)) for user in node.users
-        )
-
-    return str(node.target) in ("aten.masked_select.default", "aten.index.Tensor") and is_unread(
-        node
-    )
-
-
-def _is_range_check(node: torch.fx.Node) -> bool:
-    return any(word in str(node.target) for word in _RANGE_CHECKS)
-
-
-def _symbolic_sizes(node: torch.fx.Node) -> list[Any]:
-    value = node.meta.get("val")
-    if node.op != "placeholder" or not isinstance(value, torch.Tensor):
-        return []
-    return [size for size in value.shape if isinstance(size, torch.SymInt)]
-
-
-def _is_dropout_off(node: torch.fx.Node) -> bool:
-    """Tell whether an operator is a dropout that returns its input itself.
-
-    The tracer finds such operators by itself and gives what comes later their name alone, but for
-    dropout, which it keeps whole. Behind a cut two names of one tensor would be two tensors, each
-    with a gradient of its own: their sum would have another order than without the cut.
-    """
-    if str(node.target) != "aten.dropout.default":
-        return False
-    given = dict(zip(("input", "p", "train"), node.args, strict=False)) | node.kwargs
-    return bool(given["train"] is False or given["p"] == 0)
-
-
 def _tied_names(model: torch.nn.Module) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Map every name of a parameter or buffer to its first one, and first names to further ones."""
     first: dict[int, str] = {}
@@ -575,27 +497,3 @@ def _tied_names(model: torch.nn.Module) -> tuple[dict[str, str], dict[str, list[
         if canonical[name] != name:
             aliases.setdefault(canonical[name], []).append(name)
     return canonical, aliases
-
-
-def _origin(node: torch.fx.Node, op: str) -> _Origin:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = list(stack.values())[-1][0] if stack else ""
-    path = re.sub(r"^L\['self'\]\.?", "", path).removeprefix("model").removeprefix(".")
-    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    lines = [line for line in lines if line[0] not in OWN_FILES] or lines
-    source = f"{lines[-1][0]}:{lines[-1][1]}" if lines else ""
-    return _Origin(path, source, op)
-
-
-def _place(node: torch.fx.Node) -> tuple[str, str]:
-    """Return the module and the line that a node comes from."""
-    origin = _origin(node, "")
-    return origin.module, origin.source
-
-
-def _bytes(tree: Any) -> int:
-    if isinstance(tree, torch.Tensor):
-        return tree.numel() * dtype_bytes(str(tree.dtype).removeprefix("torch."))
-    if isinstance(tree, (list, tuple)):
-        return sum(_bytes(item) for item in tree)
-    return 0

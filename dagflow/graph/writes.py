@@ -14,15 +14,8 @@ import torch
 
 from dagflow.errors import CaptureFailed
 from dagflow.graph.dag import OperatorDag, OperatorInfo
-from dagflow_tasks.program.operators import (
-    Argument,
-    Node,
-    argument_references,
-    draws_random_numbers,
-    mentions_size,
-    mutated_arguments,
-    storages,
-)
+from dagflow_tasks.program.nodes import Argument, Node, argument_references, mentions_size
+from dagflow_tasks.program.operators import draws_random_numbers, mutated_arguments, storages
 from dagflow_tasks.program.writes import parameter_writes
 
 _COPY = "aten.copy_.default"

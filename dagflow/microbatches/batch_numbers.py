@@ -19,7 +19,8 @@ from dagflow.graph.analysis import DagAnalysis
 from dagflow.graph.dag import OperatorDag, OperatorInfo
 from dagflow.microbatches.loss_terms import LossReader
 from dagflow.microbatches.parameterless import KnownValues, ReadBuffer, Sizes, Tensors
-from dagflow_tasks.program.operators import WHOLE, Node, dtype_of
+from dagflow_tasks.program.nodes import Node, dtype_of
+from dagflow_tasks.program.operators import WHOLE
 from dagflow_tasks.train.references import OF_BATCH
 
 # They travel with each micro-batch, and are kept in the ledger.

@@ -14,7 +14,8 @@ from typing import Any
 from dagflow.graph.dag import OperatorDag, OperatorInfo, buffer_value
 from dagflow.microbatches.loss_parts import FIXED, ROWS, Term, Whole, described, times
 from dagflow.microbatches.loss_terms import LossReader
-from dagflow_tasks.program.operators import WEIGHTED, Node
+from dagflow_tasks.program.nodes import Node
+from dagflow_tasks.program.operators import WEIGHTED
 from dagflow_tasks.train.references import WEIGHT
 
 

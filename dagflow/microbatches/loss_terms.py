@@ -29,7 +29,8 @@ from dagflow.microbatches.loss_parts import (
     Whole,
     times,
 )
-from dagflow_tasks.program.operators import WHOLE, Node, draws_random_numbers, dtype_of, schema_of
+from dagflow_tasks.program.nodes import Node, dtype_of
+from dagflow_tasks.program.operators import WHOLE, draws_random_numbers, schema_of
 
 _MEAN, _SUM = 1, 2
 # Where operators of a loss function come from that is no module.

@@ -35,7 +35,7 @@ from dagflow.models.source import Source, quiet_transformers
 from dagflow.plan.assemble import assemble
 from dagflow.swarm.dask_internals import MEMORY_LIMIT
 from dagflow_tasks.decode.decoder_stage import ALL, TOKENS, DecoderStage, Part
-from dagflow_tasks.program.operators import dtype_of
+from dagflow_tasks.program.nodes import dtype_of
 from dagflow_tasks.program.stage_program import Constant
 
 # The second token is the first that needs what another left behind.

@@ -23,7 +23,7 @@ from dagflow.models.model import Model, ModelRef
 from dagflow.models.source import Source, of_folder, of_module
 from dagflow.models.tokenizing import open_tokenizer, tokenizer_files
 from dagflow_storage import Store
-from dagflow_tasks.program.operators import dtype_of
+from dagflow_tasks.program.nodes import dtype_of
 
 FORMAT, FORMAT_VERSION = "dagflow-model", 1
 # What is computed with: next to quantised weights, what torch's kernels for them are fast in.

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from dagflow.errors import ProgramInvalid, SettingsInvalid
 from dagflow_storage.place import fields
 from dagflow_storage.place.bounded_json import load_json
-from dagflow_tasks.program.operators import dtype_of
+from dagflow_tasks.program.nodes import dtype_of
 
 
 @contextmanager

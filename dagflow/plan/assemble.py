@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from dagflow.graph.analysis import DagAnalysis
 from dagflow.graph.dag import OperatorDag, buffer_value
-from dagflow_tasks.program.operators import CHECKS, Node
+from dagflow_tasks.program.nodes import Node
+from dagflow_tasks.program.operators import CHECKS
 from dagflow_tasks.program.stage_program import (
     BufferUse,
     ParameterUse,

@@ -11,10 +11,11 @@ import torch
 from dagflow.errors import StageTooLarge
 from dagflow.graph.dag import OperatorDag, dtype_bytes
 from dagflow.graph.show import amount
-from dagflow_tasks.kernels.attention import ATTEND, BLOCK_TOKENS, look_back_bytes, reach_of
+from dagflow_tasks.kernels.attention import ATTEND, look_back_bytes, reach_of
 from dagflow_tasks.kernels.recurrence import RECURRENT, SCAN, WINDOW
+from dagflow_tasks.kernels.session_cache import BLOCK_TOKENS
 from dagflow_tasks.kernels.states import REACH_TOKENS, most_bytes
-from dagflow_tasks.program.operators import Node, argument_references
+from dagflow_tasks.program.nodes import Node, argument_references
 from dagflow_tasks.program.stage_program import StageProgram
 
 # Of what weights leave of a worker's memory. The rest is for what a pass computes, and the process.

@@ -24,7 +24,7 @@ from dagflow.serving.answers import Request
 from dagflow.serving.engine import Engine
 from dagflow.serving.live import Live, Step
 from dagflow.serving.sampling import Sampling
-from dagflow_tasks.kernels.attention import whole_blocks
+from dagflow_tasks.kernels.session_cache import whole_blocks
 
 MAX_BEAMS = 64
 # What chooses among tokens has no meaning where all of the most likely are followed.

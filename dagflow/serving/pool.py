@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 from dagflow.errors import CacheFull, RequestTooLarge
 from dagflow.plan.serving_memory import Room
-from dagflow_tasks.kernels.attention import whole_blocks
+from dagflow_tasks.kernels.session_cache import whole_blocks
 
 # Fewer tokens are computed faster than their caches are copied.
 LEAST_SHARED_TOKENS = 16

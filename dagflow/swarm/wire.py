@@ -28,7 +28,7 @@ from dagflow_storage.place import fields
 from dagflow_tasks.errors import GarbageReceived, ProgramInvalid
 from dagflow_tasks.layout import Layout, checked_layout, pack, unpack
 from dagflow_tasks.limits import RECEIVING
-from dagflow_tasks.program.operators import dtype_of
+from dagflow_tasks.program.nodes import dtype_of
 from dagflow_tasks.tensors import TensorDict
 from dagflow_tasks.train.results import BackwardResult, ForwardResult
 

@@ -12,7 +12,7 @@ from dagflow.errors import SettingsInvalid
 from dagflow.graph.dag import OperatorDag
 from dagflow.models.weight_files import WeightFiles
 from dagflow_storage import DamagedData, NotFound, ShardRecord, Snapshot, Store, list_snapshots
-from dagflow_tasks.program.operators import dtype_of
+from dagflow_tasks.program.nodes import dtype_of
 from dagflow_tasks.program.stage_program import StageProgram
 from dagflow_tasks.train.state import BUFFER, PARAMETER, read_tensors, stream_tensors
 

@@ -24,7 +24,7 @@ from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.training.first_batch import FirstBatch
 from dagflow.training.settings import Config
-from dagflow_tasks.program.operators import Node
+from dagflow_tasks.program.nodes import Node
 
 
 class Three(nn.Module):

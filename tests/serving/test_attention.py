@@ -10,14 +10,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dagflow_tasks.kernels.attention import (
+from dagflow_tasks.kernels.attention import attend, attending
+from dagflow_tasks.kernels.session_cache import (
     BLOCK_TOKENS,
     KEPT_BEHIND_TOKENS,
     Reach,
     SessionCache,
     Span,
-    attend,
-    attending,
     whole_blocks,
 )
 

@@ -18,7 +18,7 @@ import dagflow
 from dagflow.errors import CacheFull, RequestTooLarge, SettingsInvalid, StageTooLarge
 from dagflow.serving.stage_server import cache_bytes
 from dagflow.swarm.clusters import scheduler_info
-from dagflow_tasks.kernels.attention import BLOCK_TOKENS
+from dagflow_tasks.kernels.session_cache import BLOCK_TOKENS
 
 NUM_BLOCKS = 5
 NUM_NEW = 12

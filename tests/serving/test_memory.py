@@ -23,7 +23,7 @@ from dagflow.plan.serving_memory import (
     room_of,
     tokens_that_fit,
 )
-from dagflow_tasks.kernels.attention import BLOCK_TOKENS, whole_blocks
+from dagflow_tasks.kernels.session_cache import BLOCK_TOKENS, whole_blocks
 from dagflow_tasks.kernels.states import REACH_TOKENS
 
 NEEDS = [StageNeeds(1000, 1), StageNeeds(4000, 2)]

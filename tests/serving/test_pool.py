@@ -11,7 +11,7 @@ import pytest
 from dagflow.errors import CacheFull, RequestTooLarge
 from dagflow.plan import serving_memory
 from dagflow.serving.pool import LEAST_SHARED_TOKENS, CachePool, Holder, common
-from dagflow_tasks.kernels.attention import BLOCK_TOKENS
+from dagflow_tasks.kernels.session_cache import BLOCK_TOKENS
 from dagflow_tasks.kernels.states import REACH_TOKENS
 
 ONE = BLOCK_TOKENS

@@ -20,7 +20,7 @@ from zoo import SIZES
 import dagflow
 from dagflow.serving.answers import Token
 from dagflow.serving.stage_server import num_tokens_computed
-from dagflow_tasks.kernels.attention import BLOCK_TOKENS
+from dagflow_tasks.kernels.session_cache import BLOCK_TOKENS
 
 SYSTEM = [7, 41, 3, 88, 15, 60, 2, 9, 33, 71, 5, 18, 64, 27, 90, 11, 4, 52, 36, 80]
 PROMPT = [*SYSTEM, 21, 34]

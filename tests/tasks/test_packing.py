@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from dagflow_tasks.kernels.onednn import LINEAR_PACKED, linear_packed, pack, packs
 from dagflow_tasks.program.interpreter import Executable, RandomAddress
-from dagflow_tasks.program.operators import Node
+from dagflow_tasks.program.nodes import Node
 from dagflow_tasks.program.packing import pack_linears
 from dagflow_tasks.program.stage_program import ParameterUse, StageInput, StageProgram, ValueSpec
 

@@ -15,13 +15,8 @@ from dagflow.plan.partition import partition
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid, ProgramTooNew, TaskFailed
 from dagflow_tasks.program import operators
 from dagflow_tasks.program.interpreter import Executable, RandomAddress
-from dagflow_tasks.program.operators import (
-    Node,
-    decode_literal,
-    encode_literal,
-    is_allowed,
-    resolve,
-)
+from dagflow_tasks.program.nodes import Node, decode_literal, encode_literal
+from dagflow_tasks.program.operators import is_allowed, resolve
 from dagflow_tasks.program.sizes import evaluate_size, size_text
 from dagflow_tasks.program.stage_program import Constant, StageProgram
 

@@ -8,7 +8,8 @@ from inline import run_inline
 from zoo import build, captured
 
 from dagflow_tasks.program.interpreter import Executable, RandomAddress
-from dagflow_tasks.program.operators import Node, draws_random_numbers
+from dagflow_tasks.program.nodes import Node
+from dagflow_tasks.program.operators import draws_random_numbers
 from dagflow_tasks.program.stage_program import StageProgram
 
 

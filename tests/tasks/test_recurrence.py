@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dagflow_tasks.kernels.attention import SessionCache, Span, attending
+from dagflow_tasks.kernels.attention import attending
 from dagflow_tasks.kernels.recurrence import running_max, scan, window
+from dagflow_tasks.kernels.session_cache import SessionCache, Span
 from dagflow_tasks.kernels.states import REACH_TOKENS
 
 LENGTH = 3 * REACH_TOKENS + 7

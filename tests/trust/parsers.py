@@ -65,7 +65,7 @@ from dagflow_storage.records.journal import EntryKey, read_segments, write_segme
 from dagflow_storage.records.manifest import _checksum
 from dagflow_storage.records.rows import RowLog
 from dagflow_storage.records.sequences import _checksum as row_checksum
-from dagflow_tasks.program.operators import Node
+from dagflow_tasks.program.nodes import Node
 from dagflow_tasks.program.stage_program import (
     BufferUse,
     Constant,

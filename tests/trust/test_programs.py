@@ -26,7 +26,8 @@ from dagflow_tasks.program import fences
 from dagflow_tasks.program.allow_list import FILE, allowed, name_in_programs
 from dagflow_tasks.program.interpreter import Executable, RandomAddress
 from dagflow_tasks.program.limits import Limits
-from dagflow_tasks.program.operators import Node, is_allowed, own_operators, resolve
+from dagflow_tasks.program.nodes import Node
+from dagflow_tasks.program.operators import is_allowed, own_operators, resolve
 from dagflow_tasks.program.sizes import evaluate_size
 from dagflow_tasks.program.stage_program import Constant, StageInput, StageProgram, ValueSpec
 

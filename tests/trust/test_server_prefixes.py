@@ -8,7 +8,7 @@ from dataclasses import replace
 from dagflow.plan.serving_memory import Room
 from dagflow.serving.answers import Request
 from dagflow.serving.pool import LEAST_SHARED_TOKENS, CachePool, Holder
-from dagflow_tasks.kernels.attention import BLOCK_TOKENS
+from dagflow_tasks.kernels.session_cache import BLOCK_TOKENS
 
 PROMPT = list(range(2 * LEAST_SHARED_TOKENS))
 

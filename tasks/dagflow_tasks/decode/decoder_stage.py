@@ -15,7 +15,8 @@ from itertools import accumulate
 import torch
 
 from dagflow_tasks.errors import ProgramInvalid, TaskFailed
-from dagflow_tasks.kernels.attention import SessionCache, Span, attending, whole_blocks
+from dagflow_tasks.kernels.attention import attending
+from dagflow_tasks.kernels.session_cache import SessionCache, Span, whole_blocks
 from dagflow_tasks.program.interpreter import Executable, RandomAddress
 from dagflow_tasks.program.stage_program import StageProgram
 from dagflow_tasks.tensors import TensorDict

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dagflow_tasks.kernels.attention import Span, current_spans
+from dagflow_tasks.kernels.attention import current_spans
+from dagflow_tasks.kernels.session_cache import Span
 from dagflow_tasks.kernels.states import Advance, RecurrentState, cat_rows, rows_of
 
 WINDOW = "dagflow.window.default"

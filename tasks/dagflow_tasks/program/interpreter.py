@@ -20,15 +20,11 @@ import torch
 
 from dagflow_tasks.errors import LimitReached, TaskFailed
 from dagflow_tasks.program.limits import DEFAULT_LIMITS, Limits, Watch
+from dagflow_tasks.program.nodes import Argument, Node, decode_literal, dtype_of, mentions_size
 from dagflow_tasks.program.operators import (
     ASSERTIONS,
-    Argument,
-    Node,
-    decode_literal,
     device_parameters,
     draws_random_numbers,
-    dtype_of,
-    mentions_size,
     multiplies,
     mutated_arguments,
     resolve,

@@ -33,9 +33,7 @@ def most_bytes(op: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -
     rule = _rule(op)
     if rule is None:
         return _computed(op, arguments, keywords)
-    if keywords:
-        arguments = _in_order(op, arguments, keywords)
-    return rule(arguments, keywords)
+    return rule(_in_order(op, arguments, keywords) if keywords else arguments, keywords)
 
 
 def is_sized_by_data(op: str, arguments: Sequence[Any]) -> bool:

@@ -20,7 +20,8 @@ import torch
 from dagflow_storage.place.bounded_json import JsonLimits, JsonRefused, parse_json
 from dagflow_tasks.errors import OperatorNotAllowed, ProgramInvalid, ProgramTooNew
 from dagflow_tasks.layout import odd_strides, with_strides
-from dagflow_tasks.program.operators import Node, check_argument, dtype_of, is_allowed, multiplies
+from dagflow_tasks.program.nodes import Node, check_argument, dtype_of
+from dagflow_tasks.program.operators import is_allowed, multiplies
 from dagflow_tasks.program.sizes import LIMIT, check_size
 
 FORMAT = "dagflow-stage-program"

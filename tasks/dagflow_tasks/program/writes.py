@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dagflow_tasks.program.operators import Node, mutated_arguments, storages
+from dagflow_tasks.program.nodes import Node
+from dagflow_tasks.program.operators import mutated_arguments, storages
 
 
 def parameter_writes(nodes: Sequence[Node], uses: Iterable[str]) -> list[Node]:

@@ -23,7 +23,7 @@ from dagflow_storage import (
 from dagflow_storage.place.documents import sound
 from dagflow_tasks.errors import ProgramInvalid, StateLost
 from dagflow_tasks.layout import with_strides
-from dagflow_tasks.program.operators import dtype_of
+from dagflow_tasks.program.nodes import dtype_of
 from dagflow_tasks.program.stage_program import StageProgram
 from dagflow_tasks.train.optimizer import restore_slots, slots
 from dagflow_tasks.train.references import StageRef
