@@ -14,6 +14,7 @@ from torch.nn.functional import mse_loss
 
 import dagflow
 from dagflow.plan.plan import Plan
+from dagflow.swarm.events import EventStream
 from dagflow.swarm.membership import Membership
 from dagflow.training.dask_tasks import Key, Priorities
 from dagflow.training.driver import Driver
@@ -87,8 +88,7 @@ def driver_of(membership: Membership, addresses: Sequence[str]) -> Driver:
         lease=cast("Any", SimpleNamespace(holder=SimpleNamespace(epoch=1))),
         snapshot_every=None,
         lookahead_steps=2,
-        on_step=lambda event: None,
-        note=lambda text: None,
+        events=EventStream(),
         write_extra=lambda step: [],
         after_commit=lambda step, saving: None,
         wait_seconds=1.0,

@@ -41,6 +41,8 @@ class Membership:
         What the scheduler's watch says of workers that have stalled, by address.
     failures : deque of (key, address)
         Tasks that failed lately, and where.
+    told : deque of mappings
+        What tasks have told their driver, see `dagflow_tasks.train.cache.WorkerCache.tell`.
     """
 
     client: Client
@@ -50,6 +52,7 @@ class Membership:
     failures: deque[tuple[tuple[str, ...], str]] = field(
         default_factory=partial(deque, maxlen=1024)
     )
+    told: deque[Mapping[str, Any]] = field(default_factory=partial(deque, maxlen=1024))
     _scheduler: str = ""
     _refreshed: float = 0.0
     _news: threading.Event = field(default_factory=threading.Event)
@@ -173,6 +176,8 @@ class Membership:
                 self.stalled = {w: m for w, m in self.stalled.items() if w != worker}
         elif action == "erred":
             self.failures.append((tuple(message["key"]), str(worker)))
+        elif action == "restored":
+            self.told.append(message)
         else:
             return
         self._news.set()

@@ -13,11 +13,12 @@ import platform
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from distributed import SchedulerPlugin, Worker, WorkerPlugin
+from distributed import SchedulerPlugin, Worker, WorkerPlugin, get_worker
 from tornado.ioloop import PeriodicCallback
 
 from dagflow.swarm import wire
@@ -100,11 +101,17 @@ def prepare_worker(worker: Worker) -> None:
         # takes more than a second, and a nanny kills what hasn't ended after four.
         atexit.unregister(gc.freeze)
         atexit.register(gc.freeze)
-    CACHE.run_next = run_next
+    CACHE.run_next, CACHE.tell = run_next, _tell_driver
     wire.POLICY.bandwidth = wire.bandwidth_from_log(transfer_log(worker))
     limit = memory_limit(worker)
     if worker.nanny and limit is not None:  # in a user's process it isn't the limit
         RECEIVING.num_bytes = limit // 2
+
+
+def _tell_driver(message: Mapping[str, Any]) -> None:
+    """Tell whoever drives a run something, from within one of its tasks."""
+    worker = get_worker()
+    worker.log_event(TOPIC, {**message, "worker": worker.address})
 
 
 class StageWorker(WorkerPlugin):  # type: ignore[misc]

@@ -64,7 +64,7 @@ def observers(callbacks: Any) -> tuple[Any, ...]:
     ------
     SettingsInvalid
     """
-    if callable(callbacks) or hasattr(callbacks, "on_step"):
+    if callable(callbacks) or hasattr(callbacks, "on_step") or hasattr(callbacks, "on_event"):
         raise SettingsInvalid(
             f"callbacks= is a list, even of one: [{getattr(callbacks, '__name__', 'callback')}]."
         )

@@ -33,13 +33,14 @@ from dagflow.plan.plan import Plan
 from dagflow.plan.training_memory import TrainingMemory
 from dagflow.runs.listing import foreign
 from dagflow.swarm.clusters import ask_workers, reconnect, roster
+from dagflow.swarm.events import Announcer, EventStream
 from dagflow.swarm.membership import Membership
 from dagflow.swarm.workers import WorkerFacts
 from dagflow.training.dask_tasks import Priorities
 from dagflow.training.data import BatchStream, TokenDataset
 from dagflow.training.dispatch import Disturbed
 from dagflow.training.driver import Driver
-from dagflow.training.events import Callback, ProgressLine, StepEvent, notify
+from dagflow.training.events import ProgressLine
 from dagflow.training.feed import Feed, StreamFeed, TokenFeed, TokenRows
 from dagflow.training.initial_weights import Leftovers
 from dagflow.training.ledger import Ledger
@@ -96,7 +97,7 @@ class Attempts:
     num_stages: int | str
     snapshot_every: int | None
     line: ProgressLine
-    callbacks: tuple[Callback, ...]
+    events: EventStream
     names: tuple[str, ...]
     journal: int
     has_own_client: bool
@@ -106,10 +107,13 @@ class Attempts:
 
     def train(self, client: Client) -> TrainResult:
         self.line.total = self.total
-        self.line.note(f"dashboard: {client.dashboard_link}")
+        self.events.note(f"dashboard: {client.dashboard_link}")
+        announcer = Announcer(client, {"run": self.run.run_id})
+        self.events.listen(announcer)
         try:
             step = self._until_done(client)
         finally:
+            self.events.leave(announcer)
             # The workers stay, and have other things to remember.
             if client.status == "running":
                 with contextlib.suppress(OSError):
@@ -143,7 +147,7 @@ class Attempts:
                 furthest = max(furthest, newest)
                 if fruitless >= _MAX_FRUITLESS_ATTEMPTS:
                     raise
-                self.line.note(f"{error} Going on from an earlier step.")
+                self.events.note(f"{error} Going on from an earlier step.")
                 if isinstance(error, SchedulerLost):
                     if self.has_own_client:
                         raise  # a fresh client is there at once, one that reconnects after seconds
@@ -153,7 +157,7 @@ class Attempts:
         """Return the step of the newest snapshot that is whole and of this run."""
         settings, run_id = self.run.settings(), self.run.run_id
         newest = newest_whole_snapshot(
-            self.run.store, note=self.line.note, check=lambda s: foreign(s, settings, run_id)
+            self.run.store, note=self.events.note, check=lambda s: foreign(s, settings, run_id)
         )
         set_aside_newer(self.run.store, newest)
         return newest
@@ -168,7 +172,7 @@ class Attempts:
         start, ledger = self._start(graph, newest)
         addresses = [workers[index].address for index in self.plan.placement]
         if self.total is None or start < self.total:
-            self.line.note(str(self.plan))
+            self.events.note(str(self.plan))
         self.line.begin(start)
         with Membership(client) as membership, ledger.writing():
             leftovers = Leftovers(self.run.store, newest, graph.programs)
@@ -212,7 +216,7 @@ class Attempts:
                 if deadline is None:
                     deadline = time.monotonic() + self.config.cluster.wait_seconds
                     address = client.scheduler.address
-                    self.line.note(f"{error} Waiting for others (dagflow join {address}).")
+                    self.events.note(f"{error} Waiting for others (dagflow join {address}).")
             time.sleep(_LOOK_EVERY_SECONDS)
             workers = roster(client, 1, self.config.cluster.wait_seconds)
 
@@ -237,7 +241,7 @@ class Attempts:
         kept = {row["step"]: StepRecord.from_json(row) for row in rows if self.journal}
         start = reach(graph.refs[0], graph.programs, graph.neighbours, newest, kept)
         if start > newest:
-            self.line.note(
+            self.events.note(
                 f"Going on from step {start}: the snapshot of step {newest} and the journal."
             )
         return start, Ledger(self.run, {k: r for k, r in kept.items() if k < start})
@@ -304,8 +308,7 @@ class Attempts:
             lease=self.lease,
             snapshot_every=self.snapshot_every,
             lookahead_steps=self.config.lookahead_steps,
-            on_step=self._on_step,
-            note=self.line.note,
+            events=self.events,
             write_extra=leftovers.write,
             after_commit=lambda step, saving: self._tidy(ledger, saving),
             wait_seconds=self.config.cluster.wait_seconds,
@@ -359,22 +362,18 @@ class Attempts:
             self.seen,
         )
 
-    def _on_step(self, event: StepEvent) -> None:
-        self.line.update(event)
-        notify(self.callbacks, event)
-
     def _stop(self, driver: Driver, start: int) -> None:
         """After Ctrl-C: let what is in flight finish, write a snapshot, say how to go on."""
-        self.line.note("Stopping: finishing the steps in flight (Ctrl-C again to stop at once).")
+        self.events.note("Stopping: finishing the steps in flight (Ctrl-C again to stop at once).")
         done = start
         try:
             done = driver.drain()
             if done > start:
                 driver.save_and_commit(done)
         except Disturbed as error:
-            self.line.note(f"{error} The newest snapshot and the journal are what there is.")
+            self.events.note(f"{error} The newest snapshot and the journal are what there is.")
         self.line.close()
-        self.line.note(
+        self.events.note(
             f"Stopped after step {done}. Call train again with store={str(self.run.store)!r} "
             "to go on from here."
         )

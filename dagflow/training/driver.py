@@ -19,6 +19,7 @@ from typing import Any
 from distributed import Client, Future
 
 from dagflow.errors import NonFiniteLoss, WorkersLost
+from dagflow.swarm.events import EventStream
 from dagflow.swarm.interrupts import Interrupts
 from dagflow.swarm.membership import Membership
 from dagflow.training import recovery_protocol as protocol
@@ -76,9 +77,8 @@ class Driver:
     lease : Lease
         The right to write to the run's store.
     snapshot_every : int | None
-    on_step : callable
-    note : callable
-        Tells people what happens.
+    events : EventStream
+        Is told what happens.
     write_extra : callable
         Writes the parts of a snapshot that no stage writes.
     after_commit : callable
@@ -109,8 +109,7 @@ class Driver:
     lease: Lease
     snapshot_every: int | None
     lookahead_steps: int
-    on_step: Callable[[StepEvent], None]
-    note: Callable[[str], None]
+    events: EventStream
     write_extra: Callable[[int], Sequence[ShardRecord]]
     after_commit: Callable[[int, Collection[int]], None]
     wait_seconds: float
@@ -155,14 +154,15 @@ class Driver:
             self.membership,
             self.lease,
             self.interrupts,
-            self.note,
+            self.events,
             self.wait_seconds,
             self.write_extra,
             self._committed,
         )
         self._copies = Copies(self.dispatch, self.addresses, self.ledger, self._turn)
-        self._lookout = Lookout(self.client, self.membership, self.memory)
-        self._journals = JournalWatch(self.ledger, self.note)
+        run_id, owners = self.graph.refs[0].run_id, self.addresses
+        self._lookout = Lookout(run_id, self.membership, self.memory, owners, self.events)
+        self._journals = JournalWatch(self.ledger, self.events.note)
         self._begin_at(0)
 
     def _begin_at(self, step: int) -> None:
@@ -193,6 +193,7 @@ class Driver:
         self._begin_at(first_step)
         self.feed.look_around = self._look_around
         self._clock = time.perf_counter()
+        self._lookout.tell_placed([""] * len(self.addresses), self.addresses)
         self._restore(dict.fromkeys(range(len(self.addresses)), first_step))
         while True:
             try:
@@ -240,9 +241,8 @@ class Driver:
             self._is_holding = False
             self._tell(protocol.Drained())
         while not self._exhausted and (last_step is None or self._next < last_step):
-            if len(self._flights) >= self.lookahead_steps or self._is_holding:
-                break
-            if self._lineage_full() and self._flights:
+            is_long = self._lineage_full() and self._flights
+            if len(self._flights) >= self.lookahead_steps or self._is_holding or is_long:
                 break
             if not self._submit_next():
                 break
@@ -267,7 +267,9 @@ class Driver:
         first = not self._flights and (self._standing is None or self._lineage_full())
         self._flights.append(_Flight(step, batch, {}))
         if not any(microbatch.weight for microbatch in batch.microbatches):
-            self.note(f"Nothing in the batch of step {step} counts: all its targets are ignored.")
+            self.events.note(
+                f"Nothing in the batch of step {step} counts: all its targets are ignored."
+            )
         self._submit(self._flights[-1], first=first or step == self._done)
         due = self.snapshot_every and (step + 1) % self.snapshot_every == 0
         if self.snapshot_every and (due or self.saving.is_due):
@@ -275,8 +277,7 @@ class Driver:
         return True
 
     def _lineage_full(self) -> bool:
-        num_tasks, num_steps = self._lineage
-        return num_tasks > _LINEAGE_TASKS or num_steps >= _LINEAGE_STEPS
+        return self._lineage[0] > _LINEAGE_TASKS or self._lineage[1] >= _LINEAGE_STEPS
 
     def _submit(self, flight: _Flight, *, first: bool) -> None:
         """Hand a step to dask: the tasks of it that aren't done yet."""
@@ -348,7 +349,7 @@ class Driver:
         # By hand: the frames of an earlier disturbance, or a traceback that a callback keeps, hold them.
         release([*flight.futures.values(), *batch.held.values()])
         self.ledger.add(record, event.to_json())
-        self.on_step(event)
+        self.events.tell(event)
         self._tell(protocol.StepDone(self._done))
 
     # What happens to the swarm
@@ -387,10 +388,12 @@ class Driver:
         Disturbed
             If that can't be done in the middle of something else, see `go`.
         """
-        for instruction in self.recovery.handle(event, time.monotonic()):
+        instructions = self.recovery.handle(event, time.monotonic())
+        self._lookout.tell_excluded(self.recovery.excluded)
+        for instruction in instructions:
             match instruction:
                 case protocol.Say(text):
-                    self.note(text)
+                    self.events.note(text)
                 case protocol.Hold():
                     self._is_holding = True
                 case protocol.Copy():
@@ -410,7 +413,7 @@ class Driver:
         match instruction:
             case protocol.Stop(why):
                 self.dispatch.check_scheduler(why, self._error)
-                self.note(why)
+                self.events.note(why)
                 self._is_holding = False
                 self._let_go()
                 self.saving.drop_uncopied()
@@ -447,7 +450,9 @@ class Driver:
         stages = frozenset(range(len(self.addresses)))
         if stages - assign.ask - assign.moved:
             self.saving.drop_unwritten()
+        before = list(self.addresses)
         self.dispatch.assign(assign.owners, assign.number, uuid.uuid4().hex[:8])
+        self._lookout.tell_placed(before, self.addresses)
         graph = self.dispatch.graph
         dsk: dict[Key, Any] = {}
         for stage in sorted(assign.ask):

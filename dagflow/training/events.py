@@ -1,10 +1,10 @@
-"""What a run tells while it goes: step events, to callbacks, metrics and the progress line."""
+"""Steps as events, and who is told of a run's events: callbacks and the progress line."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dagflow.graph.show import amount
+from dagflow.swarm.events import Event
 
 # Without a terminal the progress line becomes a line of log every so often.
 _LOG_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class StepEvent:
+class StepEvent(Event):
     """One optimizer step is done.
 
     Attributes
@@ -50,12 +51,16 @@ class StepEvent:
     journal_bytes: int = 0
     journal_share: float = 0.0
 
+    @property
+    def kind(self) -> str:
+        return "step"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class StepObserver(Protocol):
-    """An object that wants to hear of every step."""
+    """An object that wants to hear of every step; with an `on_event`, of all other events, too."""
 
     def on_step(self, event: StepEvent) -> None: ...
 
@@ -63,11 +68,14 @@ class StepObserver(Protocol):
 Callback = StepObserver | Callable[[StepEvent], None]
 
 
-def notify(callbacks: tuple[Callback, ...], event: StepEvent) -> None:
-    """Tell every callback, by its `on_step` or by calling it."""
+def notify(callbacks: Sequence[Callback], event: Event) -> None:
+    """Tell every callback: of a step by its `on_step` or by calling it, of the rest by its `on_event`."""
     for callback in callbacks:
-        on_step: Callable[[StepEvent], None] = getattr(callback, "on_step", callback)  # type: ignore[arg-type]
-        on_step(event)
+        if isinstance(event, StepEvent):
+            on_step: Callable[[StepEvent], None] = getattr(callback, "on_step", callback)  # type: ignore[arg-type]
+            on_step(event)
+        elif hasattr(callback, "on_event"):
+            callback.on_event(event)
 
 
 class ProgressLine:
@@ -94,6 +102,13 @@ class ProgressLine:
         """Print a line that stays."""
         if self._enabled:
             self._console.print(text, soft_wrap=True, markup=False)
+
+    def show(self, event: Event) -> None:
+        """Show an event: a step in the line, what it says above it."""
+        if isinstance(event, StepEvent):
+            self.update(event)
+        elif text := event.text():
+            self.note(text)
 
     def begin(self, step: int) -> None:
         """Show the line, at a step that may be later than 0."""

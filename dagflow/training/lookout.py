@@ -1,39 +1,66 @@
-"""What recovery is told of the swarm: who is there, how much memory they have, who has stalled."""
+"""What recovery is told of the swarm, and what everybody is: who is there, who has stalled, who has what."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
-
-from distributed import Client
+from collections.abc import Collection, Mapping, Sequence
 
 from dagflow.swarm.clusters import scheduler_info
+from dagflow.swarm.events import (
+    EventStream,
+    StagePlaced,
+    StageRestored,
+    WorkerExcluded,
+    WorkerJoined,
+    WorkerLeft,
+    WorkerRecovered,
+    WorkerStalled,
+)
 from dagflow.swarm.membership import Membership
 from dagflow.training.recovery_protocol import Roster, Stall
 
+_RESTORED = ("stage", "step", "replayed", "seconds", "num_bytes")
+
 
 class Lookout:
-    """Makes rosters of what the scheduler says.
+    """Makes rosters of what the scheduler says, and events of what has changed.
 
     Parameters
     ----------
-    client
+    run_id : str
     membership
     memory : mapping
         Memory in bytes of the workers that were there when the run was planned, by address.
+    owners
+        The workers by stage, as they are.
+    events : EventStream
+        Is told what has changed since the roster before.
     """
 
-    def __init__(self, client: Client, membership: Membership, memory: Mapping[str, int]) -> None:
-        self._client = client
+    def __init__(
+        self,
+        run_id: str,
+        membership: Membership,
+        memory: Mapping[str, int],
+        owners: Sequence[str],
+        events: EventStream,
+    ) -> None:
+        self._run_id = run_id
         self._membership = membership
         self._planned_memory = memory
+        self._owners = owners
+        self._events = events
         self._limits: dict[str, int] = {}
+        self._names: dict[str, str] = {}
         self._asked_of: Collection[str] = ()
+        self._told_of: Roster = Roster({})
+        self._excluded: set[str] = set()
 
     def look(self) -> Roster:
         """Return who is there, asking the scheduler again if the last answer is old."""
         with contextlib.suppress(OSError):  # of a connection that is about to be noticed as lost
             self._membership.refresh_if_old()
+        self._tell_restored()
         return self.roster()
 
     def look_now(self) -> Roster:
@@ -45,13 +72,61 @@ class Lookout:
         present, stalled = self._membership.seen()
         memory = self._memory(present)
         stalls = {a: Stall(news["seconds"], news["silent"]) for a, news in stalled.items()}
-        return Roster({address: memory.get(address) for address in present}, stalls)
+        found = Roster({address: memory.get(address) for address in present}, stalls)
+        self._tell(self._told_of, found)
+        self._told_of = found
+        return found
+
+    def name(self, address: str) -> str:
+        """Return a worker's name, also of one that has left; its address if it has none."""
+        return self._names.get(address, address)
+
+    def _tell(self, before: Roster, now: Roster) -> None:
+        """Tell what is different from one roster to the next."""
+        for address in sorted(now.memory.keys() - before.memory.keys()):
+            joined = WorkerJoined(address, self.name(address), now.memory[address])
+            self._events.tell(joined)
+        for address in sorted(before.memory.keys() - now.memory.keys()):
+            self._events.tell(WorkerLeft(address, self.name(address), self._stages_of(address)))
+        for address, stall in now.stalls.items():
+            known = before.stalls.get(address)
+            if known is None or known.silent != stall.silent:
+                what = stall.seconds, stall.silent, self._stages_of(address)
+                self._events.tell(WorkerStalled(address, self.name(address), *what))
+        for address in (before.stalls.keys() - now.stalls.keys()) & now.memory.keys():
+            self._events.tell(WorkerRecovered(address, self.name(address)))
+
+    def tell_placed(self, before: Sequence[str], owners: Sequence[str]) -> None:
+        """Tell which stages have another owner; "" is nobody."""
+        for stage, (old, new) in enumerate(zip(before, owners, strict=True)):
+            if old != new:
+                self._events.tell(StagePlaced(new, self.name(new), stage, old))
+
+    def tell_excluded(self, excluded: Mapping[str, str]) -> None:
+        """Tell which workers get no stage any more, and why."""
+        for address in excluded.keys() - self._excluded:
+            self._events.tell(WorkerExcluded(address, self.name(address), excluded[address]))
+        self._excluded = set(excluded)
+
+    def _tell_restored(self) -> None:
+        """Tell which stages have got their weights, as their workers have said."""
+        told = self._membership.told
+        while told:
+            message = told.popleft()
+            if message["run"] == self._run_id:
+                worker = message["worker"]
+                what = {name: message[name] for name in _RESTORED}
+                self._events.tell(StageRestored(worker, self.name(worker), **what))
+
+    def _stages_of(self, address: str) -> tuple[int, ...]:
+        return tuple(stage for stage, owner in enumerate(self._owners) if owner == address)
 
     def _memory(self, present: Collection[str]) -> dict[str, int]:
         """Return the memory of each worker that says how much it has."""
         if self._asked_of is not present:  # which is replaced, not changed
             self._asked_of = present
-            workers = scheduler_info(self._client)["workers"]
+            workers = scheduler_info(self._membership.client)["workers"]
             limits = {address: info.get("memory_limit") for address, info in workers.items()}
+            self._names |= {address: str(info["name"]) for address, info in workers.items()}
             self._limits = {address: limit for address, limit in limits.items() if limit}
         return {**self._limits, **self._planned_memory}

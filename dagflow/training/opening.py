@@ -9,7 +9,7 @@ from typing import Any
 from dagflow.errors import StoreHoldsAnotherRun
 from dagflow.graph.dag import OperatorDag
 from dagflow.runs.export import model_facts
-from dagflow.training.events import ProgressLine
+from dagflow.swarm.events import EventStream
 from dagflow.training.initial_weights import trained_weights
 from dagflow.training.settings import Config, Mathematics
 from dagflow_storage import (
@@ -32,7 +32,7 @@ def open_run(
     first_batch: str,
     names: Sequence[str],
     config: Config,
-    line: ProgressLine,
+    events: EventStream,
 ) -> RunDirectory:
     """Create the run's directory, or check that it holds this run.
 
@@ -51,7 +51,7 @@ def open_run(
     if not run.exists():
         facts = model_facts(names, alias_names(dag))
         run.create(wanted, {**facts, "origin": dict(config.origin) if config.origin else None})
-        line.note(f"Writing to {store}.")
+        events.note(f"Writing to {store}.")
         return run
     difference = _differences(run.settings(), wanted, dag, store)
     if difference and not config.force:
@@ -61,7 +61,7 @@ def open_run(
             + "\nUse another store=, the old settings, or Config(force=True) to go on regardless."
         )
     newest = (list_snapshots(store) or [0])[-1]
-    line.note(f"Resuming {store} from the snapshot of step {newest}.")
+    events.note(f"Resuming {store} from the snapshot of step {newest}.")
     return run
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from distributed import Future
 
 from dagflow.errors import TransientError, WorkersLost
+from dagflow.swarm.events import EventStream, SnapshotCommitted
 from dagflow.swarm.interrupts import TICK_SECONDS, Interrupts
 from dagflow.swarm.membership import Membership
 from dagflow.training.dask_tasks import Key
@@ -38,7 +39,7 @@ class Saving:
 
     Attributes
     ----------
-    dispatch, run, ledger, membership, lease, interrupts, note
+    dispatch, run, ledger, membership, lease, interrupts, events
         As in `Driver`.
     wait_seconds : float
         For how long to wait for the ledger at the run's end.
@@ -56,12 +57,13 @@ class Saving:
     membership: Membership
     lease: Lease
     interrupts: Interrupts
-    note: Callable[[str], None]
+    events: EventStream
     wait_seconds: float
     write_extra: Callable[[int], Sequence[ShardRecord]]
     committed: Callable[[int, Collection[int]], None]
     is_due: bool = False
     _saves: dict[int, dict[Key, Future]] = field(default_factory=dict)
+    _begun: dict[int, float] = field(default_factory=dict)
     _done: set[int] = field(default_factory=set)
     _facts: dict[int, tuple[float, Decision | None]] = field(default_factory=dict)
 
@@ -77,7 +79,7 @@ class Saving:
         before = [key for futures in self._saves.values() for key in futures if _is_save(key)]
         keys = {stage: future.key for stage, future in ready.items()}
         dsk = self.dispatch.graph.save(step, after_update=after_update, before=before, ready=keys)
-        self._saves[step] = self.dispatch.submit(dsk)
+        self._saves[step], self._begun[step] = self.dispatch.submit(dsk), time.monotonic()
 
     def is_copied_first(self, step: int) -> bool:
         """Tell whether a step's update must wait until the state before it has been copied."""
@@ -132,9 +134,13 @@ class Saving:
         except (NotFound, StoreNotWritable) as error:
             if must_be:
                 raise
-            self.note(f"No snapshot of step {step}: {error}")  # the next one will do
+            self.events.note(f"No snapshot of step {step}: {error}")  # the next one will do
             return
         self._done.add(step)
+        parts = [part for record in records for part in record.flattened()]
+        num_bytes = sum(found.size_bytes for part in parts for found in part.objects)
+        seconds = time.monotonic() - self._begun[step]
+        self.events.tell(SnapshotCommitted(step, seconds, num_bytes))
         self.committed(step, self._saves.keys())
 
     def _records(self, step: int, *, must_be: bool) -> list[ShardRecord] | None:
@@ -144,7 +150,7 @@ class Saving:
         passing = (TransientError, StoreNotWritable)
         if must_be or not failed or not all(isinstance(error, passing) for error in failed):
             return [self.dispatch.result(future) for future in futures]
-        self.note(f"No snapshot of step {step}: {failed[0]}")
+        self.events.note(f"No snapshot of step {step}: {failed[0]}")
         release(self._saves.pop(step).values())
         return None
 
@@ -193,7 +199,7 @@ class Saving:
                 self.lease.verify()
                 return
             except LeaseUnconfirmed as error:
-                self.note(str(error))
+                self.events.note(str(error))
                 self.membership.wait(TICK_SECONDS)
                 self.interrupts.heed()
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from dagflow.arguments import open_store
 from dagflow.errors import SchedulerLost, SettingsInvalid
 from dagflow.graph.loss import LossFunction
 from dagflow.swarm.clusters import open_cluster
+from dagflow.swarm.events import EventStream
 from dagflow.swarm.main_guard import refuse_unguarded_main
 from dagflow.training.arguments import check_arguments, journal_steps, observers
 from dagflow.training.attempts import Attempts
 from dagflow.training.data import BatchStream, TokenDataset
-from dagflow.training.events import Callback, ProgressLine
+from dagflow.training.event_log import EventLog
+from dagflow.training.events import Callback, ProgressLine, notify
 from dagflow.training.first_batch import FirstBatch, described
 from dagflow.training.generators import doubts
 from dagflow.training.initial_weights import buffer_reader, initial_shard, initial_weights
@@ -156,8 +159,9 @@ def train(
     clip_grad_norm = None if clip_grad_norm is None else float(clip_grad_norm)
     config = config or Config()
     line = ProgressLine(progress)
+    events = EventStream(line.show, partial(notify, told))
     for doubt in doubts(data):
-        line.note(f"The data's order can't be repeated: {doubt}.")
+        events.note(f"The data's order can't be repeated: {doubt}.")
     stream = _stream(data, epochs, steps, seed, config)
     total = steps if steps is not None else _total_steps(data, stream, epochs)
     mathematics = Mathematics(
@@ -186,9 +190,9 @@ def train(
         names = tuple(model.state_dict())
         weights = initial_weights(dag, model, state_dict)
     if check:
-        line.note(described(prepared.report))
-    with hold_lease(where, on_wait=_waiting_for_the_other(line)) as lease:
-        run = open_run(where, dag, mathematics, weights, fingerprint(first), names, config, line)
+        events.note(described(prepared.report))
+    with hold_lease(where, on_wait=_waiting_for_the_other(events)) as lease:
+        run = open_run(where, dag, mathematics, weights, fingerprint(first), names, config, events)
         if not list_snapshots(where):
             with _MODELS:
                 shard = initial_shard(where, dag, model, state_dict)
@@ -209,19 +213,22 @@ def train(
             num_stages=num_stages,
             snapshot_every=snapshot_every,
             line=line,
-            callbacks=told,
+            events=events,
             names=names,
             journal=journal_steps(journal),
             has_own_client=isinstance(client, str),
         )
+        log = EventLog(run)
+        events.listen(log)
         try:
-            while True:
-                with open_cluster(client, config.cluster, where, line.note) as connected:
-                    try:
-                        return session.train(connected)
-                    except SchedulerLost:
-                        if not session.has_own_client:
-                            raise
+            with log.writing():
+                while True:
+                    with open_cluster(client, config.cluster, where, events.note) as connected:
+                        try:
+                            return session.train(connected)
+                        except SchedulerLost:
+                            if not session.has_own_client:
+                                raise
         finally:
             line.close()
 
@@ -249,14 +256,14 @@ def _is_done(store: Store, total: int | None) -> bool:
     return bool(snapshots) and total is not None and snapshots[-1] >= total
 
 
-def _waiting_for_the_other(line: ProgressLine) -> Callable[[Waiting], None]:
+def _waiting_for_the_other(events: EventStream) -> Callable[[Waiting], None]:
     """Return what says, once, that another driver's lease is waited out."""
     told: set[int] = set()
 
     def tell(waiting: Waiting) -> None:
         if waiting.holder.epoch not in told:
             told.add(waiting.holder.epoch)
-            line.note(
+            events.note(
                 f"{waiting.holder} has trained this run and has fallen silent; taking over once that "
                 f"has lasted {waiting.patience_seconds:g} s."
             )

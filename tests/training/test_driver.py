@@ -22,7 +22,7 @@ def test_a_stage_is_copied_while_its_worker_is_slow_and_let_go_of_when_it_is_bac
     membership = Membership(cast("Any", swarm), present={"a", "b", "c"})
     driver = driver_of(membership, ["a", "b"])
     said: list[str] = []
-    driver.note = said.append
+    driver.events.listen(lambda event: said.append(event.text()))
     membership.hear(stalled("a"))
     driver._tell(driver._lookout.roster())
     (copy,) = swarm.handed_out

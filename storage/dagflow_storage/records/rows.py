@@ -1,5 +1,7 @@
 """Rows by step (metrics, the ledger), appended to as a run goes, superseded when it goes back.
 
+Events are rows by their own number, which never goes back.
+
 ::
 
     FOLDER/part-00000040.jsonl     named after its first step
@@ -26,24 +28,33 @@ _ROWS_PER_PART = 64
 
 
 class RowLog:
-    """Rows in one folder of a store; one writer at a time, any number of readers."""
+    """Rows in one folder of a store; one writer at a time, any number of readers.
 
-    def __init__(self, store: Store, folder: str) -> None:
+    Parameters
+    ----------
+    store : Store
+    folder : str
+    by : str
+        The member of each row that orders them.
+    """
+
+    def __init__(self, store: Store, folder: str, by: str = "step") -> None:
         self._store = store
         self._folder = folder
+        self._by = by
         self._last_part: list[dict[str, Any]] = []
 
     def append(self, rows: Sequence[Mapping[str, JSON]]) -> None:
-        """Add rows, each with an integer ``"step"``.
+        """Add rows, each with an integer ``"step"`` (or what they are ordered by).
 
         Rows already there of the first new step or later are superseded: after a rollback those
         steps have not happened.
         """
         if not rows:
             return
-        first = min(_step_of(row) for row in rows)
+        first = min(self._number_of(row) for row in rows)
         fits = len(self._last_part) + len(rows) <= _ROWS_PER_PART
-        last = max((row["step"] for row in self._last_part), default=first)
+        last = max((row[self._by] for row in self._last_part), default=first)
         if not (fits and first > last):
             # Outdated parts first: a crash between here and the put loses rows of steps that will
             # be run again. The other way round it would leave rows that never come true.
@@ -53,7 +64,7 @@ class RowLog:
             self._last_part = []
         part = self._last_part + [dict(row) for row in rows]
         text = "".join(json.dumps(row) + "\n" for row in part)
-        start = min(_step_of(row) for row in part)
+        start = min(self._number_of(row) for row in part)
         self._store.write_bytes(self._path(start), text.encode())
         self._last_part = part
 
@@ -79,15 +90,17 @@ class RowLog:
             # A part that starts later was written later, so it has the say from its start on.
             found = self._sound_rows(start) if skip_damaged else self._rows(start)
             rows += [
-                row for row in found if since <= row["step"] and (end is None or row["step"] < end)
+                row
+                for row in found
+                if since <= row[self._by] and (end is None or row[self._by] < end)
             ]
-        return sorted(rows, key=lambda row: int(row["step"]))
+        return sorted(rows, key=lambda row: int(row[self._by]))
 
     def last(self) -> dict[str, Any] | None:
         """The row of the latest step, without reading those before; None if there is none."""
         for start in reversed(self._parts()):
             if rows := list(self._rows(start)):
-                return max(rows, key=lambda row: int(row["step"]))
+                return max(rows, key=lambda row: int(row[self._by]))
         return None
 
     def _parts(self) -> list[int]:
@@ -104,23 +117,22 @@ class RowLog:
         except NotFound:
             return  # superseded since it was listed
         with sound(f"{path} in {self._store!r}"):
-            yield from [_row(line) for line in data.splitlines()]
+            yield from [self._row(line) for line in data.splitlines()]
 
     def _sound_rows(self, start: int) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(NotFound):
             for line in self._store.read_bytes(self._path(start)).splitlines():
                 try:
-                    row = _row(line)
+                    row = self._row(line)
                 except ValueError:
                     continue
                 yield row
 
+    def _row(self, line: bytes) -> dict[str, Any]:
+        row = fields.members(parse_json(line, finite=False), "a row", self._by)
+        self._number_of(row)
+        return dict(row)
 
-def _row(line: bytes) -> dict[str, Any]:
-    row = fields.members(parse_json(line, finite=False), "a row", "step")
-    _step_of(row)
-    return dict(row)
-
-
-def _step_of(row: Mapping[str, JSON]) -> int:
-    return fields.integer(row.get("step"), f"the step of the row {fields.shown(dict(row))}")
+    def _number_of(self, row: Mapping[str, JSON]) -> int:
+        what = f"the {self._by} of the row {fields.shown(dict(row))}"
+        return fields.integer(row.get(self._by), what)

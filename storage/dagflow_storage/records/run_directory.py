@@ -5,6 +5,7 @@
     run.json                       settings and the run's id, written once
     programs/NAME/stage-000.json   one a stage; programs/NAME/programs.json last
     metrics/, ledger/              rows by step, see dagflow_storage.records.rows
+    events/                        what has happened, rows by number
     journal/                       see dagflow_storage.records.journal
     snapshots/                     see dagflow_storage.records.snapshots
 """
@@ -33,11 +34,14 @@ class RunDirectory:
     store : Store
     ledger : RowLog
         What each step was computed from.
+    events : RowLog
+        What has happened, by number.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.ledger = RowLog(store, "ledger")
+        self.events = RowLog(store, "events", by="number")
         self._metrics = RowLog(store, "metrics")
 
     def exists(self) -> bool:

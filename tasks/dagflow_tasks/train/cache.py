@@ -7,7 +7,7 @@ run, so two stages on one worker don't meet.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,8 @@ class WorkerCache:
         Forwards that ran again because a graph was gone.
     run_next : callable or None
         Runs a function on the worker's thread after the task at hand; None where there is no worker.
+    tell : callable or None
+        Takes what whoever drives the run should hear: a mapping that JSON can hold, with its ``action``.
     """
 
     programs: dict[StageKey, Executable] = field(default_factory=dict)
@@ -68,6 +70,7 @@ class WorkerCache:
     lock: Any = field(default_factory=threading.RLock)
     working: dict[StageKey, Any] = field(default_factory=dict)
     run_next: Callable[[Callable[[], None]], object] | None = None
+    tell: Callable[[Mapping[str, Any]], object] | None = None
     turns: dict[StageKey, tuple[int, int]] = field(default_factory=dict)
 
     def stage_lock(self, ref: StageRef) -> Any:

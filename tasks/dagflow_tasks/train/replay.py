@@ -7,6 +7,7 @@ by the very functions that computed it first. The bits are the same.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ from dagflow_tasks.train.results import (
     UpdateResult,
     forward_part,
 )
-from dagflow_tasks.train.state import load_state
+from dagflow_tasks.train.state import load_state, state_tensors
 from dagflow_tasks.train.tasks import backward, forward, forward_backward
 from dagflow_tasks.train.update import update
 from dagflow_tasks.train.worker_journal import JOURNAL, EntryKey, Sent
@@ -275,6 +276,7 @@ def restore(
     if latest > turn or (latest == turn and known is not None and known.step >= target):
         return StateRef(target)
     CACHE.turns[ref.key] = turn
+    began = time.perf_counter()
     CACHE.begin_again(ref)
     by_step = {record.step: record for record in records}
     begin = _begin_from(ref, target, by_step)
@@ -282,6 +284,19 @@ def restore(
     for step in range(begin, target):
         replay_step(ref, by_step[step], before, neighbours)
         before = by_step[step].decision
+    if CACHE.tell is not None:
+        tensors = state_tensors(CACHE.executable(ref).program, CACHE.state(ref, target))
+        CACHE.tell(
+            {
+                "action": "restored",
+                "run": ref.run_id,
+                "stage": ref.stage,
+                "step": target,
+                "replayed": target - begin,
+                "seconds": time.perf_counter() - began,
+                "num_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            }
+        )
     return StateRef(target)
 
 
