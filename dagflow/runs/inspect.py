@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dagflow_tasks.program.stage_program import StageProgram
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CHART_WIDTH = 60
+_NUM_EVENTS = 8
 
 
 def describe_run(url: str) -> str:
@@ -47,6 +49,7 @@ def describe_run(url: str) -> str:
         ) from error
     lines.append(f"snapshots: {', '.join(map(str, steps)) or 'none'}")
     lines += [_snapshot_line(store, step) for step in steps]
+    lines += _event_lines(run.events.read(skip_damaged=True))
     return "\n".join(lines)
 
 
@@ -61,6 +64,21 @@ def _settings_lines(settings: dict[str, Any]) -> list[str]:
         f"optimizer: {optimizer['name']}({options}), schedule {settings['schedule']['kind']}, "
         f"{settings['num_microbatches']} micro-batches, {settings['precision']}, seed {settings['seed']}",
     ]
+
+
+def _event_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the last events that concern workers and stages, a line each."""
+    rows = [row for row in rows if row.get("event") != "noted"][-_NUM_EVENTS:]
+    lines = ["what happened last:"] if rows else []
+    for row in rows:
+        known = ("number", "time", "event", "worker")
+        left = {k: v for k, v in row.items() if k not in known and v not in ("", None, [])}
+        facts = ", ".join(
+            f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in left.items()
+        )
+        when = datetime.fromtimestamp(float(row["time"])).strftime("%Y-%m-%d %H:%M:%S")
+        lines.append(f"  {when}  {row['event']:<18} {facts}")
+    return lines
 
 
 def _progress_lines(metrics: Sequence[dict[str, Any]]) -> list[str]:

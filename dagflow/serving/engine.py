@@ -32,6 +32,7 @@ from dagflow.serving.passes import Passes
 from dagflow.serving.placement import Placement
 from dagflow.serving.pool import CachePool
 from dagflow.serving.repairing import Repairs
+from dagflow.swarm.events import Announcer, StagePlaced, WorkerLeft
 from dagflow.swarm.links import Message
 from dagflow.swarm.on_loop import OnLoop
 from dagflow_tasks.decode.decoder_stage import ALL, LAST, NOTHING, Part
@@ -102,13 +103,20 @@ class Engine(OnLoop):
             hear=self._hear,
             lost=self._left,
             came=self._came,
-            note=lambda text: self.note(text),
+            note=self.events.note,
             spawn=self.spawn,
         )
+        self.events.listen(Announcer(client, {"deployment": self.name}))
         self._live: dict[str, Live] = {}
         self._passes = Passes(self.placement, self._live, self.spawn)
         self._repairs = Repairs(
-            self.placement, self._live, self._passes, self._make_room, self.fail, self.spawn
+            self.placement,
+            self._live,
+            self._passes,
+            self._make_room,
+            self.fail,
+            self._placed,
+            self.spawn,
         )
 
     # From any thread
@@ -135,6 +143,8 @@ class Engine(OnLoop):
 
     async def _begin(self) -> None:
         await self.placement.place()
+        for stage, address in enumerate(self.placement.addresses):
+            self._placed(stage, address)
         self._resize()
         for stage in range(len(self.cut)):
             await self._repairs.route(stage)
@@ -172,7 +182,9 @@ class Engine(OnLoop):
                 live.num_unmoved += 1
                 seconds = f"{live.num_unmoved * _LOOK_SECONDS:.0f} s"
                 if live.num_unmoved == most:
-                    self.note(f"Tokens have been under way for {seconds}; they are sent again.")
+                    self.events.note(
+                        f"Tokens have been under way for {seconds}; they are sent again."
+                    )
                     self._repairs.about(SessionBack(live.name))
                 elif live.num_unmoved >= 2 * most:
                     error = NoProgress(
@@ -183,6 +195,10 @@ class Engine(OnLoop):
 
     # Workers
 
+    def _placed(self, stage: int, address: str) -> None:
+        if address:
+            self.events.tell(StagePlaced(address, self.placement.name(address), stage))
+
     def _left(self, address: str, how: str, stages: Sequence[int]) -> None:
         """A worker is gone, or some of its stages."""
         if self._closed:
@@ -191,7 +207,7 @@ class Engine(OnLoop):
         self._repairs.about(StagesLost(address, tuple(stages)))
         if stages:
             self.pool.drop_kept()  # cheaper than having them computed again for nobody yet
-            self.note(f"The worker {address} {how}, with stage {', '.join(map(str, stages))}.")
+            self.events.tell(WorkerLeft(address, self.placement.name(address), tuple(stages), how))
 
     def _resize(self) -> None:
         """Take the capacity that the workers have for sessions where the stages are now."""
@@ -246,7 +262,7 @@ class Engine(OnLoop):
             f"has no part in it ({self.num_refused} so far)."
         )
         _LOGGER.warning(what)
-        self.note(what)
+        self.events.note(what)
 
     def _answer(self, parts: Sequence[Part], logits: torch.Tensor) -> None:
         row = 0

@@ -107,6 +107,10 @@ class Placement:
         self._inviting: set[str] = set()
         self._joined = asyncio.Event()
 
+    def name(self, address: str) -> str:
+        """Return how a worker is called."""
+        return self._membership.name(address)
+
     def start(self) -> None:
         """Hear of workers that come and go, and have them take part."""
         connection = client_stream(self._client)

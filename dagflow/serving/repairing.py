@@ -41,6 +41,8 @@ class Repairs:
         Awaited to give caches the room that there is where the stages are now.
     fail : callable
         Gets the error that all who wait are to hear.
+    placed : callable
+        Is told of a stage that has been opened on another worker, and of its address.
     spawn : callable
         Begins a coroutine whose errors somebody hears of.
     """
@@ -52,12 +54,14 @@ class Repairs:
         passes: Passes,
         make_room: Callable[[], Awaitable[None]],
         fail: Callable[[WorkersLost], None],
+        placed: Callable[[int, str], None],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
         self._placement = placement
         self._lives = lives
         self._passes = passes
         self._make_room, self._fail, self._spawn = make_room, fail, spawn
+        self._placed = placed
         self._mending = Mending(len(placement.needs))
         self._instructions: deque[Instruction] = deque()
         self._is_finished = asyncio.Event()
@@ -96,7 +100,9 @@ class Repairs:
         match instruction:
             case Place(attempt, stage):
                 try:
-                    return Placed(attempt, await self._placement.replace(stage))
+                    address = await self._placement.replace(stage)
+                    self._placed(stage, address)
+                    return Placed(attempt, address)
                 except WorkersLost as error:
                     return NobodyCame(attempt, error)
             case MakeRoom(attempt):

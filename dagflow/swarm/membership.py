@@ -35,6 +35,8 @@ class Membership:
     ----------
     present : set of str
         Addresses.
+    names : dict
+        How the workers that have been heard of are called, by address.
     excluded : dict
         Why a worker that is present isn't used, by address; of those who ask `usable`.
     stalled : dict
@@ -47,6 +49,7 @@ class Membership:
 
     client: Client
     present: set[str] = field(default_factory=set)
+    names: dict[str, str] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
     stalled: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     failures: deque[tuple[tuple[str, ...], str]] = field(
@@ -91,6 +94,7 @@ class Membership:
         self._scheduler = found["id"]
         with self._lock:
             self.present = set(found["workers"])
+            self.names |= {a: str(facts["name"]) for a, facts in found["workers"].items()}
             for action, worker in self._heard:  # since it was asked, and maybe since it answered
                 self._come_or_gone(action, worker)
         self._refreshed = time.monotonic()
@@ -117,6 +121,10 @@ class Membership:
         """Return who is present, and what is said of those who have stalled, at one moment."""
         with self._lock:
             return self.present, self.stalled
+
+    def name(self, address: str) -> str:
+        """Return how a worker is called, also one that has left; its address if that isn't known."""
+        return self.names.get(address, address)
 
     def where_failed(self, key: Iterable[Any]) -> str | None:
         """Return the worker on which a task has failed last; None if that wasn't heard of."""
@@ -167,6 +175,7 @@ class Membership:
         if action in ("add-worker", "remove-worker") and worker:
             with self._lock:
                 self._heard.append((action, worker))
+                self.names[worker] = str(message.get("name", self.name(worker)))
                 self._come_or_gone(action, worker)
         elif action == "stalled":
             with self._lock:

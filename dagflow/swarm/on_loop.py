@@ -12,6 +12,7 @@ from distributed import Client
 from dagflow.errors import DagflowError, SchedulerLost, SettingsInvalid, TaskFailed
 from dagflow.swarm.clusters import in_background
 from dagflow.swarm.dask_internals import event_loop
+from dagflow.swarm.events import EventStream
 
 _LAST_WORDS_SECONDS = 5.0
 
@@ -25,12 +26,15 @@ class OnLoop:
 
     Attributes
     ----------
+    events : EventStream
+        Is told what happens.
     note : callable
         Tells people what happens; says nothing unless it is set.
     """
 
     def __init__(self, client: Client) -> None:
         self.note: Callable[[str], None] = lambda text: None
+        self.events = EventStream(lambda event: event.text() and self.note(event.text()))
         self._client = client
         self._tasks: set[asyncio.Task[Any]] = set()
         self._begun: set[concurrent.futures.Future[Any]] = set()
@@ -118,7 +122,7 @@ class OnLoop:
         if isinstance(error, SchedulerLost):
             self._lost = error
         why = f"{type(error).__name__}: {error}"
-        self.note(why)
+        self.events.note(why)
         self.fail(error if isinstance(error, DagflowError) else TaskFailed(why))
 
     def fail(self, error: Exception) -> None:

@@ -171,7 +171,8 @@ class StageScheduler(SchedulerPlugin):  # type: ignore[misc]
 
     def add_worker(self, scheduler: Any, worker: str) -> None:
         send_at_once(*scheduler_streams(scheduler))
-        scheduler.log_event(TOPIC, {"action": "add-worker", "worker": worker})
+        name = str(scheduler.workers[worker].name)
+        scheduler.log_event(TOPIC, {"action": "add-worker", "worker": worker, "name": name})
 
     def remove_worker(self, scheduler: Any, worker: str, **_: Any) -> None:
         self._watch.gone(worker)

@@ -51,7 +51,6 @@ class Lookout:
         self._owners = owners
         self._events = events
         self._limits: dict[str, int] = {}
-        self._names: dict[str, str] = {}
         self._asked_of: Collection[str] = ()
         self._told_of: Roster = Roster({})
         self._excluded: set[str] = set()
@@ -77,35 +76,36 @@ class Lookout:
         self._told_of = found
         return found
 
-    def name(self, address: str) -> str:
-        """Return a worker's name, also of one that has left; its address if it has none."""
-        return self._names.get(address, address)
-
     def _tell(self, before: Roster, now: Roster) -> None:
         """Tell what is different from one roster to the next."""
         for address in sorted(now.memory.keys() - before.memory.keys()):
-            joined = WorkerJoined(address, self.name(address), now.memory[address])
+            joined = WorkerJoined(address, self._membership.name(address), now.memory[address])
             self._events.tell(joined)
         for address in sorted(before.memory.keys() - now.memory.keys()):
-            self._events.tell(WorkerLeft(address, self.name(address), self._stages_of(address)))
+            self._events.tell(
+                WorkerLeft(address, self._membership.name(address), self._stages_of(address))
+            )
         for address, stall in now.stalls.items():
             known = before.stalls.get(address)
             if known is None or known.silent != stall.silent:
                 what = stall.seconds, stall.silent, self._stages_of(address)
-                self._events.tell(WorkerStalled(address, self.name(address), *what))
+                self._events.tell(WorkerStalled(address, self._membership.name(address), *what))
         for address in (before.stalls.keys() - now.stalls.keys()) & now.memory.keys():
-            self._events.tell(WorkerRecovered(address, self.name(address)))
+            self._events.tell(WorkerRecovered(address, self._membership.name(address)))
 
     def tell_placed(self, before: Sequence[str], owners: Sequence[str]) -> None:
         """Tell which stages have another owner; "" is nobody."""
+        self.roster()  # first who is there
         for stage, (old, new) in enumerate(zip(before, owners, strict=True)):
             if old != new:
-                self._events.tell(StagePlaced(new, self.name(new), stage, old))
+                self._events.tell(StagePlaced(new, self._membership.name(new), stage, old))
 
     def tell_excluded(self, excluded: Mapping[str, str]) -> None:
         """Tell which workers get no stage any more, and why."""
         for address in excluded.keys() - self._excluded:
-            self._events.tell(WorkerExcluded(address, self.name(address), excluded[address]))
+            self._events.tell(
+                WorkerExcluded(address, self._membership.name(address), excluded[address])
+            )
         self._excluded = set(excluded)
 
     def _tell_restored(self) -> None:
@@ -116,7 +116,7 @@ class Lookout:
             if message["run"] == self._run_id:
                 worker = message["worker"]
                 what = {name: message[name] for name in _RESTORED}
-                self._events.tell(StageRestored(worker, self.name(worker), **what))
+                self._events.tell(StageRestored(worker, self._membership.name(worker), **what))
 
     def _stages_of(self, address: str) -> tuple[int, ...]:
         return tuple(stage for stage, owner in enumerate(self._owners) if owner == address)
@@ -127,6 +127,5 @@ class Lookout:
             self._asked_of = present
             workers = scheduler_info(self._membership.client)["workers"]
             limits = {address: info.get("memory_limit") for address, info in workers.items()}
-            self._names |= {address: str(info["name"]) for address, info in workers.items()}
             self._limits = {address: limit for address, limit in limits.items() if limit}
         return {**self._limits, **self._planned_memory}

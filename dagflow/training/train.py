@@ -111,7 +111,8 @@ def train(
     progress : bool
         Show a progress line on stderr.
     callbacks : sequence
-        Objects with ``on_step(event)``, or functions of a `StepEvent`.
+        Objects with ``on_step(event)``, or functions of a `StepEvent`. An object that has
+        ``on_event(event)``, too, hears of all other events, see `dagflow.swarm.events`.
     config : Config, optional
         What few runs need.
     journal : bool or int

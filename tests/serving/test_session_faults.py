@@ -22,6 +22,7 @@ import dagflow
 from dagflow.errors import NoProgress
 from dagflow.serving import stage_server
 from dagflow.serving.stage_server import num_tokens_computed
+from dagflow.swarm.events import EVENTS, Event, StagePlaced, WorkerLeft
 
 PROMPT = [5, 17, 3, 42, 8, 23, 5, 17]
 NUM_NEW = 24
@@ -328,6 +329,22 @@ def test_states_of_recurrent_layers_are_made_again_after_a_loss(
             swarm.wait_for_spares(1)
             found = answer(swarm, lambda: kill(swarm, stages))
     assert found == greedy(model, PROMPT, NUM_NEW)
+
+
+def test_what_happens_is_told_with_names(swarm: Swarm) -> None:
+    heard: list[Event] = []
+    swarm.engine.events.listen(heard.append)
+    names = {a: str(w["name"]) for a, w in swarm.client.scheduler_info()["workers"].items()}
+    lost = swarm.address(1)
+    answer(swarm, lambda: kill(swarm, [1]))
+    wait_until(lambda: swarm.address(1) not in ("", lost), "the stage is there again")
+    (left,) = [event for event in heard if isinstance(event, WorkerLeft) and event.stages]
+    assert (left.worker, left.name, left.stages) == (lost, names[lost], (1,))
+    placed = [event for event in heard if isinstance(event, StagePlaced)]
+    assert (1, swarm.address(1)) in [(event.stage, event.worker) for event in placed]
+    told = [message for _, message in swarm.client.get_events(EVENTS)]
+    ours = [m["event"] for m in told if m.get("deployment") == swarm.engine.name]
+    assert {"stage-placed", "worker-left"} <= set(ours)
 
 
 # Last: the cluster doesn't start another in its place.

@@ -30,7 +30,7 @@ class Scheduler:
 
     async def identity(self, n_workers: int) -> dict[str, Any]:
         assert n_workers == -1, "only then are all workers in it"
-        answer = {"id": self.name, "workers": dict.fromkeys(self.workers)}
+        answer = {"id": self.name, "workers": {worker: {"name": worker} for worker in self.workers}}
         for membership, action, worker in self.meanwhile:
             membership.hear((0.0, {"action": action, "worker": worker}))
         return answer
