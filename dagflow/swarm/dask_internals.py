@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from dask._task_spec import Task, TaskRef
+from dask.utils import key_split
 from distributed import Client, Nanny, Worker, get_worker, rpc
 from distributed.comm import Comm
 from distributed.comm.tcp import MAX_BUFFER_SIZE, TCP, _close_comm, convert_stream_closed_error
@@ -39,6 +40,7 @@ __all__ = [
     "convert_stream_closed_error",
     "event_loop",
     "executing_seconds",
+    "forget_split_keys",
     "identity",
     "keep_time",
     "memory_limit",
@@ -133,6 +135,12 @@ def keep_time(node: Any) -> None:
         return  # since a clock that was right; by now somebody may have set it
     begin = time.time() - time.monotonic()
     node.loop.time = lambda: begin + time.monotonic()
+
+
+def forget_split_keys(most: int = 2000) -> None:
+    """Have dask forget what it has split keys into, if these are many: it remembers 100,000 of them."""
+    if key_split.cache_info().currsize > most:
+        key_split.cache_clear()
 
 
 def account_together(scheduler: Any, is_ours: Callable[[Any], bool]) -> None:

@@ -26,6 +26,7 @@ from dagflow.swarm.allocator import keep_freed_memory
 from dagflow.swarm.dask_internals import (
     account_together,
     executing_seconds,
+    forget_split_keys,
     keep_time,
     memory_limit,
     num_tasks_at_a_time,
@@ -197,6 +198,7 @@ class StageScheduler(SchedulerPlugin):  # type: ignore[misc]
             )
 
     def _look(self) -> None:
+        forget_split_keys()
         silence = silent_seconds(self._scheduler)
         silent = {address for address, s in silence.items() if s > LONG_SILENCE_SECONDS}
         for address in silent ^ self._paused:

@@ -17,6 +17,7 @@ import pytest
 import set_clock
 from chaos import warm
 from dask.tokenize import tokenize
+from dask.utils import key_split
 from distributed import Client, Event, LocalCluster, get_worker
 from distributed.batched import BatchedSend
 from distributed.protocol.pickle import dumps, loads
@@ -339,6 +340,17 @@ def test_the_scheduler_and_workers_remember_nothing_of_a_graph_that_is_done(
     done = time.time()
     wait_until(heard_of, "the workers have told what they counted")
     assert remembered() == before
+
+
+def test_dask_remembers_keys_that_it_has_split_and_can_forget_them() -> None:
+    for number in range(10):
+        key_split((f"forward-{number:08x}", number, 0))
+    assert key_split.cache_info().maxsize > 10_000
+    assert key_split.cache_info().currsize >= 10
+    dask_internals.forget_split_keys(most=1000)
+    assert key_split.cache_info().currsize >= 10
+    dask_internals.forget_split_keys(most=9)
+    assert key_split.cache_info().currsize == 0
 
 
 def test_who_leaves_does_not_wait_for_who_is_frozen(
