@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastapi import FastAPI
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from dagflow.errors import DagflowError
@@ -32,61 +31,54 @@ def make_app(service: Service, hosts: frozenset[str] | None = None) -> ASGIApp:
     hosts : frozenset of str, optional
         By which names it goes; by all that it is called if it isn't said. See `known_hosts`.
     """
-    # FastAPI's own pages about an interface load scripts from elsewhere, and its redirections lead to
-    # whichever host a request names.
-    app = FastAPI(openapi_url=None, redirect_slashes=False)
 
-    @app.get("/", response_class=HTMLResponse)
-    async def index() -> Response:
+    async def index(request: Request) -> Response:
         return page()
 
-    @app.get("/health")
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         found = service.health()
         return JSONResponse(found, 200 if found["status"] == "ok" else 503)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         running, waiting = service.admission.num_running, service.admission.num_waiting
         text = service.metrics.to_text(running, waiting, service.deployment.caches)
         return PlainTextResponse(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
+    async def models(request: Request) -> Response:
         service.keys.owner(request.headers)
-        return {"object": "list", "data": [service.describe()]}
+        return JSONResponse({"object": "list", "data": [service.describe()]})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(request: Request, name: str) -> dict[str, Any]:
+    async def model(request: Request) -> Response:
         service.keys.owner(request.headers)
-        service.check_model(name)
-        return service.describe()
+        service.check_model(request.path_params["name"])
+        return JSONResponse(service.describe())
 
-    @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         return await service.respond(request, ChatBody, service.wanted_of_chat, ChatReply)
 
-    @app.post("/v1/completions")
     async def completion(request: Request) -> Response:
         of_body = service.wanted_of_completion
         return await service.respond(request, CompletionBody, of_body, CompletionReply)
 
-    @app.exception_handler(HTTPException)
-    async def no_such_thing(request: Request, error: HTTPException) -> Response:
-        # Not `request.url`: that is made of a Host, which may be anything.
-        message = f"{request.method[:100]} {request.scope['path'][:100]}: {error.detail}."
-        return refuse(ApiError(error.status_code, message, headers=error.headers))
-
-    @app.exception_handler(ApiError)
-    @app.exception_handler(DagflowError)
-    @app.exception_handler(Exception)
-    async def refusal(request: Request, error: Exception) -> Response:
-        return refuse(as_api_error(error))
-
-    @app.exception_handler(ClientDisconnect)
-    async def nobody_listens(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=_CLIENT_LEFT)
-
+    app = Starlette(
+        routes=[
+            Route("/", index),
+            Route("/health", health),
+            Route("/metrics", metrics),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/completions", completion, methods=["POST"]),
+        ],
+        exception_handlers={
+            HTTPException: _no_such_thing,
+            ApiError: _refusal,
+            DagflowError: _refusal,
+            Exception: _refusal,
+            ClientDisconnect: _nobody_listens,
+        },
+    )
+    app.router.redirect_slashes = False  # a redirection leads to whichever host a request names
     settings = service.settings
     origins = settings.allow_origins
     friendly: ASGIApp = app
@@ -101,3 +93,18 @@ def make_app(service: Service, hosts: frozenset[str] | None = None) -> ASGIApp:
         )
     gate = Gate(friendly, hosts, origins, settings.body_seconds)
     return Counting(gate, service.metrics)
+
+
+async def _no_such_thing(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    # Not `request.url`: that is made of a Host, which may be anything.
+    message = f"{request.method[:100]} {request.scope['path'][:100]}: {error.detail}."
+    return refuse(ApiError(error.status_code, message, headers=error.headers))
+
+
+async def _refusal(request: Request, error: Exception) -> Response:
+    return refuse(as_api_error(error))
+
+
+async def _nobody_listens(request: Request, error: Exception) -> Response:
+    return Response(status_code=_CLIENT_LEFT)
