@@ -12,11 +12,14 @@ from dagflow.training.events import StepEvent
 from dagflow_storage import RunDirectory
 from dagflow_storage.write_behind import WriteBehind
 
+_LAST_SECONDS = 5.0
+
 
 class EventLog:
     """A listener that has events written behind the driver, numbered through all attempts at a run.
 
-    Steps are in the metrics already. If the store is away when the run ends, the last events are lost.
+    Steps are in the metrics already. If the store is away when the run ends, nobody waits long for the
+    last events, and they are lost.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -38,7 +41,8 @@ class EventLog:
         try:
             yield self
         finally:
-            self._rows.end()
+            if not self._rows.end(_LAST_SECONDS):
+                self._rows.drop(lambda _: True)
 
 
 def _append(run: RunDirectory, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
