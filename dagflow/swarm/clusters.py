@@ -28,9 +28,9 @@ from dagflow.swarm.dask_internals import (
     send_at_once,
 )
 from dagflow.swarm.embedded import embedded_cluster
+from dagflow.swarm.health import frozen_now
 from dagflow.swarm.join import why_nobody_answers
 from dagflow.swarm.main_guard import refuse_unguarded_main
-from dagflow.swarm.watch import LONG_SILENCE_SECONDS
 from dagflow.swarm.workers import (
     StageScheduler,
     StageWorker,
@@ -247,11 +247,10 @@ def scheduler_info(client: Client) -> dict[str, Any]:
     return client.scheduler_info()  # type: ignore[no-any-return]
 
 
-def _frozen(client: Client) -> list[str]:
+def _frozen(client: Client) -> set[str]:
     """Return the workers that the scheduler hasn't heard of for long, though it has of others."""
-    seen = {w: info["last_seen"] for w, info in scheduler_info(client)["workers"].items()}
-    newest = max(seen.values(), default=0.0)
-    return [worker for worker, last in seen.items() if newest - last > LONG_SILENCE_SECONDS]
+    workers = scheduler_info(client)["workers"]
+    return frozen_now({address: info["last_seen"] for address, info in workers.items()})
 
 
 def _refuse_process_local(store: Store, client: Client) -> None:
@@ -318,10 +317,11 @@ def roster(client: Client, num_workers: int, wait_seconds: float) -> list[Worker
             client.wait_for_workers(num_workers, timeout=max(0.1, deadline - time.monotonic()))
         except TimeoutError as error:
             found = len(scheduler_info(client)["workers"])
-            raise WorkersLost(
-                f"{found} of {num_workers} workers joined {address} within {wait_seconds:g} s. On "
-                f"each machine that should help run: dagflow join {address}"
-            ) from error
+            if found < num_workers:  # or the answer was late
+                raise WorkersLost(
+                    f"{found} of {num_workers} workers joined {address} within {wait_seconds:g} s. "
+                    f"On each machine that should help run: dagflow join {address}"
+                ) from error
         known = scheduler_info(client)["workers"]
         answers = ask_workers(client, describe, addresses=known)
         # One that left a moment ago may still be listed; who can't be reached doesn't count.

@@ -16,6 +16,7 @@ from distributed import Client, Future
 
 from dagflow.errors import SchedulerLost
 from dagflow.swarm.clusters import in_background, scheduler_info
+from dagflow.swarm.health import usable
 from dagflow.swarm.interrupts import TICK_SECONDS
 from dagflow.swarm.watch import TOPIC
 
@@ -111,7 +112,7 @@ class Membership:
     def usable(self) -> list[str]:
         """Return the workers that may get a stage, in a fixed order."""
         frozen = {address for address, news in self.stalled.items() if news["silent"]}
-        return sorted(self.present - self.excluded.keys() - frozen)
+        return usable(self.present, self.excluded, frozen)
 
     def exclude(self, address: str, why: str) -> None:
         """Use a worker no more, for as long as it stays connected."""

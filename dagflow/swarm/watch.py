@@ -1,8 +1,7 @@
-"""Watches the swarm from inside the scheduler: which task failed where, and who has fallen silent.
+"""Watches the swarm from inside the scheduler: which workers have stalled, by the rule of `health`.
 
-A worker is slow or frozen by its own measure and its peers': every stage's tasks take about as long
-as they took before, so a worker that hasn't finished anything for several times as long as its
-longest task ever took is stalled. dask itself notices a frozen worker after five minutes.
+A worker is slow by its own measure and its peers': every stage's tasks take about as long as they took
+before. Slow or frozen, a worker that has work and doesn't finish it has stalled.
 """
 
 from __future__ import annotations
@@ -13,15 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dagflow.swarm.health import is_frozen, slow_after
+
 TOPIC = "dagflow"
-# A task may take so many times as long as the longest of its kind so far ...
-PATIENCE = 4.0
-# ... and this long anyway: messages, garbage collection, a busy machine.
-MIN_STALL_SECONDS = 1.0
-# Heartbeats come every half second. A stalled worker that hasn't been heard of for so long is frozen;
-# of a kind of task that nobody has finished yet, only a longer silence tells.
-SILENCE_SECONDS = 2.0
-LONG_SILENCE_SECONDS = 10.0
 _REMEMBERED = 16
 # Snapshots are written beside the stage's tasks; rebuilding takes as long as there are steps.
 _BESIDE = frozenset({"save"})
@@ -97,14 +90,14 @@ class StallWatch:
         now = self.clock()
         for worker, state in self.busy.items():
             quiet = silence(worker)
-            if state.stalled and not state.keys and quiet < SILENCE_SECONDS:
+            if state.stalled and not state.keys and not is_frozen(quiet, owes_answer=True):
                 state.stalled = state.silent = False
                 self.tell({"action": "recovered", "worker": worker})
             if state.stalled and state.silent:
                 continue
             seconds = now - state.since if state.keys else 0.0
             limit = self.limit(state)
-            silent = (seconds > limit and quiet > SILENCE_SECONDS) or quiet > LONG_SILENCE_SECONDS
+            silent = is_frozen(quiet, owes_answer=seconds > limit)
             stalled = silent or min(seconds, running(worker)) > limit
             if (stalled and not state.stalled) or (silent and not state.silent):
                 state.stalled, state.silent = True, silent
@@ -113,13 +106,13 @@ class StallWatch:
 
     def limit(self, state: _Busy) -> float:
         """Return how long a worker may be busy with what it has before it is stalled."""
-        seconds = 0.0
+        longest = []
         for kind in state.keys.values():
             known = self.longest.get(kind)
             if known is None or kind[0] in _AS_LONG_AS_IT_TAKES:
                 return float("inf")
-            seconds = max(seconds, *known)
-        return max(MIN_STALL_SECONDS, PATIENCE * seconds)
+            longest.append(max(known))
+        return slow_after(longest)
 
 
 def kind_of(key: Any) -> Kind:

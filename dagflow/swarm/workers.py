@@ -40,13 +40,12 @@ from dagflow.swarm.dask_internals import (
     worker_of,
     worker_stream,
 )
-from dagflow.swarm.watch import LONG_SILENCE_SECONDS, TOPIC, StallWatch, is_ours
+from dagflow.swarm.health import LOOK_SECONDS, is_frozen
+from dagflow.swarm.watch import TOPIC, StallWatch, is_ours
 from dagflow_tasks.device import choose_device, current_device
 from dagflow_tasks.limits import RECEIVING
 from dagflow_tasks.train.cache import CACHE
 from dagflow_tasks.train.references import DAGFLOW_VERSION
-
-_LOOK_EVERY_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ class StageScheduler(SchedulerPlugin):  # type: ignore[misc]
         keep_time(scheduler)
         account_together(scheduler, is_ours)
         send_at_once(*scheduler_streams(scheduler))
-        self._looking = PeriodicCallback(self._look, 1000 * _LOOK_EVERY_SECONDS)
+        self._looking = PeriodicCallback(self._look, 1000 * LOOK_SECONDS)
         self._looking.start()
 
     async def close(self) -> None:
@@ -200,7 +199,7 @@ class StageScheduler(SchedulerPlugin):  # type: ignore[misc]
     def _look(self) -> None:
         forget_split_keys()
         silence = silent_seconds(self._scheduler)
-        silent = {address for address, s in silence.items() if s > LONG_SILENCE_SECONDS}
+        silent = {address for address, seconds in silence.items() if is_frozen(seconds)}
         for address in silent ^ self._paused:
             pause(self._scheduler, address, address in silent)
         self._paused = silent

@@ -39,7 +39,8 @@ from dagflow.swarm.dask_internals import (
     scheduler_streams,
     silent_seconds,
 )
-from dagflow.swarm.watch import LONG_SILENCE_SECONDS, TOPIC, is_ours
+from dagflow.swarm.health import LONG_SILENCE_SECONDS
+from dagflow.swarm.watch import TOPIC, is_ours
 from dagflow.swarm.workers import StageScheduler, StageWorker
 from dagflow.training.dask_tasks import Places
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from dagflow.swarm.watch import (
+from dagflow.swarm.health import (
     LONG_SILENCE_SECONDS,
     MIN_STALL_SECONDS,
     PATIENCE,
     SILENCE_SECONDS,
-    StallWatch,
-    is_ours,
 )
+from dagflow.swarm.watch import StallWatch, is_ours
 
 
 class Swarm:

@@ -19,7 +19,7 @@ from processes import BIN, Copy, kill_group, swarm, volunteers
 from small import assert_same_run, batches, example, train, train_with_torch
 
 import dagflow
-from dagflow.swarm import clusters
+from dagflow.swarm import clusters, health
 from dagflow.swarm.clusters import scheduler_info
 from dagflow.swarm.membership import Membership, ResultGone
 from dagflow.swarm.workers import describe
@@ -191,7 +191,7 @@ def test_a_result_that_nobody_hands_out_is_not_waited_for(tmp_path: Path) -> Non
 def test_a_run_starts_without_a_frozen_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clusters, "LONG_SILENCE_SECONDS", 1.5)
+    monkeypatch.setattr(health, "LONG_SILENCE_SECONDS", 1.5)
     monkeypatch.setattr(clusters, "_ANSWER_SECONDS", 2.0)
     of = example()
     data = batches(of, 2)
