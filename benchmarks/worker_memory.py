@@ -2,7 +2,7 @@
 
 Trains the throughput benchmark's GPT on two workers, with snapshots written meanwhile, and compares
 every worker's peak, beyond what Python and torch take before the run, with what
-`dagflow.plan.training_memory` counts for all its stages: weights, gradients, the optimizer's moments, the
+`dagflow.plan.memory` counts for all its stages: weights, gradients, the optimizer's moments, the
 copy for a snapshot, what waits for the journal, and activations.
 
     python benchmarks/worker_memory.py [--optimizers SGD AdamW] [--adapters 0 8] [--stages 1 2 4]
@@ -24,8 +24,8 @@ from torch import nn
 from workload import Workload
 
 import dagflow
+from dagflow.plan.memory import bytes_by_worker
 from dagflow.plan.plan import Plan
-from dagflow.plan.training_memory import by_worker
 from dagflow.swarm.allocator import allocator_path
 from dagflow.swarm.clusters import ClusterSettings, open_cluster, scheduler_info
 from dagflow_storage import Store
@@ -81,9 +81,7 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
 
 def planned_bytes(plan: Plan) -> dict[str, float]:
     """Return what the plan says of each worker, by name."""
-    estimates = plan.partition.estimates
-    needed = [e.needs.total(limit) for e, limit in zip(estimates, plan.limits, strict=True)]
-    totals = by_worker(needed, plan.placement)
+    totals = bytes_by_worker(plan.needs, plan.placement)
     return {plan.workers[worker]: total for worker, total in totals.items()}
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import dagflow
+from dagflow.plan.memory import StageNeeds
 from dagflow.plan.plan import Plan
 from dagflow.swarm.events import EventStream
 from dagflow.swarm.membership import Membership
@@ -92,7 +93,7 @@ def driver_of(membership: Membership, addresses: Sequence[str]) -> Driver:
         write_extra=lambda step: [],
         after_commit=lambda step, saving: None,
         wait_seconds=1.0,
-        stage_bytes=[1 << 10] * plan.num_stages,
+        needs=[StageNeeds(1 << 10)] * plan.num_stages,
         memory=dict.fromkeys(addresses, 1 << 20),
         turns=itertools.count(1),
     )

@@ -17,7 +17,8 @@ from dagflow.graph.dag import OperatorDag
 from dagflow.graph.show import amount
 from dagflow.plan.assemble import assemble
 from dagflow.plan.cuts import Chain, can_be_cut, fewest_bytes, least, least_slowest
-from dagflow.plan.training_memory import StageNeeds, TrainingMemory, by_worker, state_bytes_by_node
+from dagflow.plan.memory import StageNeeds, bytes_by_worker, worker_bytes
+from dagflow.plan.training_memory import TrainingMemory
 from dagflow_tasks.program.stage_program import StageProgram
 
 # What a cut can't see, borrowed weights above all, and what stages of one worker take together is found
@@ -38,9 +39,7 @@ class StageEstimate:
     seconds : float
         Nominal seconds of forward and backward; only ratios between stages mean anything.
     needs : StageNeeds
-        What it takes of its worker's memory.
-    in_flight : int
-        Micro-batches under way at once in the 1F1B schedule.
+        What it takes of its worker's memory, with as many micro-batches in flight as 1F1B has.
     output_bytes : int
         Boundary values of one micro-batch.
     """
@@ -48,13 +47,12 @@ class StageEstimate:
     flops: int
     seconds: float
     needs: StageNeeds
-    in_flight: int
     output_bytes: int
 
     @property
     def memory_bytes(self) -> int:
-        """All that it takes of its worker's memory, with the micro-batches in flight."""
-        return self.needs.total(self.in_flight)
+        """All that it takes of a worker that has no other stage."""
+        return worker_bytes([self.needs])
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Partition:
             lines.append(
                 f"{program.stage:>5}  {len(program.nodes):>9}  {amount(e.flops, ''):>8}  "
                 f"{e.seconds / slowest:>5.0%}  {amount(e.needs.weight_bytes, 'B'):>8}  "
-                f"{amount(e.needs.activation_bytes, 'B'):>11}  {e.in_flight:>9}  "
+                f"{amount(e.needs.activation_bytes, 'B'):>11}  {e.needs.in_flight:>9}  "
                 f"{amount(e.memory_bytes, 'B'):>8}  {amount(e.output_bytes, 'B'):>7}  "
                 f"{', '.join(map(str, readers)) or '-'}"
             )
@@ -196,7 +194,7 @@ def fitting(
         except StageTooLarge as error:
             raise refusal or error from None
         cut = build(analysis, chosen, training)
-        needed = by_worker([e.memory_bytes for e in cut.estimates], placement)
+        needed = bytes_by_worker([e.needs for e in cut.estimates], placement)
         share = {worker: memory_bytes[worker] / max(1, needed[worker]) for worker in needed}
         if min(share.values()) >= 1:
             return cut
@@ -214,7 +212,7 @@ def _seen_bytes(analysis: DagAnalysis, cut: Partition, training: TrainingMemory)
     """Return what `balanced_cuts` sees each stage take of its worker's memory."""
     bounds = [0, *cut.cuts, len(analysis.dag.nodes)]
     chain = _chain(analysis, bounds, training)
-    in_flight = np.array([estimate.in_flight for estimate in cut.estimates])
+    in_flight = np.array([estimate.needs.in_flight for estimate in cut.estimates])
     seen = np.diff(chain.state_bytes) + in_flight * np.diff(chain.saved_bytes)
     return [float(num_bytes) for num_bytes in seen]
 
@@ -230,8 +228,10 @@ def _narrower(
 
     Its stages shrink alike, so each of them has to: the next cut is another one.
     """
-    total = by_worker([estimate.memory_bytes for estimate in cut.estimates], placement)
-    movable = by_worker(seen, placement)
+    total = bytes_by_worker([estimate.needs for estimate in cut.estimates], placement)
+    movable = dict.fromkeys(placement, 0.0)
+    for worker, num_bytes in zip(placement, seen, strict=True):
+        movable[worker] += num_bytes
     return [
         limit
         if total[worker] <= memory_bytes[worker]
@@ -252,7 +252,7 @@ def _refusal(
     if len(stages) == 1:
         estimate = cut.estimates[stages[0]]
         return StageTooLarge(_too_large(stages[0], estimate, len(cut), memory_bytes[worker]))
-    needed = sum(cut.estimates[stage].memory_bytes for stage in stages)
+    needed = worker_bytes(cut.estimates[stage].needs for stage in stages)
     return StageTooLarge(
         f"The stages {', '.join(map(str, stages))} of {len(cut)} need about {amount(needed, 'B')} "
         f"together; their worker has {amount(memory_bytes[worker], 'B')}. Use more workers, smaller "
@@ -272,7 +272,7 @@ def _too_large(stage: int, e: StageEstimate, num_stages: int, limit: float) -> s
     return (
         f"Stage {stage} of {num_stages} needs about {amount(e.memory_bytes, 'B')}: "
         f"{amount(e.needs.weight_bytes, 'B')} of weights, with gradients, optimizer and a copy for "
-        f"snapshots {amount(e.needs.state_bytes, 'B')}, and {e.in_flight} micro-batches in flight "
+        f"snapshots {amount(e.needs.state_bytes, 'B')}, and {e.needs.in_flight} micro-batches in flight "
         f"with {amount(e.needs.activation_bytes, 'B')} of activations each; its worker has "
         f"{amount(limit, 'B')}. Use more stages, smaller micro-batches, or workers with more memory."
     )
@@ -288,8 +288,7 @@ def _estimate(
     return StageEstimate(
         flops=sum(analysis.dag.info[node.name].flops for node in program.nodes),
         seconds=sum(analysis.node_seconds[span]),
-        needs=StageNeeds.of(analysis.dag, program, saved_bytes, training),
-        in_flight=program.num_stages - program.stage,
+        needs=training.needs(analysis.dag, program, saved_bytes),
         output_bytes=outputs,
     )
 
@@ -430,7 +429,7 @@ def _chain(analysis: DagAnalysis, points: Sequence[int], training: TrainingMemor
     crossing = np.array([0.0, *(analysis.crossing_bytes[c] for c in points[1:-1]), 0.0])
     return Chain(
         before(analysis.node_seconds),
-        before(state_bytes_by_node(analysis.dag, training)),
+        before(training.state_bytes_by_node(analysis.dag)),
         before(analysis.saved_bytes),
         crossing,
     )

@@ -1,236 +1,267 @@
-"""Which workers take part, and which stages each of them gets. Pure.
+"""Which worker has which stage: placed, placed again after a loss, and kept at hand by spares. Pure.
 
-One more worker never makes a plan worse: the workers with the most memory are taken, as many as make a
-step shortest, and the rest are spares. Each worker's own memory bounds what it gets.
-
-While a run is on, its stages are placed again one by one (`place_again`), moved (`spare_for`) and kept
-at hand (`choose_spares`). Workers are told apart by their addresses there, and memory is in bytes; a
-worker of whom nothing is known has enough.
+Training and serving both ask here. No stage is placed where `dagflow.plan.memory` says that it doesn't
+fit: `place` refuses and `replace` raises `NoRoom`, both with the numbers.
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from dagflow.errors import PlanInvalid, StageTooLarge
-from dagflow.graph.analysis import DagAnalysis
+from dagflow.errors import StageTooLarge
 from dagflow.graph.show import amount
-from dagflow.plan.partition import Partition, fitting, num_parts
-from dagflow.plan.training_memory import TrainingMemory
-
-# Spares may fill this share of their memory with weights; of this much if they don't say.
-_SPARE_SHARE, _ROOM_BYTES = 0.5, 8 << 30
+from dagflow.plan.memory import StageNeeds, WorkerMemory, fits, fits_at_hand, worker_bytes
 
 
 class NoRoom(Exception):
     """No worker that is there has the memory for a stage that has lost its own."""
 
 
+class Share(NamedTuple):
+    """A worker's part of a stage's work.
+
+    Attributes
+    ----------
+    worker : str
+        Its address.
+    part : float
+        1 while each stage has one worker.
+    """
+
+    worker: str
+    part: float = 1.0
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which workers have which stage.
+
+    Attributes
+    ----------
+    shares : tuple of tuple of Share
+        By stage; empty where nobody has it. No function makes more than one share a stage yet.
+    """
+
+    shares: tuple[tuple[Share, ...], ...]
+
+    @classmethod
+    def of(cls, workers: Iterable[str]) -> Assignment:
+        """Return the assignment of one worker a stage; of nobody where the address is empty."""
+        return cls(tuple((Share(worker),) if worker else () for worker in workers))
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The address of each stage's worker; empty where nobody has it."""
+        return tuple(shares[0].worker if shares else "" for shares in self.shares)
+
+    def stages_of(self, worker: str) -> list[int]:
+        """Return the stages that a worker has."""
+        return [
+            stage
+            for stage, shares in enumerate(self.shares)
+            if any(share.worker == worker for share in shares)
+        ]
+
+    def moved(self, workers: Mapping[int, str]) -> Assignment:
+        """Return an assignment in which some stages have other workers, or nobody (empty)."""
+        found = dict(enumerate(self.workers)) | dict(workers)
+        return Assignment.of(found.values())
+
+
 def place(
-    analysis: DagAnalysis,
-    memory_bytes: Sequence[int],
-    training: TrainingMemory,
-    *,
-    num_stages: int | None = None,
-    cuts: Sequence[int] | None = None,
-) -> tuple[Partition, tuple[int, ...]]:
-    """Cut a DAG for some workers, and return the stages and the index of each one's worker.
+    needs: Sequence[StageNeeds], workers: Mapping[str, WorkerMemory], cache_bytes: int | None
+) -> Assignment:
+    """Give each stage a worker: evenly and in a row if they fit so, otherwise where they fit.
 
     Parameters
     ----------
-    memory_bytes
-        Of each worker.
-    num_stages
-        As many stages as this, dealt to as many workers as they fit on; by default one for each
-        worker that makes a step shorter.
-    cuts
-        The cuts, if they are given.
+    needs
+        Of each stage.
+    workers
+        By address.
+    cache_bytes
+        What sessions' caches are to have on each worker, see `memory.worker_bytes`.
 
     Raises
     ------
-    PlanInvalid
-        If the DAG has fewer parts than stages are wanted.
     StageTooLarge
-        If nobody, or not all together, have the memory; with the numbers.
+        Says by how much.
     """
-    if cuts is not None:
-        num_stages = len(cuts) + 1
-    if num_stages is not None and num_stages < 1:
-        raise PlanInvalid(f"num_stages must be at least 1; found {num_stages}.")
-    most = min(len(memory_bytes), num_parts(analysis) if num_stages is None else num_stages)
-    total = sum(analysis.node_seconds)
-    found: tuple[Partition, tuple[int, ...]] | None = None
-    refusal = StageTooLarge("There are no workers.")
-    shortest = float("inf")
-    for num_workers in range(most, 0, -1):
-        stages = num_stages or num_workers
-        if total * (1 + (training.num_microbatches - 1) / num_workers) >= shortest:
-            break  # even if the stages were all alike
-        placement = _dealt(stages, memory_bytes, num_workers)
-        try:
-            cut = fitting(analysis, placement, memory_bytes, training, cuts)
-        except StageTooLarge as error:
-            refusal = error if num_workers == most else refusal
-            continue
-        if num_stages is not None:
-            return cut, placement
-        seconds = step_seconds(cut, placement, training.num_microbatches)
-        if seconds < shortest:
-            shortest, found = seconds, (cut, placement)
-    if found is None:
-        raise refusal
+    addresses, count = sorted(workers), len(needs)
+
+    def has_room(assignment: Assignment, worker: str) -> bool:
+        own = _needs_of(assignment, needs, worker)
+        wanted = sum(n.weight_bytes for n in own) + (cache_bytes or 0)
+        return fits(own, workers[worker], cache_bytes) and wanted <= workers[worker].free_bytes
+
+    even = Assignment.of(addresses[s * min(len(addresses), count) // count] for s in range(count))
+    if all(has_room(even, worker) for worker in set(even.workers)):
+        return even
+    # The largest first, each to whoever has most left afterwards.
+    found = Assignment.of([""] * count)
+    for stage in sorted(range(count), key=lambda stage: -needs[stage].weight_bytes):
+        left = {
+            worker: workers[worker].free_bytes
+            - sum(n.weight_bytes for n in _needs_of(found, needs, worker))
+            for worker in addresses
+        }
+        roomiest = max(addresses, key=lambda worker: left[worker])
+        found = found.moved({stage: roomiest})
+        if not has_room(found, roomiest):
+            raise StageTooLarge(_too_small(stage, left[roomiest], needs, workers, cache_bytes))
     return found
 
 
-def step_seconds(cut: Partition, placement: Sequence[int], num_microbatches: int) -> float:
-    """Return how long a step takes about: the busiest worker's work, and filling the pipeline.
+def replace(
+    assignment: Assignment,
+    stages: Iterable[int],
+    needs: Sequence[StageNeeds],
+    workers: Mapping[str, WorkerMemory],
+    at_hand: Collection[tuple[int, str]] = (),
+    cache_bytes: int | None = None,
+) -> Assignment:
+    """Give some stages other workers: lost ones, or one that is to move. The others stay.
 
-    Nominal, as the stages' costs are.
-    """
-    work: dict[int, float] = {}
-    for worker, estimate in zip(placement, cut.estimates, strict=True):
-        work[worker] = work.get(worker, 0.0) + estimate.seconds
-    slowest = max(estimate.seconds for estimate in cut.estimates)
-    return max(work.values()) * num_microbatches + (len(work) - 1) * slowest
-
-
-def _dealt(num_stages: int, memory_bytes: Sequence[int], num_workers: int) -> tuple[int, ...]:
-    """Deal stages out to the workers with the most memory, one after the other.
-
-    The first stage goes to the largest: it has the most micro-batches in flight. With more stages
-    than workers every worker has stages from all over the model, so that the pipeline fills sooner
-    (interleaved 1F1B, arXiv 2104.04473, section 2.2).
-    """
-    largest = sorted(range(len(memory_bytes)), key=lambda worker: -memory_bytes[worker])
-    return tuple(largest[stage % num_workers] for stage in range(num_stages))
-
-
-def place_again(
-    addresses: Sequence[str],
-    lost: Iterable[int],
-    usable: Sequence[str],
-    warm: Mapping[int, str],
-    stage_bytes: Sequence[int] = (),
-    memory: Mapping[str, int | None] | None = None,
-) -> list[str]:
-    """Return the stages' workers after some stages have lost theirs.
-
-    A stage goes to a spare, one that has its weights at hand if there is one, or to the worker with
-    the fewest stages; of these, to one that has the memory. Those with weights at hand somewhere
-    choose first. Stages whose workers are well stay where they are.
+    Of the workers that have the memory, a stage goes to the one with the fewest stages; of these, to
+    one that has its weights at hand. Stages whose weights somebody has at hand choose first.
 
     Parameters
     ----------
-    addresses
-        The worker of each stage so far.
-    lost
-        Stages to be placed.
-    usable
-        Workers that may get a stage; at least one.
-    warm
-        By stage a worker that keeps its weights at hand.
-    stage_bytes
-        Of each stage; nothing if it isn't known.
-    memory
-        Of each worker.
+    stages
+        To be placed.
+    needs
+        Of each stage.
+    workers
+        That may get one, by address.
+    at_hand
+        Stages and the addresses of workers that hold their weights.
+    cache_bytes
+        As for `place`.
 
     Raises
     ------
     NoRoom
         If nobody has the memory for one of them.
 
-    >>> place_again(["a", "b", "c"], [1], ["a", "c", "d", "e"], {1: "e"})
-    ['a', 'e', 'c']
-    >>> place_again(["a", "b", "c"], [1, 2], ["a"], {})
-    ['a', 'a', 'a']
-    >>> place_again(["a", "b"], [1], ["a", "small", "c"], {}, [8, 8], {"a": 9, "small": 4, "c": 9})
-    ['a', 'c']
+    >>> needs = [StageNeeds(8), StageNeeds(8), StageNeeds(8)]
+    >>> workers = {name: WorkerMemory(100) for name in "acde"}
+    >>> replace(Assignment.of("abc"), [1], needs, workers, {(1, "e")}).workers
+    ('a', 'e', 'c')
+    >>> replace(Assignment.of("abc"), [1, 2], needs, {"a": WorkerMemory(24)}).workers
+    ('a', 'a', 'a')
+    >>> workers = {"a": WorkerMemory(9), "b": WorkerMemory(4), "c": WorkerMemory(9)}
+    >>> replace(Assignment.of("ax"), [1], needs[:2], workers).workers
+    ('a', 'c')
     """
-    found = list(addresses)
-    waiting = sorted(lost, key=lambda stage: (stage not in warm, stage))
-    taken = dict(enumerate(stage_bytes))
-    kept = {stage: a for stage, a in enumerate(addresses) if a in usable and stage not in waiting}
-    load = dict.fromkeys(usable, 0)
-    free = {address: _room(address, memory or {}) for address in usable}
-    for stage, address in kept.items():
-        load[address] += 1
-        free[address] -= taken.get(stage, 0)
-    for stage in waiting:
-        fitting = [address for address in usable if free[address] >= taken.get(stage, 0)]
+    waiting = set(stages)
+    found = assignment.moved(dict.fromkeys(waiting, ""))
+    ready = {stage for stage, _ in at_hand}
+    for stage in sorted(waiting, key=lambda stage: (stage not in ready, stage)):
+        own = {worker: _needs_of(found, needs, worker) for worker in workers}
+        fitting = [w for w in own if fits([*own[w], needs[stage]], workers[w], cache_bytes)]
         if not fitting:
+            left = [workers[w].free_bytes - worker_bytes(own[w], cache_bytes) for w in own]
+            wanted = worker_bytes([needs[stage]], cache_bytes)
             raise NoRoom(
-                f"Stage {stage} needs about {amount(taken[stage], 'B')}, and the most that a worker "
-                f"has left is {amount(max(0, *free.values()), 'B')}"
+                f"Stage {stage} needs about {amount(wanted, 'B')}, and the most that a worker has "
+                f"left is {amount(max(0, *left, 0), 'B')}"
             )
-        least = min(load[address] for address in fitting)
-        first = [address for address in fitting if load[address] == least]
-        chosen = warm[stage] if warm.get(stage) in first else first[0]
-        load[chosen] += 1
-        free[chosen] -= taken.get(stage, 0)
-        found[stage] = chosen
+        best = min(fitting, key=lambda w: (len(own[w]), (stage, w) not in at_hand, w))
+        found = found.moved({stage: best})
     return found
 
 
-def spare_for(
-    stage: int,
-    usable: Sequence[str],
-    addresses: Sequence[str],
-    stage_bytes: Sequence[int],
-    memory: Mapping[str, int | None],
-    warm: Collection[str] = (),
-) -> str | None:
-    """Return a worker without a stage to which one may move, or None; one that is warm if possible.
+def spares(
+    order: Sequence[int],
+    needs: Sequence[StageNeeds],
+    workers: Mapping[str, WorkerMemory],
+    at_hand: Collection[tuple[int, str]],
+    num_copies: int | None = None,
+    cache_bytes: int | None = None,
+) -> list[tuple[int, str]]:
+    """Return which stages' weights workers without a stage should hold, in the order of their use.
 
-    >>> spare_for(1, ["a", "c", "d"], ["a", "b"], [8, 8], {"d": 9}, {"d"})
-    'd'
-    >>> spare_for(1, ["a", "c"], ["a", "b"], [8, 8], {"c": 4}) is None
-    True
-    """
-    fitting = [
-        address
-        for address in usable
-        if address not in addresses and _room(address, memory) >= stage_bytes[stage]
-    ]
-    return next((address for address in fitting if address in warm), next(iter(fitting), None))
-
-
-def choose_spares(
-    order: Iterable[int],
-    spares: Mapping[str, int | None],
-    stage_bytes: Sequence[int],
-    kept: Mapping[int, str],
-) -> dict[int, str]:
-    """Return which spare keeps which stage's weights at hand, each stage by one.
+    The stage that the fewest have comes next, and of these the first in `order`; the roomiest worker
+    takes it. A worker holds no more than leaves it the memory to compute any one stage that it holds.
 
     Parameters
     ----------
     order
         Stages, those most at risk first.
-    spares
-        Their memory.
-    kept
-        By stage who keeps it so far, and goes on if there is room.
+    needs
+        Of each stage.
+    workers
+        Spares, by address.
+    at_hand
+        Stages and addresses of spares that hold their weights, and go on with them if there is room.
+    num_copies
+        How many spares should have a stage, and what else they hold they drop; by default as many as
+        have room, and they drop nothing.
+    cache_bytes
+        As for `place`.
 
-    >>> choose_spares([1, 0], {"c": 20, "d": 40}, [8, 12], {0: "c"})
-    {1: 'd', 0: 'c'}
-    >>> choose_spares([1, 0], {"c": 20}, [8, 12], {})
-    {0: 'c'}
+    >>> needs = [StageNeeds(8), StageNeeds(12)]
+    >>> workers = {"c": WorkerMemory(10), "d": WorkerMemory(20)}
+    >>> spares([1, 0], needs, workers, {(0, "c")}, num_copies=1)
+    [(1, 'd'), (0, 'c')]
+    >>> spares([1, 0], needs, {"c": WorkerMemory(10)}, (), num_copies=1)
+    [(0, 'c')]
+    >>> spares([0, 1], needs, {"d": WorkerMemory(20)}, {(1, "d")})
+    [(0, 'd')]
     """
-    free = {
-        a: _SPARE_SHARE * (_ROOM_BYTES if memory is None else memory)
-        for a, memory in spares.items()
-    }
-    found: dict[int, str] = {}
-    for stage in order:
-        fitting = [a for a in free if free[a] >= stage_bytes[stage]]
-        if fitting:
-            roomiest = max(fitting, key=lambda a: free[a])
-            found[stage] = kept[stage] if kept.get(stage) in fitting else roomiest
-            free[found[stage]] -= stage_bytes[stage]
+    held: dict[str, list[int]] = {worker: [] for worker in sorted(workers)}
+    if num_copies is None:
+        for stage, worker in at_hand:
+            held[worker].append(stage)
+    copies = Counter(stage for stages in held.values() for stage in stages)
+    found: list[tuple[int, str]] = []
+
+    def free(worker: str) -> int:
+        return workers[worker].free_bytes - sum(needs[s].restored_bytes for s in held[worker])
+
+    def has_room(stage: int, worker: str) -> bool:
+        stages = [needs[s] for s in (*held[worker], stage)]
+        return stage not in held[worker] and fits_at_hand(stages, workers[worker], cache_bytes)
+
+    wanted = list(order)
+    while wanted:
+        stage = min(wanted, key=lambda stage: copies[stage])
+        fitting = [worker for worker in held if has_room(stage, worker)]
+        if not fitting:
+            wanted.remove(stage)
+            continue
+        chosen = min(fitting, key=lambda w: ((stage, w) not in at_hand, -free(w)))
+        held[chosen].append(stage)
+        found.append((stage, chosen))
+        copies[stage] += 1
+        if copies[stage] == num_copies:
+            wanted.remove(stage)
     return found
 
 
-def _room(address: str, memory: Mapping[str, int | None]) -> float:
-    known = memory.get(address)
-    return math.inf if known is None else known
+def _needs_of(assignment: Assignment, needs: Sequence[StageNeeds], worker: str) -> list[StageNeeds]:
+    return [needs[stage] for stage in assignment.stages_of(worker)]
+
+
+def _too_small(
+    stage: int,
+    left: int,
+    needs: Sequence[StageNeeds],
+    workers: Mapping[str, WorkerMemory],
+    cache_bytes: int | None,
+) -> str:
+    need = needs[stage]
+    caches = max(worker_bytes([need], cache_bytes) - need.weight_bytes, cache_bytes or 0)
+    short = need.weight_bytes + caches - left
+    stages = ", ".join(amount(n.weight_bytes, "B") for n in needs)
+    have = ", ".join(f"{a} {amount(w.free_bytes, 'B')}" for a, w in sorted(workers.items()))
+    return (
+        f"The workers are too small for the model: {amount(short, 'B')} are missing. Stage {stage} "
+        f"takes {amount(need.weight_bytes, 'B')} of weights and at least {amount(caches, 'B')} for "
+        f"caches, and at most {amount(left, 'B')} are left for it. Weights of the stages: {stages}. "
+        f"Workers: {have}. Use more workers or larger ones, more stages, or weights in fewer bits"
+        f"{', or a smaller cache_bytes' if cache_bytes is not None else ''}."
+    )

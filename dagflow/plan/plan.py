@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dagflow.graph.show import amount
+from dagflow.plan.memory import StageNeeds, bytes_by_worker
 from dagflow.plan.partition import Partition
 from dagflow.plan.schedule import Pipeline, halved_stages, in_flight_limits, useful_slack
-from dagflow.plan.training_memory import by_worker
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ class Plan:
         return len(self.partition)
 
     @property
+    def needs(self) -> list[StageNeeds]:
+        """What each stage takes of its worker's memory, with the micro-batches that are in flight."""
+        return _needs(self.partition, self.limits)
+
+    @property
     def pipeline(self) -> Pipeline:
         """What the 1F1B timetable follows from, with the stages' estimated costs."""
         costs = tuple(_costs(self.partition))
@@ -128,7 +133,14 @@ def _fits(
 ) -> bool:
     if memory_bytes is None:
         return True
-    needed = [e.needs.total(e.in_flight + slack) for e in partition.estimates]
+    needs = _needs(partition, in_flight_limits(len(partition), slack))
     return all(
-        total <= memory_bytes[worker] for worker, total in by_worker(needed, placement).items()
+        total <= memory_bytes[worker] for worker, total in bytes_by_worker(needs, placement).items()
     )
+
+
+def _needs(partition: Partition, limits: Sequence[int]) -> list[StageNeeds]:
+    return [
+        replace(estimate.needs, in_flight=limit)
+        for estimate, limit in zip(partition.estimates, limits, strict=True)
+    ]

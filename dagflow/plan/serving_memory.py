@@ -1,4 +1,4 @@
-"""What stages take of workers' memory, and how many tokens their caches hold together. No IO."""
+"""What stages take in serving, and how many tokens all sessions' caches hold together. No IO."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dagflow.errors import StageTooLarge
 from dagflow.graph.dag import OperatorDag, dtype_bytes
-from dagflow.graph.show import amount
+from dagflow.plan.memory import StageNeeds, WorkerMemory, cache_part, together
 from dagflow_tasks.kernels.attention import ATTEND, look_back_bytes, reach_of
 from dagflow_tasks.kernels.recurrence import RECURRENT, SCAN, WINDOW
 from dagflow_tasks.kernels.session_cache import BLOCK_TOKENS
@@ -18,65 +17,27 @@ from dagflow_tasks.kernels.states import REACH_TOKENS, most_bytes
 from dagflow_tasks.program.nodes import Node, argument_references
 from dagflow_tasks.program.stage_program import StageProgram
 
-# Of what weights leave of a worker's memory. The rest is for what a pass computes, and the process.
-CACHE_SHARE = 0.5
 
-
-@dataclass(frozen=True)
-class StageNeeds:
-    """What a stage takes of its worker's memory.
-
-    Attributes
-    ----------
-    weight_bytes : int
-        Parameters, buffers and constants, those included that other stages have as well.
-    token_bytes : int
-        For each token of each session: a key and a value a layer, and the rows that are sent on.
-    windows : tuple of (int, int)
-        Layers with a window or chunks: how many tokens of a session each keeps at most, and its part
-        of `token_bytes`.
-    session_bytes : int
-        For each session, however long: what its recurrent layers remember at most.
-    pass_bytes : int
-        For each token of one session: what a pass takes to look back at it, in one layer at a time.
-    """
-
-    weight_bytes: int
-    token_bytes: int
-    windows: tuple[tuple[int, int], ...] = ()
-    session_bytes: int = 0
-    pass_bytes: int = 0
-
-    @property
-    def least_bytes(self) -> int:
-        """What a session of a block takes."""
-        return BLOCK_TOKENS * self.token_bytes + self.session_bytes
-
-    def spared(self, num_tokens: int) -> int:
-        """Return how many tokens fewer a session of so many takes, because layers have windows."""
-        spared_bytes = sum(size * max(0, num_tokens - kept) for kept, size in self.windows)
-        return spared_bytes // max(1, self.token_bytes)
-
-    @classmethod
-    def of(cls, dag: OperatorDag, program: StageProgram) -> StageNeeds:
-        tensors = {use.parameter: (use.dtype, use.shape) for use in program.parameters}
-        tensors |= {use.buffer: (use.dtype, use.shape) for use in program.buffers}
-        tensors |= {use.name: (use.dtype, use.shape) for use in program.constants}
-        token_bytes = sum(_bytes(o.value.dtype, o.value.shape) for o in program.outputs)
-        windows, session_bytes, pass_bytes = [], 0, 0
-        for node in program.nodes:
-            if node.op in RECURRENT:
-                session_bytes += _state_bytes(dag, node)
-            if node.op == ATTEND:
-                names = [name for a in node.args[1:3] for name in argument_references(a)]
-                layer_bytes = sum(_bytes(*dag.info[name].outputs[0]) for name in names)
-                token_bytes += layer_bytes
-                pass_bytes = max(pass_bytes, look_back_bytes(node.args))
-                reach = reach_of(node.args)
-                if reach is not None:
-                    windows.append((reach.most_tokens, layer_bytes))
-        weight_bytes = sum(_bytes(*tensor) for tensor in tensors.values())
-        return cls(weight_bytes, token_bytes, tuple(windows), session_bytes, pass_bytes)
+def serving_needs(dag: OperatorDag, program: StageProgram) -> StageNeeds:
+    """Return what a stage takes of its worker's memory, by its program."""
+    tensors = {use.parameter: (use.dtype, use.shape) for use in program.parameters}
+    tensors |= {use.buffer: (use.dtype, use.shape) for use in program.buffers}
+    tensors |= {use.name: (use.dtype, use.shape) for use in program.constants}
+    token_bytes = sum(_bytes(o.value.dtype, o.value.shape) for o in program.outputs)
+    windows, session_bytes, pass_bytes = [], 0, 0
+    for node in program.nodes:
+        if node.op in RECURRENT:
+            session_bytes += _state_bytes(dag, node)
+        if node.op == ATTEND:
+            names = [name for a in node.args[1:3] for name in argument_references(a)]
+            layer_bytes = sum(_bytes(*dag.info[name].outputs[0]) for name in names)
+            token_bytes += layer_bytes
+            pass_bytes = max(pass_bytes, look_back_bytes(node.args))
+            reach = reach_of(node.args)
+            if reach is not None:
+                windows.append((reach.most_tokens, layer_bytes))
+    weight_bytes = sum(_bytes(*tensor) for tensor in tensors.values())
+    return StageNeeds(weight_bytes, token_bytes, tuple(windows), session_bytes, pass_bytes)
 
 
 def _state_bytes(dag: OperatorDag, node: Node) -> int:
@@ -151,26 +112,6 @@ class Room:
 _NO_END = 1 << 40
 
 
-@dataclass(frozen=True)
-class WorkerMemory:
-    """A worker's memory.
-
-    Attributes
-    ----------
-    limit_bytes : int
-        dask's limit for the worker, or its GPU's memory.
-    taken_bytes : int
-        What other deployments have of it: weights and caches.
-    """
-
-    limit_bytes: int
-    taken_bytes: int = 0
-
-    @property
-    def free_bytes(self) -> int:
-        return self.limit_bytes - self.taken_bytes
-
-
 def cache_budget(
     memory: WorkerMemory, weight_bytes: int, needs: StageNeeds, cache_bytes: int | None
 ) -> int:
@@ -178,40 +119,16 @@ def cache_budget(
 
     One session may have all of it, and a pass of it looks back at all: that takes its part, too.
     """
-    most = int((memory.free_bytes - weight_bytes) * _share(needs, cache_bytes))
+    most = int((memory.free_bytes - weight_bytes) * cache_part(needs, cache_bytes))
     return most if cache_bytes is None else min(most, cache_bytes)
-
-
-def _share(needs: StageNeeds, cache_bytes: int | None) -> float:
-    """Return which part of what weights leave caches may take."""
-    beside_passes = 1.0
-    if needs.pass_bytes:
-        beside_passes = needs.token_bytes / (needs.token_bytes + needs.pass_bytes)
-    return min(beside_passes, CACHE_SHARE if cache_bytes is None else 1.0)
-
-
-def fits(
-    memory: WorkerMemory, weight_bytes: int, needs: StageNeeds, cache_bytes: int | None
-) -> bool:
-    """Tell whether a worker can hold stages, and a session of a block in their caches."""
-    return cache_budget(memory, weight_bytes, needs, cache_bytes) >= needs.least_bytes
-
-
-def together(needs: Iterable[StageNeeds]) -> StageNeeds:
-    """Return what stages take on one worker."""
-    found = list(needs)
-    return StageNeeds(
-        sum(need.weight_bytes for need in found),
-        sum(need.token_bytes for need in found),
-        tuple(window for need in found for window in need.windows),
-        sum(need.session_bytes for need in found),
-        max((need.pass_bytes for need in found), default=0),
-    )
 
 
 def needs_by_worker(addresses: Sequence[str], needs: Sequence[StageNeeds]) -> dict[str, StageNeeds]:
     """Return what each worker's stages take together; `addresses` has the worker of each stage."""
-    return {a: together(_of(addresses, needs, a)) for a in dict.fromkeys(addresses)}
+    return {
+        address: together(n for n, a in zip(needs, addresses, strict=True) if a == address)
+        for address in dict.fromkeys(addresses)
+    }
 
 
 def room_of(
@@ -261,62 +178,3 @@ def tokens_that_fit(
         for address, need in needs_by_worker(addresses, needs).items()
     )
     return room // BLOCK_TOKENS * BLOCK_TOKENS
-
-
-def place_stages(
-    needs: Sequence[StageNeeds], workers: Mapping[str, WorkerMemory], cache_bytes: int | None
-) -> list[str]:
-    """Return a worker for each stage: evenly and in a row if they fit so, otherwise where they fit.
-
-    Raises
-    ------
-    StageTooLarge
-        Says by how much.
-    """
-    addresses, count = sorted(workers), len(needs)
-    even = [addresses[stage * min(len(addresses), count) // count] for stage in range(count)]
-    if all(_fits(_of(even, needs, a), workers[a], cache_bytes) for a in set(even)):
-        return even
-    # The largest first, each to whoever has most left afterwards.
-    found = [""] * count
-    for stage in sorted(range(count), key=lambda stage: -needs[stage].weight_bytes):
-        left = {
-            a: workers[a].free_bytes - together(_of(found, needs, a)).weight_bytes
-            for a in addresses
-        }
-        found[stage] = address = max(addresses, key=lambda a: left[a])
-        if not _fits(_of(found, needs, address), workers[address], cache_bytes):
-            raise StageTooLarge(_too_small(stage, left[address], needs, workers, cache_bytes))
-    return found
-
-
-def _of(addresses: Sequence[str], needs: Sequence[StageNeeds], address: str) -> list[StageNeeds]:
-    return [need for own, need in zip(addresses, needs, strict=True) if own == address]
-
-
-def _fits(needs: Iterable[StageNeeds], memory: WorkerMemory, cache_bytes: int | None) -> bool:
-    all_of_them = together(needs)
-    weight_bytes = all_of_them.weight_bytes
-    enough = cache_bytes is None or weight_bytes + cache_bytes <= memory.free_bytes
-    return enough and fits(memory, weight_bytes, all_of_them, cache_bytes)
-
-
-def _too_small(
-    stage: int,
-    left: int,
-    needs: Sequence[StageNeeds],
-    workers: Mapping[str, WorkerMemory],
-    cache_bytes: int | None,
-) -> str:
-    need = needs[stage]
-    caches = max(math.ceil(need.least_bytes / _share(need, cache_bytes)), cache_bytes or 0)
-    short = need.weight_bytes + caches - left
-    stages = ", ".join(amount(n.weight_bytes, "B") for n in needs)
-    have = ", ".join(f"{a} {amount(w.free_bytes, 'B')}" for a, w in sorted(workers.items()))
-    return (
-        f"The workers are too small for the model: {amount(short, 'B')} are missing. Stage {stage} "
-        f"takes {amount(need.weight_bytes, 'B')} of weights and at least {amount(caches, 'B')} for "
-        f"caches, and at most {amount(left, 'B')} are left for it. Weights of the stages: {stages}. "
-        f"Workers: {have}. Use more workers or larger ones, more stages, or weights in fewer bits"
-        f"{', or a smaller cache_bytes' if cache_bytes is not None else ''}."
-    )

@@ -1,14 +1,11 @@
-"""What a worker needs for the stages that it trains. Pure: of a cut and a run's settings.
-
-Whoever asks whether a stage fits somewhere asks here: the cut, placing, and placing again.
-"""
+"""What a stage needs of its worker's memory in training. Pure: of a cut and a run's settings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dagflow.graph.dag import OperatorDag, dtype_bytes
+from dagflow.plan.memory import StageNeeds
 from dagflow_tasks.program.stage_program import StageProgram
 from dagflow_tasks.train.worker_journal import most_waiting_bytes
 
@@ -37,54 +34,24 @@ class TrainingMemory:
     num_microbatches: int = 8
     journal_steps: int = 1
 
+    def optimizer_bytes(self, num_bytes: int) -> int:
+        """Return what the optimizer keeps for so many bytes of trained weights."""
+        return round(self.moments * num_bytes)
+
     def trained(self, num_bytes: int) -> int:
         """Return what so many bytes of trained weights take, without their gradients."""
-        state = num_bytes + round(self.moments * num_bytes)
+        state = num_bytes + self.optimizer_bytes(num_bytes)
         return 2 * state if self.copies else state
 
     def sent(self, num_bytes: int) -> int:
         """Return what waits for the journal, if a micro-batch sends so many bytes."""
         return min(most_waiting_bytes(), num_bytes * self.num_microbatches * self.journal_steps)
 
+    def needs(self, dag: OperatorDag, program: StageProgram, activation_bytes: int) -> StageNeeds:
+        """Return what a stage needs whose micro-batches each leave so many bytes for the backward.
 
-@dataclass(frozen=True)
-class StageNeeds:
-    """What a stage takes of its worker's memory.
-
-    Attributes
-    ----------
-    weight_bytes : int
-        Weights and buffers that it computes with, each once; those included that others own.
-    state_bytes : int
-        Weights, buffers, gradients (a sum for each use of a trained weight), what the optimizer
-        keeps, and the copy for a snapshot.
-    activation_bytes : int
-        Left behind by one micro-batch's forward for its backward.
-    update_bytes : int
-        Taken by an update, when no micro-batch is under way any more.
-    spool_bytes : int
-        Sent, and not yet written to the journal.
-    """
-
-    weight_bytes: int
-    state_bytes: int
-    activation_bytes: int
-    update_bytes: int
-    spool_bytes: int
-
-    def total(self, in_flight: int) -> int:
-        """Return all of it with so many micro-batches under way."""
-        passing = max(self.activation_bytes * in_flight, self.update_bytes)
-        return self.state_bytes + self.spool_bytes + passing
-
-    @classmethod
-    def of(
-        cls,
-        dag: OperatorDag,
-        program: StageProgram,
-        activation_bytes: int,
-        training: TrainingMemory,
-    ) -> StageNeeds:
+        As many of them are in flight as 1F1B has: one in the last stage, one more in each before it.
+        """
         owned, lent, gradients = 0, 0, 0
         seen: set[str] = set()
         for use in program.parameters:
@@ -101,42 +68,37 @@ class StageNeeds:
         lent += sum(buffers.values())
         values = [output.value for output in program.outputs if output.readers]
         values += [i.value for i in program.inputs if i.source is not None and i.differentiable]
-        return cls(
+        optimizer_bytes = self.optimizer_bytes(owned)
+        return StageNeeds(
             weight_bytes=owned + lent,
-            state_bytes=training.trained(owned) + lent + gradients,
+            gradient_bytes=gradients,
+            optimizer_bytes=optimizer_bytes,
+            copy_bytes=owned + optimizer_bytes if self.copies else 0,
             activation_bytes=activation_bytes,
-            update_bytes=owned if training.scaled else 0,
-            spool_bytes=training.sent(sum(dag.tensor_bytes(v.dtype, v.shape) for v in values)),
+            in_flight=program.num_stages - program.stage,
+            update_bytes=owned if self.scaled else 0,
+            spool_bytes=self.sent(sum(dag.tensor_bytes(v.dtype, v.shape) for v in values)),
         )
 
+    def state_bytes_by_node(self, dag: OperatorDag) -> list[int]:
+        """Return what each operator adds to its stage's state: the weights that it is the first to use.
 
-def state_bytes_by_node(dag: OperatorDag, training: TrainingMemory) -> list[int]:
-    """Return what each operator adds to its stage's state: the weights that it is the first to use.
-
-    Less than `StageNeeds` where weights are tied: another stage then has them as well.
-    """
-    uses = {use: parameter for parameter in dag.parameters for use in parameter.uses}
-    owned: set[str] = set()
-    found = []
-    for node in dag.nodes:
-        total = 0
-        for name in dict.fromkeys(node.references()):
-            parameter = uses.pop(name, None)
-            if parameter is None:
-                continue
-            size = parameter.num_elements * dtype_bytes(parameter.dtype)
-            if parameter.trainable:
-                total += size  # its gradients
-            if parameter.name not in owned:
-                owned.add(parameter.name)
-                total += training.trained(size) if parameter.trainable else size
-        found.append(total)
-    return found
-
-
-def by_worker(stage_bytes: Iterable[float], placement: Sequence[int]) -> dict[int, float]:
-    """Return what each worker needs for all its stages together."""
-    needed: dict[int, float] = {}
-    for worker, num_bytes in zip(placement, stage_bytes, strict=True):
-        needed[worker] = needed.get(worker, 0) + num_bytes
-    return needed
+        Less than `needs` says where weights are tied: another stage then has them as well.
+        """
+        uses = {use: parameter for parameter in dag.parameters for use in parameter.uses}
+        owned: set[str] = set()
+        found = []
+        for node in dag.nodes:
+            total = 0
+            for name in dict.fromkeys(node.references()):
+                parameter = uses.pop(name, None)
+                if parameter is None:
+                    continue
+                size = parameter.num_elements * dtype_bytes(parameter.dtype)
+                if parameter.trainable:
+                    total += size  # its gradients
+                if parameter.name not in owned:
+                    owned.add(parameter.name)
+                    total += self.trained(size) if parameter.trainable else size
+            found.append(total)
+        return found

@@ -57,7 +57,7 @@ class Engine(OnLoop):
     wait_seconds : float
         How long to wait for workers when too few are left.
     cache_bytes : int, optional
-        What sessions' caches may take on a worker; see `memory.cache_budget`.
+        What sessions' caches may take on a worker; see `dagflow.plan.memory.worker_bytes`.
     prefix_reuse : bool
         Whether sessions go on from tokens that others have computed.
 

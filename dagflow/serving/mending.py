@@ -1,7 +1,7 @@
 """What is done when stages or tokens are lost: decisions only, so that every case is a few sure lines.
 
 Events go in, instructions come out; `dagflow.serving.engine` carries them out, one after the other, and
-reports. Knows neither workers' memory (`holdings` says who can take a stage) nor tokens.
+reports. Knows neither workers' memory (`dagflow.plan.placement` says who can take a stage) nor tokens.
 
 A lost stage is mended in four moves: it is placed on another worker, the caches' room is made what it is
 now, the stage is told where its successor is, and the stage before it sends again what it has sent so

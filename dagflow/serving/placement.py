@@ -1,6 +1,7 @@
-"""Which workers have which of a model's stages: connections, openings, spares, and who replaces whom.
+"""Has workers open the stages of a model, and holds the connections to them.
 
-Knows nothing of sessions. Between the driver and each worker there is one connection.
+Which worker gets which stage is decided in `dagflow.plan.placement`. Knows nothing of sessions. Between
+the driver and each worker there is one connection.
 """
 
 from __future__ import annotations
@@ -8,29 +9,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from distributed import Client, Future
 
 from dagflow.errors import StoreUnreachable, WorkersLost
-from dagflow.graph.show import amount
 from dagflow.models.model import Model
-from dagflow.plan.holdings import Holdings
+from dagflow.plan import placement
+from dagflow.plan.memory import WorkerMemory, fits
 from dagflow.plan.partition import Partition
-from dagflow.plan.serving_memory import Room, StageNeeds, WorkerMemory, place_stages
-from dagflow.serving.stage_server import SessionWorker, StageSpec, open_stage, take_part
+from dagflow.plan.placement import Assignment, NoRoom
+from dagflow.plan.serving_memory import Room, room_of, serving_needs
+from dagflow.serving.opening import opened
+from dagflow.serving.stage_server import SessionWorker, StageSpec, take_part
 from dagflow.swarm.clusters import reconnect, register_on_workers
 from dagflow.swarm.dask_internals import client_stream, connection_arguments
+from dagflow.swarm.health import LOOK_SECONDS, PASS_SECONDS, is_frozen
 from dagflow.swarm.links import CommClosedError, Link, Message
 from dagflow.swarm.membership import Membership
 from dagflow.swarm.proofs import DRIVER, Issuer, introduced
 from dagflow_tasks.tensors import TensorDict
 
-# A worker that hasn't answered for so many looks is frozen. Looks are counted rather than seconds:
-# if it is this process that didn't move, nobody else is to blame.
-_LOOK_SECONDS = 0.25
-_MOST_UNHEARD = 8
 _CONNECT_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
 
@@ -48,7 +48,7 @@ class Placement:
     wait_seconds : float
         How long to wait for workers when too few are left.
     cache_bytes : int, optional
-        What sessions' caches may take on a worker; see `memory.cache_budget`.
+        What sessions' caches may take on a worker; see `memory.worker_bytes`.
     hear : callable
         Gets the messages that workers send, and their addresses.
     lost : callable
@@ -62,8 +62,8 @@ class Placement:
 
     Attributes
     ----------
-    addresses : list of str
-        The worker of each stage; empty while nobody has it.
+    assignment : Assignment
+        The worker of each stage; nobody while it is lost.
     needs : list of StageNeeds
         Of each stage.
     patience_seconds : float
@@ -85,9 +85,9 @@ class Placement:
         note: Callable[[str], None],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
-        self.addresses: list[str] = []
-        self.patience_seconds = 300.0
-        self.needs = [StageNeeds.of(model.dag, program) for program in cut.programs]
+        self.assignment = Assignment(())
+        self.patience_seconds = PASS_SECONDS
+        self.needs = [serving_needs(model.dag, program) for program in cut.programs]
         self._name = name
         self._ref = model.ref
         self._cut = cut
@@ -156,16 +156,18 @@ class Placement:
             if not self._links:  # they may have come this moment, or come back
                 if loop.time() > deadline:
                     raise WorkersLost(self._nobody_has_joined())
-                await asyncio.sleep(_LOOK_SECONDS)
+                await asyncio.sleep(LOOK_SECONDS)
         here = {address: self._memory[address] for address in self._links}
-        self.addresses = place_stages(self.needs, here, self._cache_bytes)
+        self.assignment = placement.place(self.needs, here, self._cache_bytes)
         opening = (self._open(stage, address) for stage, address in enumerate(self.addresses))
         for error in await asyncio.gather(*opening, return_exceptions=True):
             if isinstance(error, BaseException) and not isinstance(error, OSError):
                 raise error
-        for stage, address in enumerate(self.addresses):
-            if not self.is_open(stage, address):
-                self.addresses[stage] = ""  # to be replaced, be its worker there or not
+        self._unassign(  # to be replaced, be their workers there or not
+            stage
+            for stage, address in enumerate(self.addresses)
+            if not self.is_open(stage, address)
+        )
 
     def look_after(self) -> None:
         """From now on notice who leaves and who comes; spares read weights."""
@@ -184,6 +186,11 @@ class Placement:
         self._opened.clear()
 
     # What is there
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The worker of each stage; empty while nobody has it."""
+        return self.assignment.workers
 
     @property
     def num_workers(self) -> int:
@@ -225,14 +232,18 @@ class Placement:
 
     def room(self) -> Room:
         """Return how many tokens all sessions together may have where the stages are now."""
-        return self._holdings().room()
+        weights = {
+            address: sum(self.needs[s].weight_bytes for s, a in self._opened if a == address)
+            for address in self.addresses
+        }
+        here = self._memory_here()
+        return room_of(self.addresses, self.needs, weights, here, self._cache_bytes)
 
-    def _holdings(self) -> Holdings:
-        opened = {place for place in self._opened if self.is_open(*place)}
-        memory = {address: self._memory[address] for address in self._links}
-        return Holdings(
-            self.addresses, self.needs, set(self._opened), opened, memory, self._cache_bytes
-        )
+    def _memory_here(self) -> dict[str, WorkerMemory]:
+        return {address: self._memory[address] for address in self._links}
+
+    def _unassign(self, stages: Iterable[int]) -> None:
+        self.assignment = self.assignment.moved(dict.fromkeys(stages, ""))
 
     # Messages
 
@@ -287,7 +298,7 @@ class Placement:
     async def _watch(self) -> None:
         """Notice workers that are silent, though their connections are open, and those that come."""
         while True:
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
             if client_stream(self._client) is not self._connection:
                 with contextlib.suppress(OSError):  # lost once more: the next look tries again
                     await asyncio.to_thread(self._start_again)
@@ -296,7 +307,8 @@ class Placement:
                 link.num_unheard += 1
                 if address not in usable:
                     self.give_up(address, "has left")
-                elif link.num_unheard > _MOST_UNHEARD:
+                # Looks are counted: if it is this process that didn't move, nobody else is to blame.
+                elif is_frozen(link.num_unheard * LOOK_SECONDS, owes_answer=True):
                     self.give_up(address, "has fallen silent")
                 elif not link.is_sending:
                     self._spawn(self._send(link, {"kind": "ping", "stages": self._on(address)}))
@@ -324,8 +336,7 @@ class Placement:
         for stage in gone:
             del self._opened[stage, address]
         stages = [stage for stage in gone if self.addresses[stage] == address]
-        for stage in stages:
-            self.addresses[stage] = ""
+        self._unassign(stages)
         if stages:
             self._lost(address, "has lost what it had open", stages)
         if gone:
@@ -351,13 +362,11 @@ class Placement:
         link = self._links.pop(address, None)
         if link is not None:
             link.close()
-        for place in [place for place in self._opened if place[1] == address]:
-            del self._opened[place]
+        self._opened = {place: o for place, o in self._opened.items() if place[1] != address}
         for other in self._links.values():  # they need wait no longer, either
             self._spawn(self._send(other, {"kind": "lost", "address": address}))
-        stages = [s for s, a in enumerate(self.addresses) if a == address]
-        for stage in stages:
-            self.addresses[stage] = ""  # were it to come back, it would have forgotten
+        stages = self.assignment.stages_of(address)
+        self._unassign(stages)  # were it to come back, it would have forgotten
         self._lost(address, how, stages)
 
     # Stages are opened and shut
@@ -387,33 +396,26 @@ class Placement:
     async def _opening(self, stage: int, address: str, link: Link) -> Future:
         key = f"open-stage-{self._name}-{stage}-{uuid.uuid4().hex[:6]}"
         spec = StageSpec(self._name, stage, self._ref, self._cut[stage].to_json(), key)
-        future = self._client.submit(
-            open_stage, spec, key=key, workers=[address], pure=False, retries=0
-        )
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
-        waiting = [asyncio.ensure_future(event.wait()) for event in (ended, link.closed)]
-        try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waiting:
-                wait.cancel()
-        if link.closed.is_set() or future.status in ("lost", "cancelled"):
-            raise CommClosedError(f"The worker {address} left while it opened stage {stage}.")
-        if future.status == "error":
-            raise await loop.run_in_executor(None, future.exception)
-        return future
+        return await opened(self._client, spec, address, link)
 
     async def _warm(self, address: str) -> None:
         """Have a spare read all weights that it has memory for: it may have to replace anybody."""
         try:
-            while (stage := self._holdings().most_useful(address)) is not None:
+            while (stage := self._next_at_hand(address)) is not None:
                 await self._open(stage, address)
         except OSError:
             return
         except Exception as error:
             self._note(f"The spare {address} can't read all weights: {error}")
+
+    def _next_at_hand(self, address: str) -> int | None:
+        """Return which stage's weights a spare should read next."""
+        here = self._memory_here()
+        idle = {a: here[a] for a in here.keys() - set(self.addresses)}
+        reading = {(stage, a) for stage, a in self._opened if a in idle}
+        stages, caches = range(len(self.needs)), self._cache_bytes
+        wanted = placement.spares(stages, self.needs, idle, reading, cache_bytes=caches)
+        return next((stage for stage, spare in wanted if spare == address), None)
 
     def shut_unneeded(self, address: str) -> None:
         """Have a worker forget weights of stages that it hasn't got."""
@@ -424,9 +426,7 @@ class Placement:
                 self._spawn(self._send(self._links[address], message))
 
     async def replace(self, stage: int) -> str:
-        """Put a stage on another worker, and return its address: a spare's that has its weights.
-
-        If there is none, another's that has memory for it.
+        """Put a stage on another worker that has memory for it, and return its address.
 
         Raises
         ------
@@ -435,18 +435,24 @@ class Placement:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait_seconds
+        said = ""
         while True:
-            address = self._holdings().best_for(stage)
-            if address is None:
+            try:
+                address = self._best_for(stage)
+            except NoRoom as full:
                 self._joined.clear()
+                lacking = str(full) if self._links else "All workers are gone"
+                if lacking != said:
+                    said = lacking
+                    self._note(f"{lacking}; waiting for others (dagflow join {self._scheduler}).")
                 try:
                     await asyncio.wait_for(self._joined.wait(), deadline - loop.time())
                 except TimeoutError as error:
-                    raise WorkersLost(self._nobody_for(stage)) from error
+                    raise WorkersLost(self._nobody_for(full)) from error
                 continue
             if not self.is_open(stage, address):
                 self._note(f"Stage {stage} is being opened on {address}.")
-                if self._holdings().must_shut(stage, address):
+                if not self._has_room_beside_all(stage, address):
                     self.shut_unneeded(address)
             try:
                 await self._open(stage, address)
@@ -463,19 +469,29 @@ class Placement:
                 self._membership.exclude(address, str(error))
                 self.give_up(address, f"can't open stage {stage}: {error}")
             else:
-                self.addresses[stage] = address
+                self.assignment = self.assignment.moved({stage: address})
                 return address
+
+    def _best_for(self, stage: int) -> str:
+        """Return who should take a stage; raises NoRoom if nobody has the memory."""
+        at_hand = {place for place in self._opened if self.is_open(*place)}
+        here, caches = self._memory_here(), self._cache_bytes
+        found = placement.replace(self.assignment, [stage], self.needs, here, at_hand, caches)
+        return found.workers[stage]
+
+    def _has_room_beside_all(self, stage: int, address: str) -> bool:
+        """Tell whether a worker has memory for a stage beside all weights that it has read."""
+        own = {*self.assignment.stages_of(address), stage}
+        others = [self.needs[s] for s, a in self._opened if a == address and s not in own]
+        needs = [self.needs[s] for s in sorted(own)]
+        return fits(needs, self._memory[address], self._cache_bytes, others)
 
     def _nobody_has_joined(self) -> str:
         waited = f"within {self._wait_seconds:g} s"
         return f"0 of 1 workers joined {self._scheduler} {waited}."
 
-    def _nobody_for(self, stage: int) -> str:
+    def _nobody_for(self, full: NoRoom) -> str:
         if not self._links:
             return self._nobody_has_joined()
-        weights = amount(self.needs[stage].weight_bytes, "B")
-        return (
-            f"None of the {len(self._links)} workers left has memory for stage {stage} ({weights} of "
-            f"weights), and none that has joined {self._scheduler} within "
-            f"{self._wait_seconds:g} s."
-        )
+        waited = f"{self._scheduler} within {self._wait_seconds:g} s"
+        return f"{full} of {len(self._links)}, and none with room has joined {waited}."

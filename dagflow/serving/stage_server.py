@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from distributed import Worker, WorkerPlugin, get_worker
 
 from dagflow.models.model import ModelRef, read_stage
-from dagflow.plan.serving_memory import WorkerMemory
+from dagflow.plan.memory import WorkerMemory
 from dagflow.serving.queueing import is_rewound, rewound, together
 from dagflow.swarm import wire
 from dagflow.swarm.dask_internals import DONT_REPLY, add_handler, connection_arguments, event_loop

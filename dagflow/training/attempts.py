@@ -27,9 +27,10 @@ from dagflow.errors import (
 from dagflow.graph.analysis import DagAnalysis
 from dagflow.graph.dag import OperatorDag
 from dagflow.microbatches.loss_weight import LossWeights
+from dagflow.plan.memory import StageNeeds
 from dagflow.plan.partition import cuts_at_modules, partition_by_operator
-from dagflow.plan.placement import place
 from dagflow.plan.plan import Plan
+from dagflow.plan.search import cut_and_place
 from dagflow.plan.training_memory import TrainingMemory
 from dagflow.runs.listing import foreign
 from dagflow.swarm.clusters import ask_workers, reconnect, roster
@@ -293,7 +294,6 @@ class Attempts:
     ) -> Driver:
         assert self.plan is not None
         limit = self.config.memory_limit_bytes
-        estimates = self.plan.partition.estimates
         is_coarse = self.config.granularity == "stage"  # otherwise nobody has looked what fits
         return Driver(
             client=client,
@@ -313,7 +313,7 @@ class Attempts:
             after_commit=lambda step, saving: self._tidy(ledger, saving),
             wait_seconds=self.config.cluster.wait_seconds,
             turns=self.turns,
-            stage_bytes=[e.memory_bytes if is_coarse else 0 for e in estimates],
+            needs=[need if is_coarse else StageNeeds(0) for need in self.plan.needs],
             memory={w.address: limit or w.memory_bytes for w in workers},
             decision=self._decision(ledger, start),
         )
@@ -403,7 +403,7 @@ def make_plan(
     analysis = DagAnalysis(dag)
     memory_bytes = [config.memory_limit_bytes or worker.memory_bytes for worker in workers]
     split_points = config.split_points
-    cut, placement = place(
+    cut, placement = cut_and_place(
         analysis,
         memory_bytes,
         training or TrainingMemory(num_microbatches=mathematics.num_microbatches),

@@ -19,6 +19,7 @@ from typing import Any
 from distributed import Client, Future
 
 from dagflow.errors import NonFiniteLoss, WorkersLost
+from dagflow.plan.memory import StageNeeds
 from dagflow.swarm.events import EventStream
 from dagflow.swarm.interrupts import Interrupts
 from dagflow.swarm.membership import Membership
@@ -83,8 +84,8 @@ class Driver:
         Writes the parts of a snapshot that no stage writes.
     after_commit : callable
         Called with the step of a snapshot that was just committed, and of those under way.
-    stage_bytes : sequence of int
-        Memory that each stage takes.
+    needs : sequence of StageNeeds
+        What each stage takes of its worker's memory.
     memory : mapping
         Memory in bytes of the workers that were there when the run was planned, by address.
     turns : iterator of int
@@ -113,7 +114,7 @@ class Driver:
     write_extra: Callable[[int], Sequence[ShardRecord]]
     after_commit: Callable[[int, Collection[int]], None]
     wait_seconds: float
-    stage_bytes: Sequence[int]
+    needs: Sequence[StageNeeds]
     memory: Mapping[str, int]
     turns: Iterator[int]
     decision: Decision | None = None
@@ -169,7 +170,7 @@ class Driver:
         self._done = self._next = step
         self.recovery = Recovery(
             self.addresses,
-            self.stage_bytes,
+            self.needs,
             step,
             has_journal=self.graph.journal > 0,
             wait_seconds=self.wait_seconds,
@@ -451,7 +452,7 @@ class Driver:
         if stages - assign.ask - assign.moved:
             self.saving.drop_unwritten()
         before = list(self.addresses)
-        self.dispatch.assign(assign.owners, assign.number, uuid.uuid4().hex[:8])
+        self.dispatch.assign(assign.owners.workers, assign.number, uuid.uuid4().hex[:8])
         self._lookout.tell_placed(before, self.addresses)
         graph = self.dispatch.graph
         dsk: dict[Key, Any] = {}

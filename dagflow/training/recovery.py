@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 
 from dagflow.errors import NonFiniteLoss, TaskFailed, WorkersLost
-from dagflow.plan.placement import NoRoom, choose_spares, place_again, spare_for
+from dagflow.plan.memory import StageNeeds, fits
+from dagflow.plan.placement import Assignment, NoRoom, replace, spares
+from dagflow.swarm.health import usable
 from dagflow.swarm.interrupts import TICK_SECONDS
 from dagflow.training.non_finite import NUMBERS_LEFT_RANGE
 from dagflow.training.recovery_protocol import (
@@ -31,6 +32,7 @@ from dagflow.training.recovery_protocol import (
     GarbageReceived,
     Hold,
     Instruction,
+    Phase,
     Progress,
     Release,
     ResultLost,
@@ -50,18 +52,6 @@ from dagflow.training.recovery_protocol import (
 MAX_LOSSES_A_STEP = 12
 MAX_TROUBLES_A_STEP = 5
 STALLED = "it has stalled"
-
-
-class Phase(Enum):
-    """What the run is doing."""
-
-    RUNNING = auto()
-    HOLDING = auto()  # finishing the steps in flight, to move a stage between two steps
-    STOPPING = auto()
-    WAITING = auto()  # for a worker with room for a stage that is lost
-    ASSIGNING = auto()
-    RESUMING = auto()
-    ENDED = auto()
 
 
 @dataclass
@@ -91,8 +81,8 @@ class Recovery:
     ----------
     owners
         A worker's address for each stage.
-    stage_bytes
-        Memory that each stage takes; 0 where it isn't known.
+    needs
+        What each stage takes of its worker's memory.
     num_steps
         Steps done.
     has_journal
@@ -107,24 +97,23 @@ class Recovery:
     def __init__(
         self,
         owners: Sequence[str],
-        stage_bytes: Sequence[int],
+        needs: Sequence[StageNeeds],
         num_steps: int,
         *,
         has_journal: bool = True,
         wait_seconds: float = 300.0,
         join_address: str = "",
     ) -> None:
-        self.owners = list(owners)
         self.num_steps = num_steps
         self.phase = Phase.RUNNING
         self.excluded: dict[str, str] = {}
         self.assignment = 0
-        self._stage_bytes = list(stage_bytes)
+        self._needs = list(needs)
         self._has_journal = has_journal
         self._wait_seconds = wait_seconds
         self._join_address = join_address
         self._roster = Roster(dict.fromkeys(owners))
-        self._assignments = {0: tuple(owners)}
+        self._assignments = {0: Assignment.of(owners)}
         self._wrong: set[int] = set()  # whose owner has their weights, and must not keep them
         self._lost: set[int] = set()  # placed again, or about to be, since the steps last went on
         self._why = ""
@@ -171,13 +160,19 @@ class Recovery:
                 return self._keep_spare_copies(num_steps)
         return []  # too late to matter
 
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The address of each stage's owner."""
+        return self._present.workers
+
+    @property
+    def _present(self) -> Assignment:
+        return self._assignments[self.assignment]
+
     def usable(self) -> list[str]:
         """Return the workers that may get a stage, in a fixed order."""
-        return sorted(
-            address
-            for address in self._roster.memory
-            if address not in self.excluded and not self._is_silent(address)
-        )
+        silent = {address for address in self._roster.stalls if self._is_silent(address)}
+        return usable(self._roster.memory, self.excluded, silent)
 
     def _is_at(self, phase: Phase, assignment: int) -> bool:
         return self.phase is phase and assignment == self.assignment
@@ -281,22 +276,22 @@ class Recovery:
         """Begin to rebuild a stage on a worker that has none, and room for it, if there is one."""
         if not self._has_journal or self.phase is not Phase.RUNNING:
             return []
-        taken = [copy.address for copy in self._moves().values()]
-        free = [
-            address
-            for address in self.usable()
-            if address not in taken
-            and address not in self._roster.stalls
-            and (stage, address) not in self._no_copy_at
-        ]
-        ready = {copy.address for copy in self._copies.values() if copy.stage == stage}
-        target = spare_for(stage, free, self.owners, self._stage_bytes, self._roster.memory, ready)
-        if target is None:
+        busy = {copy.address for copy in self._moves().values()}.union(self.owners)
+        busy |= self._roster.stalls.keys() | {a for s, a in self._no_copy_at if s == stage}
+        ready = {(copy.stage, copy.address) for copy in self._copies.values()}
+        memory = self._roster.memory_of(set(self.usable()) - busy)
+        try:
+            wanted = replace(self._present, [stage], self._needs, memory, ready)
+        except NoRoom:
             return []
-        owner = self.owners[stage]
+        owner, target = self.owners[stage], wanted.workers[stage]
+        kept = [c for c in self._copies.values() if c.address == target and c.stage != stage]
+        beside = [self._needs[copy.stage] for copy in kept]
+        too_much = not fits([self._needs[stage]], memory[target], at_hand=beside)
+        dropped = [i for copy in kept if too_much for i in self._call_off(copy)]
         text = f"Rebuilding stage {stage} of {owner} on {target}, too: {because}."
         copying = self._copy(stage, target, self.num_steps, slow_owner=slow_owner)
-        return [Say(text), *copying]
+        return [*dropped, Say(text), *copying]
 
     def _copy(
         self,
@@ -339,16 +334,12 @@ class Recovery:
 
         A copy that is still on its way is let arrive: an older one is better than none.
         """
-        moving = {copy.address for copy in self._moves().values()}
-        spares = {
-            address: self._roster.memory.get(address)
-            for address in self.usable()
-            if address not in self.owners and address not in moving
-        }
+        busy = {copy.address for copy in self._moves().values()}.union(self.owners)
+        memory = self._roster.spare_memory_of(set(self.usable()) - busy)
         before = [copy for copy in self._copies.values() if copy.is_kept]
         order = sorted(range(len(self.owners)), key=lambda s: (-self._times_lost[s], s))
         kept = {copy.stage: copy.address for copy in before}
-        chosen = choose_spares(order, spares, self._stage_bytes, kept)
+        chosen = dict(spares(order, self._needs, memory, set(kept.items()), num_copies=1))
         instructions: list[Instruction] = []
         for copy in before:
             if chosen.get(copy.stage) != copy.address:
@@ -381,7 +372,7 @@ class Recovery:
         if not 0 <= stage < len(self.owners):
             return self._stop(event.why)
         number = self.assignment if event.assignment is None else event.assignment
-        address = self._assignments.get(number, self.owners)[stage]
+        address = self._assignments.get(number, self._present).workers[stage]
         task = (event.why, str(self.num_steps), str(stage))
         failures = self._failed(task, address, number)
         if not failures:
@@ -451,9 +442,9 @@ class Recovery:
         usable, wanted = self.usable(), "All workers are gone"
         ready = {c.stage: c.address for c in self._copies.values() if c.is_there} | ready_moves
         if usable:
-            sizes = self._stage_bytes, self._roster.memory
+            memory, at_hand = self._roster.memory_of(usable), set(ready.items())
             try:
-                owners = place_again(self.owners, lost | moved, usable, ready, *sizes)
+                owners = replace(self._present, lost | moved, self._needs, memory, at_hand)
             except NoRoom as error:
                 wanted = str(error)
             else:
@@ -472,13 +463,12 @@ class Recovery:
             return self._end(WorkersLost(text))
         return [*instructions, Wait(min(left, TICK_SECONDS))]
 
-    def _assign(self, owners: Sequence[str], lost: set[int], moved: set[int]) -> list[Instruction]:
-        before, placed = list(self.owners), lost | moved
+    def _assign(self, owners: Assignment, lost: set[int], moved: set[int]) -> list[Instruction]:
+        before, placed = self.owners, lost | moved
         self._waiting_until = None
         self.phase = Phase.ASSIGNING
         self.assignment += 1
-        self.owners = list(owners)
-        self._assignments[self.assignment] = tuple(owners)
+        self._assignments[self.assignment] = owners
         self._times_lost.update(lost)
         self._lost |= placed
         instructions: list[Instruction] = []
@@ -490,7 +480,7 @@ class Recovery:
                 instructions += self._call_off(copy)
         instructions += self._forget([(stage, before[stage]) for stage in sorted(placed)])
         ask = frozenset(range(len(self.owners))) - placed
-        return [*instructions, Assign(self.assignment, tuple(owners), ask, frozenset(moved))]
+        return [*instructions, Assign(self.assignment, owners, ask, frozenset(moved))]
 
     def _resume(self, num_steps: Mapping[int, int]) -> list[Instruction]:
         well = {stage for stage, known in num_steps.items() if known >= self.num_steps}

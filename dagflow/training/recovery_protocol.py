@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import TypeAlias
+
+from dagflow.plan.memory import UNKNOWN_MEMORY, WorkerMemory
+from dagflow.plan.placement import Assignment
+
+
+class Phase(Enum):
+    """What the run is doing."""
+
+    RUNNING = auto()
+    HOLDING = auto()  # finishing the steps in flight, to move a stage between two steps
+    STOPPING = auto()
+    WAITING = auto()  # for a worker with room for a stage that is lost
+    ASSIGNING = auto()
+    RESUMING = auto()
+    ENDED = auto()
+
+
+# Spares keep weights in this part of their memory; of so many bytes if they don't say how much it is.
+SPARE_PART, UNKNOWN_SPARE_BYTES = 0.5, 8 << 30
 
 # Events ------------------------------------------------------------------------------------------
 
@@ -39,6 +59,18 @@ class Roster:
 
     memory: Mapping[str, int | None]
     stalls: Mapping[str, Stall] = field(default_factory=dict)
+
+    def memory_of(self, addresses: Iterable[str]) -> dict[str, WorkerMemory]:
+        """Return the memory of some of them; of whom nothing is known, that has enough."""
+        known = {address: self.memory[address] for address in sorted(addresses)}
+        return {a: UNKNOWN_MEMORY if m is None else WorkerMemory(m) for a, m in known.items()}
+
+    def spare_memory_of(self, addresses: Iterable[str]) -> dict[str, WorkerMemory]:
+        """Return the memory in which some of them may keep weights of stages that aren't theirs."""
+        return {
+            address: WorkerMemory(int(SPARE_PART * (self.memory[address] or UNKNOWN_SPARE_BYTES)))
+            for address in sorted(addresses)
+        }
 
 
 @dataclass(frozen=True)
@@ -191,8 +223,7 @@ class Assign:
     ----------
     number : int
         Counts assignments, from 1; the one that the run begins with is 0.
-    owners : tuple of str
-        A worker's address for each stage.
+    owners : Assignment
     ask : frozenset of int
         Stages that have kept their owner.
     moved : frozenset of int
@@ -200,7 +231,7 @@ class Assign:
     """
 
     number: int
-    owners: tuple[str, ...]
+    owners: Assignment
     ask: frozenset[int]
     moved: frozenset[int]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from dagflow.graph.analysis import DagAnalysis
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
 from dagflow.plan.assemble import assemble
+from dagflow.plan.memory import worker_bytes
 from dagflow.plan.partition import partition, partition_by_operator
 from dagflow.plan.plan import Plan
+from dagflow.plan.schedule import in_flight_limits
 from dagflow.plan.training_memory import TrainingMemory
 from dagflow_tasks.program.operators import aliased_arguments, mutated_arguments
 from dagflow_tasks.program.stage_program import StageProgram, check_nodes
@@ -192,13 +195,13 @@ def test_a_memory_limit_moves_the_cuts() -> None:
 def test_estimates_count_weights_and_activations_in_flight() -> None:
     training = TrainingMemory(moments=1.0, copies=False, num_microbatches=4, journal_steps=1)
     cut = partition(uniform(4, width=64), 2, training=training)
-    assert [e.in_flight for e in cut.estimates] == [2, 1]
+    assert [e.needs.in_flight for e in cut.estimates] == [2, 1]
     for estimate in cut.estimates:
         needs = estimate.needs
         assert needs.weight_bytes == 2 * (64 * 64 + 64) * 4
         assert needs.state_bytes == 3 * needs.weight_bytes
         assert needs.spool_bytes == 4 * 16 * 64 * 4  # the first's values, the last's gradients
-        activation_bytes = estimate.in_flight * needs.activation_bytes
+        activation_bytes = needs.in_flight * needs.activation_bytes
         assert estimate.memory_bytes == needs.state_bytes + needs.spool_bytes + activation_bytes
     assert cut.estimates[0].output_bytes == 16 * 64 * 4
     assert cut.estimates[0].flops >= 2 * (2 * 16 * 64 * 64)
@@ -213,7 +216,11 @@ def test_micro_batches_beyond_1f1b_stay_within_the_memory() -> None:
         return Plan.placed(cut, placement, workers, 16, memory_bytes=memory).limits
 
     assert limits(None) == (7, 6, 5, 4, 3, 1)
-    needed = [e.needs.total(e.in_flight + 1) for e in cut.estimates]
+    more = in_flight_limits(6, slack=1)
+    needed = [
+        worker_bytes([replace(e.needs, in_flight=limit)])
+        for e, limit in zip(cut.estimates, more, strict=True)
+    ]
     one_more = max(needed[0] + needed[3], needed[1] + needed[4], needed[2] + needed[5])
     assert limits(one_more) == (7, 6, 5, 4, 3, 1)
     assert limits(one_more - 1) == (6, 5, 4, 3, 2, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -13,6 +14,7 @@ from zoo import Example
 
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
+from dagflow.plan.memory import StageNeeds, worker_bytes
 from dagflow.plan.partition import partition
 from dagflow.plan.training_memory import TrainingMemory
 from dagflow_storage import Snapshot, list_snapshots
@@ -84,12 +86,17 @@ def test_frozen_weights_count_once_and_trained_ones_with_all_that_training_keeps
 
 def test_an_update_with_clipping_takes_a_copy_of_the_gradients_beside_no_activations() -> None:
     _, dag = adapted(frozen=False)
+
+    def total(needs: StageNeeds, in_flight: int) -> int:
+        return worker_bytes([replace(needs, in_flight=in_flight)])
+
     plain, clipped = (
         partition(dag, 1, training=TrainingMemory(scaled=scaled)).estimates[0].needs
         for scaled in (False, True)
     )
-    assert clipped.total(0) == plain.total(0) + TABLE_BYTES + 2 * (WIDTH * WIDTH + WIDTH) * 4
-    assert clipped.total(100) == plain.total(100)
+    gradients = TABLE_BYTES + 2 * (WIDTH * WIDTH + WIDTH) * 4
+    assert total(clipped, 0) == total(plain, 0) + gradients
+    assert total(clipped, 100) == total(plain, 100)
 
 
 def test_a_frozen_table_that_two_stages_use_is_read_by_both_and_lent_by_none() -> None:

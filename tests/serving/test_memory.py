@@ -11,16 +11,14 @@ from test_decoder_stage import TOKENS, _captured, _feed, _part, _stages
 
 from dagflow.errors import StageTooLarge
 from dagflow.plan.decoder_cuts import cut_at_layers
+from dagflow.plan.memory import CACHE_SHARE, StageNeeds, WorkerMemory, fits
+from dagflow.plan.placement import place
 from dagflow.plan.serving_memory import (
-    CACHE_SHARE,
     Room,
-    StageNeeds,
-    WorkerMemory,
     cache_budget,
-    fits,
     needs_by_worker,
-    place_stages,
     room_of,
+    serving_needs,
     tokens_that_fit,
 )
 from dagflow_tasks.kernels.session_cache import BLOCK_TOKENS, whole_blocks
@@ -40,7 +38,7 @@ def test_what_stages_take_is_known_from_their_programs(family: str) -> None:
     blocks = whole_blocks(8) + whole_blocks(BLOCK_TOKENS + 1) + BLOCK_TOKENS
     dag = _captured(family)[1]
     for stage, program in zip(stages, cut_at_layers(dag, 2).programs, strict=True):
-        needs = StageNeeds.of(dag, program)
+        needs = serving_needs(dag, program)
         assert stage.num_cache_bytes == blocks * needs.token_bytes
         constants = sum(constant.tensor().nbytes for constant in program.constants)
         assert stage.num_weight_bytes + constants == needs.weight_bytes
@@ -48,7 +46,7 @@ def test_what_stages_take_is_known_from_their_programs(family: str) -> None:
 
 def test_what_is_told_counts_keys_values_and_rows_for_the_next_stage() -> None:
     dag: Any = _captured("llama")[1]
-    first, last = (StageNeeds.of(dag, program) for program in cut_at_layers(dag, 2).programs)
+    first, last = (serving_needs(dag, program) for program in cut_at_layers(dag, 2).programs)
     key_heads, width, hidden, layers = 2, 8, 32, 2
     attention = layers * 2 * key_heads * width * torch.float32.itemsize
     assert last.token_bytes == attention
@@ -71,7 +69,7 @@ def test_what_a_long_session_takes_with_windows_is_known() -> None:
     for start in range(0, count, 50):
         _feed(stages, _part(start, 50), [1] * 50)
     for stage, program in zip(stages, cut_at_layers(dag, 2).programs, strict=True):
-        needs = StageNeeds.of(dag, program)
+        needs = serving_needs(dag, program)
         rows = whole_blocks(count)
         most = (rows - needs.spared(rows)) * needs.token_bytes
         assert needs.windows
@@ -98,8 +96,8 @@ def test_one_session_may_take_all_caches_and_a_pass_of_it_has_room_to_look_back(
     assert (both.token_bytes, both.pass_bytes) == (11, 30)  # a worker computes one stage at a time
     assert cache_budget(memory, 1000, stages[2], None) == 10_000 * CACHE_SHARE
     with pytest.raises(StageTooLarge, match=r"at least 1\.28 kB for caches"):
-        place_stages([needs], {"a": WorkerMemory(2000)}, None)
-    assert place_stages([needs], {"a": WorkerMemory(1000 + 32 * 40)}, None) == ["a"]
+        place([needs], {"a": WorkerMemory(2000)}, None)
+    assert place([needs], {"a": WorkerMemory(1000 + 32 * 40)}, None).workers == ("a",)
 
 
 def test_the_fullest_worker_says_how_many_tokens_there_may_be() -> None:
@@ -124,19 +122,19 @@ def test_a_session_takes_the_largest_share_that_its_states_take_of_a_budget() ->
         count = room.capacity // room.taken(num_tokens)
         for need in needs:
             assert count * (need.session_bytes + num_tokens * need.token_bytes) <= 64_000
-    assert not fits(workers["a"], 0, needs[1], 9000)
+    assert not fits([needs[1]], workers["a"], 9000)
     assert room_of(["a"], [StageNeeds(0, 1)], {"a": 0}, workers, 640).reach is None
 
 
 def test_stages_are_placed_in_a_row_where_they_fit_so() -> None:
     workers = {name: WorkerMemory(10_000) for name in "cab"}
-    assert place_stages(NEEDS, workers, None) == ["a", "b"]
-    assert place_stages(NEEDS, {"a": WorkerMemory(10_000)}, None) == ["a", "a"]
+    assert place(NEEDS, workers, None).workers == ("a", "b")
+    assert place(NEEDS, {"a": WorkerMemory(10_000)}, None).workers == ("a", "a")
 
 
 def test_otherwise_the_largest_goes_where_most_is_left() -> None:
     workers = {"a": WorkerMemory(5000), "b": WorkerMemory(2000), "c": WorkerMemory(1000)}
-    assert place_stages(NEEDS, workers, None) == ["b", "a"]
+    assert place(NEEDS, workers, None).workers == ("b", "a")
 
 
 @pytest.mark.parametrize("cache_bytes", [None, 500])
@@ -145,6 +143,6 @@ def test_workers_that_are_too_small_are_told_by_how_much(cache_bytes: int | None
     caches = cache_bytes or int(2 * BLOCK_TOKENS / CACHE_SHARE)
     short = (4000 + caches - 3000) / 1000
     with pytest.raises(StageTooLarge, match=rf"{short:.3g} kB are missing.*1 kB, 4 kB.*a 3 kB"):
-        place_stages(NEEDS, workers, cache_bytes)
-    found = place_stages(NEEDS, {**workers, "a": WorkerMemory(4000 + caches)}, cache_bytes)
-    assert found == ["b", "a"]
+        place(NEEDS, workers, cache_bytes)
+    found = place(NEEDS, {**workers, "a": WorkerMemory(4000 + caches)}, cache_bytes)
+    assert found.workers == ("b", "a")

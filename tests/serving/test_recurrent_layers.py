@@ -18,7 +18,7 @@ from dagflow.errors import CaptureFailed
 from dagflow.graph.decoder import capture_decoder
 from dagflow.models.model import read_stage
 from dagflow.plan.decoder_cuts import cut_at_layers
-from dagflow.plan.serving_memory import StageNeeds
+from dagflow.plan.serving_memory import serving_needs
 from dagflow_tasks.decode.decoder_stage import ALL, LAST, NOTHING, Part, join, split_logits
 from dagflow_tasks.kernels.states import REACH_TOKENS
 
@@ -133,7 +133,7 @@ def test_what_sessions_take_is_known_from_the_program(family: str) -> None:
     dag = _captured(family)[1]
     tokens = 96 + 96
     for stage, program in zip(stages, cut_at_layers(dag, 2).programs, strict=True):
-        needs = StageNeeds.of(dag, program)
+        needs = serving_needs(dag, program)
         most = tokens * needs.token_bytes + 2 * needs.session_bytes
         assert 0.5 * most <= stage.num_cache_bytes <= most
         stage.close("a")

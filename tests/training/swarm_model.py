@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from dagflow.training.recovery import Phase, Recovery
+from dagflow.plan.memory import StageNeeds
+from dagflow.training.recovery import Recovery
 from dagflow.training.recovery_protocol import (
     Assign,
     Copied,
@@ -22,6 +23,7 @@ from dagflow.training.recovery_protocol import (
     GarbageReceived,
     Hold,
     Instruction,
+    Phase,
     Progress,
     Release,
     ResultLost,
@@ -37,7 +39,7 @@ from dagflow.training.recovery_protocol import (
     WorkFailed,
 )
 
-STAGE_BYTES = (4, 2, 3)
+NEEDS = (StageNeeds(4), StageNeeds(2), StageNeeds(3))
 WAIT_SECONDS = 40.0
 
 
@@ -52,7 +54,7 @@ class World:
         self.num_joined = 0
         for _ in range(num_workers):
             self.join(None)
-        owners = [sorted(self.memory)[i % num_workers] for i in range(len(STAGE_BYTES))]
+        owners = [sorted(self.memory)[i % num_workers] for i in range(len(NEEDS))]
         self.weights = {(owner, stage): 0 for stage, owner in enumerate(owners)}
         self.copies: dict[int, Copy] = {}
         self.rosters = [self.roster()]
@@ -61,7 +63,7 @@ class World:
         self.is_holding = False
         self.num_in_flight = 2
         self.ended: Exception | None = None
-        self.recovery = Recovery(owners, STAGE_BYTES, 0, wait_seconds=WAIT_SECONDS)
+        self.recovery = Recovery(owners, NEEDS, 0, wait_seconds=WAIT_SECONDS)
         self.seen = self.rosters[0]
         self.num_steps = 0
         self.rebuilt: set[tuple[int, int]] = set()
@@ -139,14 +141,14 @@ class World:
         self.tell(ResultLost("A result went with its worker."))
 
     def fail(self) -> None:
-        stage = self.random.randrange(len(STAGE_BYTES))
+        stage = self.random.randrange(len(NEEDS))
         number = self.recovery.assignment
         task = ("forward", str(self.num_steps), str(stage), str(self.random.randrange(4)))
         owner = self.recovery.owners[stage]
         self.tell(WorkFailed(task, stage, owner, "ValueError: no", number))
 
     def send_garbage(self) -> None:
-        stage = self.random.randrange(-1, len(STAGE_BYTES))
+        stage = self.random.randrange(-1, len(NEEDS))
         self.tell(GarbageReceived(stage, "NaN came.", True, self.recovery.assignment))
 
     def pass_time(self) -> None:
@@ -164,7 +166,8 @@ class World:
             case Wait(seconds):
                 self.now += seconds
                 self.look()
-            case Assign(number, owners, ask):
+            case Assign(number, assignment, ask):
+                owners = assignment.workers
                 if any(owners[stage] not in self.memory for stage in ask):
                     self.look()
                     if self.todo:  # nobody answers for them
@@ -215,7 +218,7 @@ class World:
             case Forget(stage, address):
                 self.weights.pop((address, stage), None)
             case Disown(stage):
-                assert 0 <= stage < len(STAGE_BYTES)
+                assert 0 <= stage < len(NEEDS)
             case End(error):
                 self.ended = error or RuntimeError("the task's own error")
                 self.todo = None
@@ -229,7 +232,7 @@ class World:
 
     def check(self) -> None:
         recovery = self.recovery
-        assert len(recovery.owners) == len(STAGE_BYTES)
+        assert len(recovery.owners) == len(NEEDS)
         if recovery.phase is Phase.ENDED:
             assert self.ended is not None
             return
@@ -248,7 +251,7 @@ class World:
             stage
             for assign in instructions
             if isinstance(assign, Assign)
-            for stage in range(len(STAGE_BYTES))
+            for stage in range(len(NEEDS))
             if stage not in assign.ask
         }
         for forget in instructions:
@@ -262,7 +265,7 @@ class World:
     def settle(self) -> None:
         """Let everybody who is there be well, and large workers join; the run must go on then."""
         self.stalls.clear()
-        for _ in STAGE_BYTES:
+        for _ in NEEDS:
             self.join(None)
         for _ in range(60):
             if self.ended is not None:

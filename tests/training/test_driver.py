@@ -10,7 +10,7 @@ from training_driver import Swarm, driver_of
 
 from dagflow.swarm.membership import Membership
 from dagflow.training.driver import Disturbed
-from dagflow.training.recovery import Phase
+from dagflow.training.recovery_protocol import Phase
 
 
 def stalled(worker: str) -> tuple[float, dict[str, Any]]:

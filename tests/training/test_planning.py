@@ -17,9 +17,9 @@ from dagflow.errors import StageTooLarge
 from dagflow.graph.analysis import DagAnalysis
 from dagflow.graph.capture import capture
 from dagflow.graph.dag import OperatorDag
+from dagflow.plan.memory import bytes_by_worker
 from dagflow.plan.partition import num_parts
 from dagflow.plan.plan import Plan
-from dagflow.plan.training_memory import by_worker
 from dagflow.swarm.workers import WorkerFacts
 from dagflow.training import attempts
 from dagflow.training.attempts import make_plan
@@ -59,9 +59,7 @@ def most_stages() -> int:
 
 
 def assert_fits(plan: Plan, workers: Sequence[WorkerFacts]) -> None:
-    estimates = zip(plan.partition.estimates, plan.limits, strict=True)
-    needed = by_worker([e.needs.total(limit) for e, limit in estimates], plan.placement)
-    for index, num_bytes in needed.items():
+    for index, num_bytes in bytes_by_worker(plan.needs, plan.placement).items():
         assert num_bytes <= workers[index].memory_bytes
 
 

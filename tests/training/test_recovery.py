@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from swarm_model import HAPPENINGS, World
 
 from dagflow.errors import NonFiniteLoss, WorkersLost
-from dagflow.training.recovery import MAX_LOSSES_A_STEP, MAX_TROUBLES_A_STEP, Phase, Recovery
+from dagflow.plan.memory import StageNeeds
+from dagflow.plan.placement import Assignment
+from dagflow.training.recovery import MAX_LOSSES_A_STEP, MAX_TROUBLES_A_STEP, Recovery
 from dagflow.training.recovery_protocol import (
     Assign,
     Copied,
@@ -20,6 +22,7 @@ from dagflow.training.recovery_protocol import (
     GarbageReceived,
     Hold,
     Instruction,
+    Phase,
     Progress,
     Release,
     ResultLost,
@@ -36,6 +39,7 @@ from dagflow.training.recovery_protocol import (
     WorkFailed,
 )
 
+FOUR_BYTES_EACH = [StageNeeds(4), StageNeeds(4)]
 SEQUENCES = st.tuples(
     st.integers(1, 4),
     st.integers(0, 2**16),
@@ -80,7 +84,7 @@ def asked(instructions: list[Instruction]) -> list[Instruction]:
 
 
 def two_stages(**more: float) -> Recovery:
-    return Recovery(["a", "b"], [4, 4], 0, join_address="tcp://swarm:8786", **more)
+    return Recovery(["a", "b"], FOUR_BYTES_EACH, 0, join_address="tcp://swarm:8786", **more)
 
 
 def went_on(recovery: Recovery, known: dict[int, int]) -> list[Instruction]:
@@ -97,7 +101,7 @@ def test_a_stage_whose_worker_left_is_rebuilt_on_a_spare_and_the_others_stay() -
     assert stop == Stop("The worker b left with stage 1.")
     done = recovery.handle(Stopped(), 0.0)
     assert said(done) == ["Rebuilding stage 1 on c."]
-    assert asked(done) == [Assign(1, ("a", "c"), frozenset({0}), frozenset())]
+    assert asked(done) == [Assign(1, Assignment.of(["a", "c"]), frozenset({0}), frozenset())]
     assert went_on(recovery, {0: 0}) == [Resume(1, frozenset({1}), frozenset({1}))]
 
 
@@ -106,7 +110,7 @@ def test_who_answers_but_has_lost_its_memory_is_rebuilt_where_it_is() -> None:
     recovery.handle(StepDone(5), 0.0)
     recovery.handle(ResultLost("gone"), 0.0)
     (assign,) = recovery.handle(Stopped(), 0.0)
-    assert assign == Assign(1, ("a", "b"), frozenset({0, 1}), frozenset())
+    assert assign == Assign(1, Assignment.of(["a", "b"]), frozenset({0, 1}), frozenset())
     assert went_on(recovery, {0: 6, 1: 0}) == [Resume(1, frozenset({1}), frozenset({1}))]
 
 
@@ -119,7 +123,7 @@ def test_a_loss_during_a_rebuilding_begins_it_again_with_what_was_to_be_sent() -
     assert asked(recovery.handle(there("c", "d"), 0.0)) == [Stop("The worker a left with stage 0.")]
     assert recovery.handle(Resumed(1), 0.0) == []  # too late
     (assign,) = asked(recovery.handle(Stopped(), 0.0))
-    assert assign == Assign(2, ("d", "c"), frozenset({1}), frozenset())
+    assert assign == Assign(2, Assignment.of(["d", "c"]), frozenset({1}), frozenset())
     assert went_on(recovery, {1: -1}) == [Resume(2, frozenset({0, 1}), frozenset({0, 1}))]
 
 
@@ -128,7 +132,7 @@ def test_a_silent_worker_counts_as_gone_until_it_is_heard_of() -> None:
     (stop,) = recovery.handle(there("a", "b", b=Stall(3.0, silent=True)), 0.0)
     assert stop == Stop("The worker b has fallen silent with stage 1.")
     (assign,) = asked(recovery.handle(Stopped(), 0.0))
-    assert assign == Assign(1, ("a", "a"), frozenset({0}), frozenset())
+    assert assign == Assign(1, Assignment.of(["a", "a"]), frozenset({0}), frozenset())
 
 
 @pytest.mark.parametrize("first", ["copy", "worker"])
@@ -142,7 +146,10 @@ def test_of_a_slow_worker_and_its_copy_whoever_is_first_keeps_the_stage(first: s
         (stop,) = recovery.handle(Copied(1), 0.0)
         assert stop == Stop("The worker b has stalled; its stages go elsewhere.")
         done = asked(recovery.handle(Stopped(), 0.0))
-        assert done == [Release(1), Assign(1, ("a", "c"), frozenset({0}), frozenset())]
+        assert done == [
+            Release(1),
+            Assign(1, Assignment.of(["a", "c"]), frozenset({0}), frozenset()),
+        ]
         assert recovery.usable() == ["a", "c"]
         recovery.handle(there("a", "b", "c"), 0.0)
         assert recovery.usable() == ["a", "b", "c"]
@@ -164,7 +171,7 @@ def test_a_copy_that_fails_is_not_tried_again_there_in_the_same_step() -> None:
 
 
 def test_a_stage_moves_to_who_has_joined_between_two_steps() -> None:
-    recovery = Recovery(["a", "a"], [4, 4], 0)
+    recovery = Recovery(["a", "a"], FOUR_BYTES_EACH, 0)
     recovery.handle(there("a", "b"), 0.0)
     moving = recovery.handle(StepDone(1), 0.0)
     assert said(moving) == [
@@ -176,12 +183,12 @@ def test_a_stage_moves_to_who_has_joined_between_two_steps() -> None:
     assert done == [
         Release(1),
         Forget(1, "a"),
-        Assign(1, ("a", "b"), frozenset({0}), frozenset({1})),
+        Assign(1, Assignment.of(["a", "b"]), frozenset({0}), frozenset({1})),
     ]
 
 
 def test_nobody_is_moved_to_who_has_no_room() -> None:
-    recovery = Recovery(["a", "a"], [4, 4], 0)
+    recovery = Recovery(["a", "a"], FOUR_BYTES_EACH, 0)
     recovery.handle(Roster({"a": None, "small": 3}), 0.0)
     assert recovery.handle(StepDone(1), 0.0) == []
     recovery.handle(Roster({"a": None, "small": 3, "z": 4}), 0.0)
@@ -199,7 +206,7 @@ def test_a_lost_stage_waits_for_a_worker_with_room_and_says_so_once() -> None:
     assert asked(waiting) == [Wait(0.5)]
     assert recovery.handle(Roster({"a": 7, "small": 3}), 1.0) == [Wait(0.5)]
     (assign,) = asked(recovery.handle(Roster({"a": 7, "small": 3, "c": 4}), 2.0))
-    assert assign == Assign(1, ("a", "c"), frozenset({0}), frozenset())
+    assert assign == Assign(1, Assignment.of(["a", "c"]), frozenset({0}), frozenset())
 
 
 def test_who_waits_in_vain_is_told_for_what() -> None:
@@ -228,17 +235,17 @@ def test_a_task_that_fails_is_tried_elsewhere_and_ends_the_run_if_it_fails_there
     )
     assert failed(recovery, 1) == []  # the same failure, told twice
     (assign,) = asked(recovery.handle(Stopped(), 0.0))
-    assert assign == Assign(1, ("a", "c"), frozenset({0}), frozenset())
+    assert assign == Assign(1, Assignment.of(["a", "c"]), frozenset({0}), frozenset())
     went_on(recovery, {0: 0})
     assert failed(recovery, 1, assignment=0) == []  # told late
     assert failed(recovery, 1) == [End(None)]
 
 
 def test_the_only_worker_is_forgiven_and_rebuilds_what_it_got_wrong() -> None:
-    recovery = Recovery(["a", "a"], [4, 4], 0)
+    recovery = Recovery(["a", "a"], FOUR_BYTES_EACH, 0)
     failed(recovery, 1)
     (assign,) = asked(recovery.handle(Stopped(), 0.0))
-    assert assign == Assign(1, ("a", "a"), frozenset({0}), frozenset())
+    assert assign == Assign(1, Assignment.of(["a", "a"]), frozenset({0}), frozenset())
     assert went_on(recovery, {0: 0}) == [Resume(1, frozenset({1}), frozenset({1}))]
 
 
@@ -247,7 +254,7 @@ def test_garbage_is_blamed_on_where_the_stage_was_that_sent_it() -> None:
     recovery.handle(there("b", "c"), 0.0)
     recovery.handle(Stopped(), 0.0)
     went_on(recovery, {1: 0})
-    assert recovery.owners == ["c", "b"]
+    assert recovery.owners == ("c", "b")
     recovery.handle(there("a", "b", "c"), 0.0)
     told = recovery.handle(GarbageReceived(0, "NaN came.", has_nan=True, assignment=0), 0.0)
     assert told[0] == Disown(0, "a")
@@ -283,7 +290,7 @@ def test_a_step_that_never_gets_done_is_given_up(loses: bool, most: int) -> None
 
 
 def test_without_a_journal_a_loss_ends_the_attempt_and_nothing_moves() -> None:
-    recovery = Recovery(["a", "a"], [4, 4], 0, has_journal=False)
+    recovery = Recovery(["a", "a"], FOUR_BYTES_EACH, 0, has_journal=False)
     recovery.handle(there("a", "b"), 0.0)
     assert recovery.handle(StepDone(1), 0.0) == []
     assert recovery.handle(SnapshotCommitted(1), 0.0) == []
@@ -306,7 +313,7 @@ def test_spares_keep_what_is_at_risk_one_each_and_take_it_over() -> None:
     recovery.handle(Copied(3), 0.0)
     recovery.handle(there("a", "c", "d"), 0.0)
     done = asked(recovery.handle(Stopped(), 0.0))
-    assert done[-1] == Assign(1, ("a", "d"), frozenset({0}), frozenset())
+    assert done[-1] == Assign(1, Assignment.of(["a", "d"]), frozenset({0}), frozenset())
 
 
 def test_a_worker_may_recover_while_its_copy_is_about_to_be_taken() -> None:
@@ -315,7 +322,7 @@ def test_a_worker_may_recover_while_its_copy_is_about_to_be_taken() -> None:
     recovery.handle(Copied(1), 0.0)
     recovery.handle(there("a", "b", "c"), 0.0)  # before it has stopped
     (assign,) = [i for i in recovery.handle(Stopped(), 0.0) if isinstance(i, Assign)]
-    assert assign.owners in (("a", "b"), ("a", "c"))
+    assert assign.owners.workers in (("a", "b"), ("a", "c"))
 
 
 def test_an_answer_to_an_earlier_question_says_nothing_of_the_new_owners() -> None:
