@@ -222,8 +222,7 @@ class Driver:
         try:
             yield
         finally:
-            # By hand: dask keeps a failed task's exception, its traceback our frames, and these
-            # every future of theirs.
+            # By hand: dask keeps a failed task's traceback, that our frames, and these their futures.
             with contextlib.suppress(Exception):
                 self.saving.commit_on_the_way_out(self._done, self.decision)
             for flight in self._flights:
