@@ -122,7 +122,7 @@ def session(plan: Plan | None, wait_seconds: float = 60.0) -> Any:
         snapshot_every=10,
         journal=1,
         config=SimpleNamespace(**vars(Config()) | {"cluster": cluster}),
-        line=Line(),
+        events=Line(),
     )
 
 
@@ -138,7 +138,7 @@ def test_a_run_whose_last_large_worker_left_waits_for_one(monkeypatch: pytest.Mo
     plan, workers = attempts.Attempts._planned(running, CLIENT, [tiny])
     assert workers == [tiny, large]
     assert plan.placement == (1,)
-    (said,) = running.line.said
+    (said,) = running.events.said
     assert "its worker has 1 kB" in said
     assert "dagflow join tcp://swarm:8786" in said
 
