@@ -3,8 +3,6 @@
 Trains the throughput benchmark's GPT on two embedded workers, reads dask's task stream, and prints
 for each worker the seconds a step that it spends on every kind of task, in the pipeline's bubble,
 and idle beyond it. The bubble is that of the timetable simulated with the measured durations.
-Weights' gradients that are made ahead, between two tasks, aren't in dask's stream: the workers time
-them, and they aren't counted as tasks.
 
     python benchmarks/step_timeline.py [--stages 4 --microbatches 32] [--precision bf16]
 """
@@ -31,7 +29,7 @@ from dagflow.swarm.clusters import ClusterSettings, open_cluster
 from dagflow_storage import Store
 
 NUM_WORKERS = 2
-PIPELINE = ("forward", "backward", "weights", "ahead")
+PIPELINE = ("forward", "backward", "weights")
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,6 @@ def train(workload: Workload) -> tuple[list[Span], list[float], Plan]:
 
     def at_step_end(event: dagflow.StepEvent) -> None:
         ends.append(time.time())
-        if len(ends) == 1:
-            client.run(_time_what_is_ahead)
 
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -79,35 +75,7 @@ def train(workload: Workload) -> tuple[list[Span], list[float], Plan]:
             callbacks=[at_step_end],
         )
         spans = [s for entry in client.get_task_stream(start=begin) for s in _spans(entry)]
-        for worker, times in client.run(_times_ahead).items():
-            spans += [Span(worker, "ahead", *span) for span in times]
     return spans, ends, result.plan
-
-
-def _time_what_is_ahead() -> None:
-    """Have a worker keep the step, stage, begin and end of what it does between two tasks."""
-    from dagflow_tasks.train.cache import CACHE  # the worker's: this function travels by value
-
-    run_next = CACHE.run_next
-    times: list[tuple[int, int, float, float]] = []
-
-    def timed(work: Any) -> None:
-        def run() -> None:
-            begin = time.time()
-            work()
-            ref, (step, _) = work.args
-            times.append((step, ref.stage, begin, time.time()))
-
-        run_next(run)
-
-    timed.times = times
-    CACHE.run_next = timed
-
-
-def _times_ahead() -> Any:
-    from dagflow_tasks.train.cache import CACHE
-
-    return CACHE.run_next.times
 
 
 def _spans(entry: dict[str, Any]) -> list[Span]:
@@ -127,7 +95,7 @@ def ideal_seconds(spans: list[Span], plan: Plan) -> float:
         by_kind[span.kind, span.stage].append(span.seconds)
     costs = []
     for stage in range(plan.num_stages):
-        kinds = [by_kind[kind, stage] for kind in ("backward", "weights", "ahead")]
+        kinds = [by_kind[kind, stage] for kind in ("backward", "weights")]
         backward = sum(map(sum, kinds)) / len(kinds[0])
         forward = mean(by_kind.get(("forward", stage), [backward / 3]))
         last = stage == plan.num_stages - 1
@@ -151,7 +119,7 @@ def account(workload: Workload, spans: list[Span], ends: list[float], plan: Plan
         for span in own:
             busy[span.kind if span.kind in PIPELINE else "other"] += span.seconds / num_steps
         waits = [max(0.0, after.begin - before.end) for before, after in itertools.pairwise(own)]
-        tasks = sum(span.kind != "ahead" for span in own) / num_steps
+        tasks = len(own) / num_steps
         rows.append(
             {
                 "stages": sorted({s.stage for s in own if s.kind in PIPELINE}),

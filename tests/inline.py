@@ -30,7 +30,7 @@ from dagflow_tasks.train.cache import CACHE
 from dagflow_tasks.train.optimizer import Optimizer
 from dagflow_tasks.train.references import Microbatch, StageRef, StateRef, TaskSettings
 from dagflow_tasks.train.replay import Neighbours, StepRecord
-from dagflow_tasks.train.results import BackwardResult, ForwardResult, forward_part
+from dagflow_tasks.train.results import BackwardResult, ForwardResult
 from dagflow_tasks.train.state import BUFFER, PARAMETER, read_tensors, write_tensors
 
 wire.register()
@@ -177,11 +177,11 @@ class InlineRun:
 
         return replace(self.graph.neighbours[stage], read_batch=read)
 
-    def there(self, step: int, stage: int, microbatch: int) -> ForwardResult:
-        """Return a forward's result, wherever it is."""
+    def there(self, step: int, stage: int, microbatch: int) -> Any:
+        """Return the result of the task that ran a forward."""
         forward = self.graph.key("forward", step, stage, microbatch)
         backward = self.graph.key("backward", step, stage, microbatch)
-        return forward_part(self.results.get(forward) or self.results[backward])
+        return self.results.get(forward) or self.results[backward]
 
 
 def there_and_back(value: Any) -> Any:
@@ -195,8 +195,7 @@ def travelled(result: Any) -> Any:
     if isinstance(result, ForwardResult):
         return replace(result, values=there_and_back(result).values)
     if isinstance(result, BackwardResult):
-        there = travelled(result.forward)
-        return replace(result, gradients=there_and_back(result).gradients, forward=there)
+        return replace(result, gradients=there_and_back(result).gradients)
     return there_and_back(result) if isinstance(result, TensorDict) else result
 
 

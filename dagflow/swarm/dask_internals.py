@@ -16,7 +16,7 @@ from typing import Any
 
 from dask._task_spec import Task, TaskRef
 from dask.utils import key_split
-from distributed import Client, Nanny, Worker, get_worker, rpc
+from distributed import Client, Nanny, Worker, rpc
 from distributed.comm import Comm
 from distributed.comm.tcp import MAX_BUFFER_SIZE, TCP, _close_comm, convert_stream_closed_error
 from distributed.core import Status
@@ -49,7 +49,6 @@ __all__ = [
     "pause",
     "registered_worker",
     "retire",
-    "run_next",
     "scheduler_streams",
     "send_at_once",
     "silent_seconds",
@@ -222,15 +221,6 @@ def notice_retirement(worker: Worker, changed: Callable[[bool], object]) -> None
         return heard(status=status, **details)
 
     worker.stream_handlers["worker-status-change"] = hear
-
-
-def run_next(work: Callable[[], None]) -> None:
-    """Have the thread of the task that calls this run something after it, before other tasks.
-
-    Outside tasks it does nothing.
-    """
-    with contextlib.suppress(ValueError):
-        get_worker().executors["default"].submit(work)
 
 
 def stop_profiling(worker: Worker) -> None:

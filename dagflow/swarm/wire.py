@@ -272,65 +272,39 @@ def _load_tensors(header: Any, frames: list[Any]) -> TensorDict:
 def _dump_forward(result: ForwardResult, context: Any = None) -> tuple[Header, list[Any]]:
     # Mutated buffers stay: only the stage's own tasks, on this worker, read them.
     headers, frames = pack_tensors(result.values, context)
-    header = {"tensors": headers, "finite": result.finite, "place": list(result.place)}
-    header["weights"] = _chained(result.weights) if result.weights is not None else None
-    return header, frames
+    return {"tensors": headers, "place": list(result.place)}, frames
 
 
 def _load_forward(header: Any, frames: list[Any]) -> ForwardResult:
     values = _load_tensors(header, frames)
     with _refusing_garbage("a result"):
-        chained = header.get("weights")
-        weights = BackwardResult({}, **_unchained(chained)) if chained is not None else None
-        finite = fields.flag(header.get("finite"), "finite")
-        return ForwardResult(values, None, finite, _place(header.get("place")), weights)
-
-
-# What a backward's result says of the micro-batches so far.
-_CHAINED = ("non_finite", "losses", "place")
-
-
-def _chained(result: BackwardResult) -> Header:
-    return {name: list(getattr(result, name)) for name in _CHAINED}
-
-
-def _unchained(header: Any) -> dict[str, Any]:
-    given = fields.members(header, "a result")
-    non_finite = fields.items(given.get("non_finite"), "non_finite")
-    losses = fields.items(given.get("losses"), "losses")
-    return {
-        "non_finite": tuple(fields.integer(index, "a micro-batch") for index in non_finite),
-        "losses": tuple(fields.number(loss, "a loss") for loss in losses),
-        "place": _place(given.get("place")),
-    }
-
-
-def _place(given: Any) -> tuple[int, int]:
-    step, index = fields.items(given, "a place")
-    return fields.integer(step, "a step", -1), fields.integer(index, "a micro-batch", -1)
+        return ForwardResult(values, None, _place(header.get("place")))
 
 
 def _dump_backward(result: BackwardResult, context: Any = None) -> tuple[Header, list[Any]]:
     # Gradient sums stay, too: they are as large as the weights.
     headers, frames = pack_tensors(result.gradients, context, "gradient of ")
-    header = _chained(result) | {"tensors": headers, "forward": None}
-    if result.forward is not None:
-        header["forward"], more = _dump_forward(result.forward, context)
-        frames = [*frames, *more]
-    return header, frames
+    facts = {name: list(getattr(result, name)) for name in ("non_finite", "losses", "place")}
+    return facts | {"tensors": headers}, frames
 
 
 def _load_backward(header: Any, frames: list[Any]) -> BackwardResult:
+    gradients = _load_tensors(header, frames)
     with _refusing_garbage("a result"):
-        headers = fields.members(header, "a header", "tensors")["tensors"]
-        count = len(fields.items(headers, "the headers"))
-        chained = _unchained(header)
-        forward = header.get("forward")
-        if forward is None and count < len(frames):
-            raise ValueError(f"there are {count} headers for {len(frames)} frames")
-    gradients = unpack_tensors(headers, frames[:count])
-    there = _load_forward(forward, frames[count:]) if forward is not None else None
-    return BackwardResult(gradients, None, **chained, forward=there)
+        non_finite = fields.items(header.get("non_finite"), "non_finite")
+        losses = fields.items(header.get("losses"), "losses")
+        return BackwardResult(
+            gradients,
+            None,
+            tuple(fields.integer(index, "a micro-batch") for index in non_finite),
+            tuple(fields.number(loss, "a loss") for loss in losses),
+            _place(header.get("place")),
+        )
+
+
+def _place(given: Any) -> tuple[int, int]:
+    step, index = fields.items(given, "a place")
+    return fields.integer(step, "a step", -1), fields.integer(index, "a micro-batch", -1)
 
 
 def _size_of(value: Any) -> int:
@@ -341,8 +315,7 @@ def _size_of(value: Any) -> int:
 
 def _parts(value: Any) -> list[Any]:
     if isinstance(value, ForwardResult):
-        return [value.values, value.buffers, *_parts(value.weights)]
+        return [value.values, value.buffers]
     if isinstance(value, BackwardResult):
-        sums = value.sums.tensors if value.sums else None
-        return [value.gradients, sums, *_parts(value.forward)]
+        return [value.gradients, value.sums.tensors if value.sums else None, value.buffers]
     return [value]

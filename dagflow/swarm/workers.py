@@ -31,7 +31,6 @@ from dagflow.swarm.dask_internals import (
     memory_limit,
     num_tasks_at_a_time,
     pause,
-    run_next,
     scheduler_streams,
     send_at_once,
     silent_seconds,
@@ -101,7 +100,7 @@ def prepare_worker(worker: Worker) -> None:
         # takes more than a second, and a nanny kills what hasn't ended after four.
         atexit.unregister(gc.freeze)
         atexit.register(gc.freeze)
-    CACHE.run_next, CACHE.tell = run_next, _tell_driver
+    CACHE.tell = _tell_driver
     wire.POLICY.bandwidth = wire.bandwidth_from_log(transfer_log(worker))
     limit = memory_limit(worker)
     if worker.nanny and limit is not None:  # in a user's process it isn't the limit

@@ -9,6 +9,7 @@ from typing import Any
 from dagflow.plan.schedule import BACKWARD, FORWARD, WEIGHTS, Pipeline
 from dagflow.swarm.dask_internals import StepTask, Task, TaskRef
 from dagflow_tasks.train import call as calling
+from dagflow_tasks.train.arguments import Arguments
 
 Key = tuple[str | int, ...]
 
@@ -22,7 +23,7 @@ def attempt_of(key: Key) -> str:
 
 
 def task(key: Key, function: Callable[..., Any], *args: Any, after: Sequence[Key] = ()) -> Task:
-    """Return a dask task whose arguments may hold `TaskRef`s inside lists.
+    """Return a dask task whose arguments may hold `TaskRef`s inside lists and `Arguments`.
 
     dask would make a task of every list; a step has tens of thousands of tasks, so references are
     passed side by side instead, and put back into place on the worker.
@@ -35,6 +36,8 @@ def task(key: Key, function: Callable[..., Any], *args: Any, after: Sequence[Key
             return calling.result_slot(len(references) - 1)
         if isinstance(argument, list):
             return tuple(template(item) for item in argument)
+        if isinstance(argument, Arguments):
+            return argument.map(template)
         return argument
 
     layout = tuple(template(argument) for argument in args)

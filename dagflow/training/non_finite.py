@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dagflow_tasks.train.references import action
 from dagflow_tasks.train.results import StepReport
 
 NUMBERS_LEFT_RANGE = (
@@ -15,8 +16,7 @@ def where_numbers_left_range(report: StepReport) -> str:
     where = "the loss itself"
     if report.non_finite:
         stage = min(report.non_finite)
-        microbatches = ", ".join(map(str, report.non_finite[stage]))
-        where = f"stage {stage}, micro-batch {microbatches}"
+        where = ", ".join(action("F", stage, report.step, m) for m in report.non_finite[stage])
     return (
         f"The loss of step {report.step} is {report.loss}; the numbers first left the finite range in "
         f"{where}. {NUMBERS_LEFT_RANGE}"

@@ -1,11 +1,10 @@
 """The dask graph of one training step.
 
-For step k, stage s, micro-batch m: ``forward(s,k,m)``, ``backward(s,k,m)``, ``update(s,k)``, and a
-``report(k)`` that ends the step. The last stage has ``backward(s,k,m)`` only, which includes the
-forward. The second half of a backward in two is the beginning of the forward that takes the
-micro-batch's place in memory or, at the end of a step, ``weights(s,k,m)``. The only links between
-steps are a stage's own updates, so there is no barrier: a stage goes on with the next step as soon
-as its weights are updated.
+For step k, stage s, micro-batch m: ``forward(s,k,m)`` (``F``), ``backward(s,k,m)`` (``I``, or ``B`` in
+a stage whose backwards aren't halved), ``weights(s,k,m)`` (``W`` of a halved one), ``update(s,k)``
+(``U``), and a ``report(k)`` that ends the step. The last stage has no ``forward``: its ``backward``
+includes it. The only links between steps are a stage's own updates, so there is no barrier: a stage
+goes on with the next step as soon as its weights are updated.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from dagflow_tasks.program.stage_program import StageProgram
 from dagflow_tasks.tensors import TensorDict
 from dagflow_tasks.train import exchange, replay, snapshots, tasks
 from dagflow_tasks.train import update as updating
+from dagflow_tasks.train.arguments import BackwardArguments, ForwardArguments, UpdateArguments
 from dagflow_tasks.train.references import Microbatch, StageRef, StateRef
 from dagflow_tasks.train.replay import Neighbours, StepRecord
 from dagflow_tasks.train.results import Decision
@@ -217,7 +217,7 @@ class _StepBuilder:
         standing = self.inputs.standing
         return standing is not None and standing.has_done(kind, self.k, stage, index)
 
-    def _at(self, kind: str, stage: int, index: int, names: Sequence[str] | None = ()) -> TaskRef:
+    def _at(self, kind: str, stage: int, index: int, names: Sequence[str] | None = ()) -> Any:
         """Refer to a task's result, or to what it has sent, if it is done: the named tensors."""
         if not self._is_done(kind, stage, index):
             return TaskRef(self.graph.key(kind, self.k, stage, index))
@@ -281,42 +281,23 @@ class _StepBuilder:
             self._add("select", source, index, kind, reader, call=(select, result, names))
         return TaskRef(key)
 
-    def _before(self, program: StageProgram, index: int) -> TaskRef | None:
+    def _before(self, program: StageProgram, index: int) -> Any:
         if not program.mutated_buffers or index == 0:
             return None
         return self._there(program.stage, index - 1)
 
-    def _there(self, stage: int, index: int) -> TaskRef:
-        """Refer to the result that holds a forward's."""
-        last = stage == len(self.graph.programs) - 1
-        return self._at("backward" if last else "forward", stage, index)
+    def _there(self, stage: int, index: int) -> Any:
+        """Refer to the result of the task that runs a stage's forward."""
+        return self._at("backward" if self._is_last(stage) else "forward", stage, index)
 
-    def _begun_with(self, stage: int, index: int) -> Key | None:
-        """Return the forward that begins with the second half of a micro-batch's backward, if any."""
-        later = index + self.graph.limits[stage]
-        kind = "backward" if stage == len(self.graph.programs) - 1 else "forward"
-        if later >= len(self.inputs.microbatches) or self._is_done(kind, stage, later):
-            return None
-        return self.graph.key(kind, self.k, stage, later)
-
-    def _to_begin_with(self, program: StageProgram, index: int) -> list[Any] | None:
-        """Return the arguments of the second half that a forward begins with."""
-        stage, earlier = program.stage, index - self.graph.limits[program.stage]
-        if earlier < 0 or not self.graph.halved[stage] or self._is_done("weights", stage, earlier):
-            return None
-        return self._second_half(program, self.inputs.microbatches[earlier])[2:]
-
-    def _second_half(self, program: StageProgram, microbatch: Microbatch) -> list[Any]:
-        stage, index = program.stage, microbatch.index
-        return [
-            *self._inputs_of_backward(program, microbatch),
-            self._there(stage, index),
-            self._sums(stage, index - 1) if index else None,
-            *self._for_recomputing(program, index),
-        ]
+    def _is_last(self, stage: int) -> bool:
+        return stage == len(self.graph.programs) - 1
 
     def _in_flight_before(self, stage: int, index: int) -> list[Key]:
-        """Return what a forward waits for so that memory is bounded."""
+        """Return what a forward waits for so that memory is bounded.
+
+        That is ``I``. ``W`` waits for it, too, and comes first, as it has the higher priority.
+        """
         earlier = index - self.graph.limits[stage]
         return self._waiting_for("backward", stage, earlier) if earlier >= 0 else []
 
@@ -337,65 +318,48 @@ class _StepBuilder:
         stage, index = program.stage, microbatch.index
         if self._is_done("forward", stage, index):
             return
-        call = (
-            tasks.forward,
-            self._ref(stage),
-            self._state,
-            microbatch,
-            self._values(program, index),
-            self._before(program, index),
-            self._tied(program),
-            self.graph.halved[stage],
-            self._to_begin_with(program, index),
-        )
+        work = ForwardArguments(**self._inputs(program, microbatch))
         after = self._weights_ready(stage) + self._in_flight_before(stage, index)
-        self._add("forward", stage, index, call=call, after=after)
+        self._add("forward", stage, index, call=(tasks.forward, work), after=after)
+
+    def _inputs(self, program: StageProgram, microbatch: Microbatch) -> dict[str, Any]:
+        """Return the fields of `ForwardArguments`."""
+        stage, index = program.stage, microbatch.index
+        return {
+            "ref": self._ref(stage),
+            "microbatch": microbatch,
+            "values": self._values(program, index),
+            "halved": self.graph.halved[stage],
+            "before": self._before(program, index),
+            "tied": self._tied(program),
+        }
 
     def _backward(self, program: StageProgram, microbatch: Microbatch) -> None:
-        stage, index = program.stage, microbatch.index
-        if not self._is_done("backward", stage, index):
-            self._whole_or_first_half(program, microbatch)
-        if not self.graph.halved[stage] or self._is_done("weights", stage, index):
-            return
-        if self._begun_with(stage, index) is None:
-            call = (tasks.backward_weights, *self._second_half(program, microbatch))
-            after = self._waiting_for("backward", stage, index)
-            self._add("weights", stage, index, call=call, after=after)
-
-    def _whole_or_first_half(self, program: StageProgram, microbatch: Microbatch) -> None:
+        """Add ``I`` and ``W``, or ``B``; in the last stage ``I`` or ``B`` begins with ``F``."""
         stage, index = program.stage, microbatch.index
         halved = self.graph.halved[stage]
-        ahead = halved and self._begun_with(stage, index) is not None
-        previous = self._sums(stage, index - 1) if index and not halved else None
-        recompute = self._for_recomputing(program, index)
-        after: list[Key] = []
-        call: tuple[Any, ...]
-        if stage == len(self.graph.programs) - 1:
-            where = (self._ref(stage), self._state, microbatch, self._values(program, index))
-            weights = self._to_begin_with(program, index)
-            call = (tasks.forward_backward, *where, previous, *recompute, halved, ahead, weights)
-            after = self._weights_ready(stage)
-            if weights is not None:
-                after += self._in_flight_before(stage, index)
-        else:
-            where = self._inputs_of_backward(program, microbatch)
-            this = None if halved else self._there(stage, index)
-            call = (tasks.backward, *where, this, previous, *recompute, halved, ahead)
-            if self._is_done("forward", stage, index):
-                after = self._weights_ready(stage)
-            elif halved and self.inputs.standing is not None:
-                # A gradient that is recalled doesn't come by way of this stage's forward.
-                after = self._waiting_for("forward", stage, index)
-        self._add("backward", stage, index, call=call, after=after)
-
-    def _inputs_of_backward(self, program: StageProgram, microbatch: Microbatch) -> Any:
-        stage, index = program.stage, microbatch.index
+        to_do = [
+            kind
+            for kind in ("backward", "weights")
+            if not self._is_done(kind, stage, index) and (halved or kind == "backward")
+        ]
+        if not to_do:
+            return
         gradients = [self._gradient(source, stage, index) for source in program.gradient_sources]
-        values = self._values(program, index)
-        return (self._ref(stage), self._state, microbatch, values, [*gradients])
-
-    def _for_recomputing(self, program: StageProgram, index: int) -> Any:
-        return (self._before(program, index), self._tied(program), self._scaling(program.stage))
+        inputs = self._inputs(program, microbatch)
+        work = BackwardArguments(**inputs, gradients=gradients, scaling=self._scaling(stage))
+        adding = replace(work, previous=self._sums(stage, index - 1) if index else None)
+        if self._is_last(stage):
+            after = self._weights_ready(stage) + self._in_flight_before(stage, index)
+        else:
+            after = self._waiting_for("forward", stage, index) or self._weights_ready(stage)
+        if "backward" in to_do:
+            function = tasks.forward_backward if self._is_last(stage) else tasks.backward
+            call = (function, work if halved else adding)
+            self._add("backward", stage, index, call=call, after=after)
+        if "weights" in to_do:
+            after = self._waiting_for("backward", stage, index)
+            self._add("weights", stage, index, call=(tasks.weight_gradients, adding), after=after)
 
     def _scaling(self, stage: int) -> Any:
         if not self.graph.scaled or stage != self.graph.loss_stage:
@@ -407,16 +371,10 @@ class _StepBuilder:
             return self.inputs.decision or Decision.initial(scaled=self.graph.scaled)
         return TaskRef(self.graph.decision_key(self.k - 1))
 
-    def _sums(self, stage: int, index: int = -1) -> TaskRef:
+    def _sums(self, stage: int, index: int = -1) -> Any:
         """Refer to the gradient sums up to a micro-batch, the step's last by default."""
         index %= len(self.inputs.microbatches)
-        if not self.graph.halved[stage]:
-            return self._at("backward", stage, index)
-        if not self._is_done("weights", stage, index):
-            key = self._begun_with(stage, index)
-            if key is not None:
-                return TaskRef(key)
-        return self._at("weights", stage, index)
+        return self._at("weights" if self.graph.halved[stage] else "backward", stage, index)
 
     def _borrowed(self, stage: int) -> list[Any]:
         found = []
@@ -444,7 +402,7 @@ class _StepBuilder:
         settings = list(graph.parameter_order), graph.clip_norm, before, graph.scaled
         self._add("decide", graph.loss_stage, call=(updating.decide, [*norms], *settings))
 
-    def _decision(self) -> TaskRef | None:
+    def _decision(self) -> Any:
         if not self.graph.decides:
             return None
         key = self.graph.decision_key(self.k)
@@ -459,10 +417,9 @@ class _StepBuilder:
         if self._is_done("update", stage):
             return
         last = len(self.inputs.microbatches) - 1
-        call = (
-            updating.update,
+        work = UpdateArguments(
             self._ref(stage),
-            self._state,
+            self.k,
             self._sums(stage),
             self.inputs.learning_rate,
             self._borrowed(stage),
@@ -473,7 +430,7 @@ class _StepBuilder:
         # Once it has updated, a stage can't be asked for this step's gradients again.
         owners = [owner for owner in program.lenders if not self._is_done("update", owner)]
         after += [self.graph.key("return", self.k, stage, owner) for owner in owners]
-        self._add("update", stage, call=call, after=after)
+        self._add("update", stage, call=(updating.update, work), after=after)
 
     def _report(self) -> None:
         stage = self.graph.loss_stage

@@ -14,7 +14,7 @@ Place = tuple[str, int, int, int]  # function, step, stage, micro-batch
 
 # How long a stage may be at two places after the driver has it moved.
 MOVE_SECONDS = 15.0
-COMPUTING = frozenset({"forward", "backward", "backward_weights", "forward_backward", "update"})
+COMPUTING = frozenset({"forward", "backward", "weight_gradients", "forward_backward", "update"})
 
 
 @dataclass(frozen=True)

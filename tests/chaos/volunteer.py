@@ -23,10 +23,11 @@ from chaos.faults import Fault, InTask
 from dagflow_tasks.program.interpreter import Executable
 from dagflow_tasks.train import call as calling
 from dagflow_tasks.train import replay
+from dagflow_tasks.train.arguments import Arguments
 from dagflow_tasks.train.cache import CACHE
-from dagflow_tasks.train.references import StageRef, StateRef
+from dagflow_tasks.train.references import StageRef
 
-COMPUTING = ("forward", "backward", "backward_weights", "forward_backward", "update")
+COMPUTING = ("forward", "backward", "weight_gradients", "forward_backward", "update")
 REBUILDING = "restore"
 REPLAYING = "replay"
 GO_ON = "go on"
@@ -121,11 +122,10 @@ def _place(function: Callable[..., Any], layout: Any) -> tuple[str, int, int, in
         return name, int(layout[1]), layout[0].stage, 0
     if name not in COMPUTING:
         return None
-    ref, state = layout[0], layout[1]
-    assert isinstance(ref, StageRef)
-    assert isinstance(state, StateRef)
-    index = 0 if name == "update" else layout[2].index
-    return name, state.step, ref.stage, index
+    work = layout[0]
+    assert isinstance(work, Arguments)
+    step, index = work.place
+    return name, step, work.ref.stage, index
 
 
 def volunteer(

@@ -6,7 +6,6 @@ import ast
 import asyncio
 import math
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +34,6 @@ from dagflow.swarm.dask_internals import (
     client_stream,
     executing_seconds,
     keep_time,
-    run_next,
     scheduler_streams,
     silent_seconds,
 )
@@ -115,25 +113,6 @@ def test_workers_log_what_they_send_with_its_bandwidth(client: Client) -> None:
     assert str(entry["who"]).startswith("tcp://127.0.0.1:")
 
 
-def test_what_is_to_run_next_runs_on_the_tasks_thread_before_other_tasks(client: Client) -> None:
-    worker = min(scheduler_info(client)["workers"])
-
-    def note(what: str) -> list[tuple[str, int]]:
-        notes: list[tuple[str, int]] = get_worker().__dict__.setdefault("_notes", [])
-        notes.append((what, threading.get_ident()))
-        return notes
-
-    def first() -> None:
-        mine = note("task")
-        run_next(lambda: mine.append(("next", threading.get_ident())))
-
-    begun = client.submit(first, workers=[worker], pure=False)
-    found = client.submit(note, "other task", workers=[worker], pure=False).result()
-    begun.result()
-    assert [what for what, _ in found] == ["task", "next", "other task"]
-    assert len({thread for _, thread in found}) == 1
-
-
 def test_the_scheduler_tells_of_all_workers_whatever_the_client_asks_meanwhile(
     cluster: LocalCluster,
 ) -> None:
@@ -171,12 +150,6 @@ def test_workers_do_not_look_at_their_tasks_stacks() -> None:
         assert client.run(profiles).popitem()[1] == (False, before)
 
 
-def test_nothing_is_to_run_next_outside_tasks() -> None:
-    run = []
-    run_next(lambda: run.append(1))
-    assert run == []
-
-
 def test_tasks_name_what_they_depend_on_and_get_its_value() -> None:
     first, second = ("x", 0), ("y", 0)
     for kind in (Task, StepTask):
@@ -203,7 +176,6 @@ def test_callables_place_every_task(client: Client) -> None:
     addresses = sorted(scheduler_info(client)["workers"])
 
     def here() -> str:
-        from distributed import get_worker
 
         address: str = get_worker().address
         return address

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,37 +41,6 @@ def test_twenty_losses_are_those_of_a_torch_loop(
     assert sorted(found) == sorted(weights)
     for name, tensor in weights.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
-
-
-def test_workers_make_weights_gradients_between_tasks(client: Client, tmp_path: Path) -> None:
-    def watch() -> None:
-        from dagflow_tasks.train.cache import CACHE
-
-        run_next, places = CACHE.run_next, []
-        assert run_next is not None
-
-        def noted(work: Callable[[], None]) -> None:
-            places.append(work.args[1])  # type: ignore[attr-defined]
-            run_next(work)
-
-        noted.places = places  # type: ignore[attr-defined]
-        CACHE.run_next = noted
-
-    def places() -> Any:
-        from dagflow_tasks.train.cache import CACHE
-
-        return CACHE.run_next.places  # type: ignore[union-attr]
-
-    def at_first_step(event: dagflow.StepEvent) -> None:
-        if event.step == 1:
-            client.run(watch)
-
-    of = example()
-    options: dict[str, Any] = {"num_stages": 2, "callbacks": [at_first_step]}
-    result = train(of, batches(of, 6), tmp_path / "run", client=client, **options)
-    assert result.plan.halved == (False, True)
-    made = sorted(place for found in client.run(places).values() for place in found)
-    assert made[-3:] == [(5, 0), (5, 1), (5, 2)]  # the fourth has a task of its own
 
 
 def test_tied_gpt2_has_torchs_losses_and_loads_back(client: Client, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -127,23 +126,19 @@ def test_read_only_frames_become_writable_tensors() -> None:
 def test_what_stays_on_a_worker_does_not_travel() -> None:
     big = {"w": torch.ones(1 << 16)}
     boundary = {"h": torch.ones(4)}
-    forward = ForwardResult(boundary, big, False, (3, 1))
-    backward = BackwardResult(boundary, GradientSums((3, 1), big), (0, 2), (0.5, 2.0), (3, 1))
+    forward = ForwardResult(boundary, big, (3, 1))
+    sums = GradientSums((3, 1), big)
+    backward = BackwardResult(boundary, sums, (0, 2), (0.5, 2.0), (3, 1), big)
     for result in (forward, backward):
         _, frames = serialize(result, serializers=["dask"])
         assert sum(memoryview(frame).nbytes for frame in frames) == 16
     found = there_and_back(forward)
-    assert (found.buffers, found.finite, found.place) == (None, False, (3, 1))
+    assert (found.buffers, found.place) == (None, (3, 1))
     assert_same(found.values["h"], boundary["h"])
     returned = there_and_back(backward)
-    assert (returned.sums, returned.non_finite, returned.place) == (None, (0, 2), (3, 1))
-    assert returned.losses == (0.5, 2.0)
+    assert (returned.sums, returned.buffers, returned.place) == (None, None, (3, 1))
+    assert (returned.non_finite, returned.losses) == ((0, 2), (0.5, 2.0))
     assert_same(returned.gradients["h"], boundary["h"])
-    both = there_and_back(replace(backward, forward=replace(forward, weights=backward)))
-    assert both.forward.weights == replace(backward, gradients={}, sums=None)
-    assert (both.forward.buffers, both.forward.finite, both.forward.place) == (None, False, (3, 1))
-    assert_same(both.forward.values["h"], boundary["h"])
-    assert_same(both.gradients["h"], boundary["h"])
 
 
 def test_dask_accounts_for_every_tensor() -> None:
@@ -153,9 +148,8 @@ def test_dask_accounts_for_every_tensor() -> None:
     sums = GradientSums((3, 1), {"b": tensor})
     assert sizeof(BackwardResult({}, sums)) == pytest.approx(262_144, rel=0.01)
     assert sizeof(BackwardResult({"a": tensor}, None)) == pytest.approx(262_144, rel=0.01)
-    forward = ForwardResult({"b": tensor}, {"c": tensor}, weights=BackwardResult({}, sums))
-    both = BackwardResult({"a": tensor}, None, forward=forward)
-    assert sizeof(both) == pytest.approx(1_048_576, rel=0.01)
+    whole = BackwardResult({"a": tensor}, sums, buffers={"c": tensor})
+    assert sizeof(whole) == pytest.approx(786_432, rel=0.01)
 
 
 def policy(bandwidth: float | None, break_even: float) -> wire.CompressionPolicy:
@@ -227,9 +221,8 @@ def test_values_and_their_gradients_are_kinds_of_their_own(monkeypatch: pytest.M
 
     monkeypatch.setattr(wire, "POLICY", Asking(lambda host: 1.0, lambda tensor: 1.0))
     tensor = torch.zeros(4)
-    there_and_back(
-        BackwardResult({"x": tensor}, None, forward=ForwardResult({"x": tensor})), CONTEXT
-    )
+    for result in (BackwardResult({"x": tensor}), ForwardResult({"x": tensor})):
+        there_and_back(result, CONTEXT)
     assert asked == ["gradient of x", "x"]
 
 

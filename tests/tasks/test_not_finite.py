@@ -40,7 +40,7 @@ def test_a_gradient_for_another_stage_is_refused_where_it_is_made(halved: bool) 
     layers = [nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)] if halved else [nn.Linear(8, 4)]
     run = run_of(nn.Sequential(*layers), root_of_zero)
     assert run.graph.halved[1] == halved
-    with pytest.raises(GarbageReceived, match="by stage 1 in step 0 has NaN") as caught:
+    with pytest.raises(GarbageReceived, match=r"by 1[IB]0 step 0 has NaN") as caught:
         run.step(0, [batch(), batch()])
     assert (caught.value.stage, caught.value.has_nan) == (1, True)
     # Other tasks of the stage find its weights, and nothing of the micro-batch.

@@ -15,6 +15,7 @@ from dagflow_storage import Snapshot, commit_snapshot, list_snapshots
 from dagflow_tasks.errors import StateLost, WeightsNotFinite
 from dagflow_tasks.train import call as calling
 from dagflow_tasks.train import update as updating
+from dagflow_tasks.train.arguments import UpdateArguments
 from dagflow_tasks.train.cache import CACHE
 from dagflow_tasks.train.references import StateRef
 from dagflow_tasks.train.snapshots import copy_state, save_copy
@@ -45,7 +46,8 @@ def with_a_step_to_do() -> InlineRun:
 
 def update(run: InlineRun) -> Any:
     """Run the second step's update of stage 1, as a worker does."""
-    return calling.call(updating.update, (run.refs[1], StateRef(1), run.sums(1, 1, 0), 1.0))
+    work = UpdateArguments(run.refs[1], 1, run.sums(1, 1, 0), 1.0)
+    return calling.call(updating.update, (work,))
 
 
 def parameters(run: InlineRun, record: Any, step: int) -> dict[str, torch.Tensor]:

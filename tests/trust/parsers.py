@@ -78,7 +78,7 @@ from dagflow_tasks.program.stage_program import (
 from dagflow_tasks.tensors import TensorDict
 from dagflow_tasks.train.references import Microbatch
 from dagflow_tasks.train.replay import StepRecord
-from dagflow_tasks.train.results import BackwardResult, Decision, ForwardResult
+from dagflow_tasks.train.results import BackwardResult, Decision
 from dagflow_tasks.train.state import read_tensors
 from dagflow_tasks.train.worker_journal import Sent, encode, read_sent
 
@@ -240,10 +240,7 @@ def _tensors() -> Parser:
 
 
 def _results() -> Parser:
-    there = ForwardResult(
-        {"h": torch.ones(3, 2)}, None, True, (3, 1), BackwardResult({}, None, (1,), (0.5,), (3, 0))
-    )
-    result = BackwardResult({"g": torch.ones(2, 2)}, None, (0, 2), (0.5, 2.0), (3, 1), there)
+    result = BackwardResult({"g": torch.ones(2, 2)}, None, (0, 2), (0.5, 2.0), (3, 1))
     return _frames("results on the wire", result, 4)
 
 

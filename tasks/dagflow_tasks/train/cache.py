@@ -28,17 +28,21 @@ COPY = "copy for a snapshot"
 
 @dataclass
 class SavedGraph:
-    """What a forward leaves for its backward, or the first half of a backward for the second.
+    """What ``F`` leaves for the backward, or ``I`` for ``W``.
 
     Attributes
     ----------
     inputs, uses, outputs : dict
-        The tensors at the ends of autograd's graph, by name. In the first half `uses` have got the
+        The tensors at the ends of autograd's graph, by name. After ``I``, `uses` have got the
         gradients that weren't deferred.
     weights : WeightGradients
         Makes the gradients of large weights.
     halved : bool
-        Whether the first is done.
+        Whether ``I`` is done.
+    finite : bool
+        Whether all floating-point values of the forward are finite.
+    loss : float or None
+        The micro-batch's loss, in the stage that computes it.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -46,6 +50,8 @@ class SavedGraph:
     outputs: dict[str, torch.Tensor]
     weights: WeightGradients
     halved: bool = False
+    finite: bool = True
+    loss: float | None = None
 
 
 @dataclass
@@ -56,8 +62,6 @@ class WorkerCache:
     ----------
     recomputed : int
         Forwards that ran again because a graph was gone.
-    run_next : callable or None
-        Runs a function on the worker's thread after the task at hand; None where there is no worker.
     tell : callable or None
         Takes what whoever drives the run should hear: a mapping that JSON can hold, with its ``action``.
     """
@@ -69,7 +73,6 @@ class WorkerCache:
     recomputed: int = 0
     lock: Any = field(default_factory=threading.RLock)
     working: dict[StageKey, Any] = field(default_factory=dict)
-    run_next: Callable[[Callable[[], None]], object] | None = None
     tell: Callable[[Mapping[str, Any]], object] | None = None
     turns: dict[StageKey, tuple[int, int]] = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from dagflow_tasks.train.arguments import Arguments
 from dagflow_tasks.train.cache import CACHE
 from dagflow_tasks.train.references import StageRef
 
@@ -31,9 +32,11 @@ def call(function: Callable[..., Any], layout: tuple[Any, ...], *results: Any) -
     """
 
     filled = [_filled(argument, results) for argument in layout]
-    if not filled or type(filled[0]) is not StageRef:
+    first = filled[0] if filled else None
+    ref = first.ref if isinstance(first, Arguments) else first
+    if type(ref) is not StageRef:
         return function(*filled)
-    with CACHE.stage_lock(filled[0]):
+    with CACHE.stage_lock(ref):
         return function(*filled)
 
 
@@ -44,4 +47,6 @@ def _filled(argument: Any, results: tuple[Any, ...]) -> Any:
         return results[argument.index]
     if type(argument) is tuple:
         return tuple(_filled(item, results) for item in argument)
+    if isinstance(argument, Arguments):
+        return argument.map(lambda item: _filled(item, results))
     return argument

@@ -12,13 +12,7 @@ from dagflow_tasks.tensors import TensorDict
 from dagflow_tasks.train.cache import CACHE
 from dagflow_tasks.train.gradient_sums import finished_sums
 from dagflow_tasks.train.references import StageRef, StateRef
-from dagflow_tasks.train.results import (
-    BackwardResult,
-    ForwardResult,
-    StageResult,
-    Tensors,
-    forward_part,
-)
+from dagflow_tasks.train.results import BackwardResult, ForwardResult, StageResult, Tensors
 from dagflow_tasks.train.worker_journal import JOURNAL, EntryKey, Sent
 
 BUFFERS = "buffers"
@@ -37,14 +31,15 @@ def send(
 
 
 def buffers_after(ref: StageRef, result: StageResult) -> Tensors:
-    """Return a result's buffers, from the cache if this copy of it has been on a journey."""
-    there = forward_part(result)
-    return there.buffers if there.buffers is not None else CACHE.recall(ref, BUFFERS, there.place)
+    """Return a result's mutated buffers: its own, or the cache's if dask has moved the result."""
+    return (
+        result.buffers if result.buffers is not None else CACHE.recall(ref, BUFFERS, result.place)
+    )
 
 
 def select_values(result: ForwardResult, names: Sequence[str]) -> ForwardResult:
-    """Keep the boundary values that one reader needs, so that no more travels."""
-    return ForwardResult({name: result.values[name] for name in names}, finite=result.finite)
+    """Keep the activations that one reader needs, so that no more travels."""
+    return ForwardResult({name: result.values[name] for name in names})
 
 
 def select_gradients(result: BackwardResult, names: Sequence[str]) -> BackwardResult:

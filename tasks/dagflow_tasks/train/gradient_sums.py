@@ -3,55 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 import torch
 
 from dagflow_tasks.program.interpreter import AUTOCAST_DTYPES
 from dagflow_tasks.program.stage_program import ParameterUse
+from dagflow_tasks.train.arguments import BackwardArguments
 from dagflow_tasks.train.cache import CACHE, SavedGraph, state_lost
-from dagflow_tasks.train.references import Microbatch, StageRef
-from dagflow_tasks.train.results import (
-    BackwardResult,
-    ForwardResult,
-    GradientSums,
-    StageResult,
-    Tensors,
-    sums_part,
-)
+from dagflow_tasks.train.references import StageRef
+from dagflow_tasks.train.results import BackwardResult, GradientSums, Tensors
 
 SUMS = "gradient sums"
-
-
-def add_ahead(ref: StageRef, place: tuple[int, int]) -> None:
-    """Have a worker add a half done micro-batch's gradients as soon as the task at hand is done."""
-    if CACHE.run_next is not None:
-        CACHE.run_next(partial(_add_ahead, ref, place))
-
-
-def _add_ahead(ref: StageRef, place: tuple[int, int]) -> None:
-    """Do the work of `backward_weights` before it is asked for, if all that it takes is here.
-
-    The sums then have the micro-batch, which `backward_weights` sees. The cache goes on to know them
-    by the micro-batch before: that changes when `backward_weights` has told the journal.
-    """
-    step, index = place
-    with CACHE.stage_lock(ref):
-        before, sums = CACHE.newest(ref, SUMS)
-        if index > 0 and (before != (step, index - 1) or sums.place != before):
-            return
-        graph = CACHE.take_graph(ref, step, index)
-        if graph is None:
-            return
-        if index == 0:
-            # There are no sums yet. What is made here waits with the graph.
-            graph.weights.finish()
-            CACHE.save_graph(ref, step, index, graph)
-            return
-        try:
-            add_up(graph, sums, place)
-        except Exception as error:
-            sums.trouble = error
 
 
 def add_up(
@@ -83,46 +45,14 @@ def add_up(
             target.tensors[name].add_(gradient)
         else:
             target.tensors[name] = gradient.float()
+    if not graph.finite:
+        target.non_finite = (*target.non_finite, place[1])
+    if graph.loss is not None:
+        target.losses = (*target.losses, graph.loss)
     target.place = place
 
 
-def already_added(
-    ref: StageRef, microbatch: Microbatch, there: ForwardResult, previous: StageResult | None
-) -> BackwardResult | None:
-    """Return the result of a second half if its gradients are in the sums already."""
-    sums, place = sums_before(ref, microbatch, previous), (microbatch.step, microbatch.index)
-    if sums.place != place:
-        return None
-    CACHE.keep(ref, SUMS, place, sums)
-    return with_sums(ref, microbatch, there, previous, sums, {})
-
-
-def with_sums(
-    ref: StageRef,
-    microbatch: Microbatch,
-    there: ForwardResult,
-    previous: StageResult | None,
-    sums: GradientSums,
-    boundary: Tensors,
-) -> BackwardResult:
-    """Return a backward's result, with what is known of all micro-batches so far."""
-    non_finite: tuple[int, ...] = ()
-    losses: tuple[float, ...] = ()
-    if previous is not None:
-        so_far = sums_part(previous)
-        non_finite, losses = so_far.non_finite, so_far.losses
-    if not there.finite:
-        non_finite = (*non_finite, microbatch.index)
-    loss = CACHE.executable(ref).program.loss
-    if loss is not None:
-        losses = (*losses, float(there.values[loss]))
-    place = (microbatch.step, microbatch.index)
-    return BackwardResult(boundary, sums, non_finite, losses, place)
-
-
-def sums_before(
-    ref: StageRef, microbatch: Microbatch, previous: StageResult | None
-) -> GradientSums:
+def sums_before(work: BackwardArguments) -> GradientSums:
     """Return the sums of the micro-batches before this one, or with it if it has been added.
 
     Raises
@@ -130,19 +60,25 @@ def sums_before(
     StateLost
         If they were on another worker, or an earlier task failed while it was adding.
     """
-    if previous is None:
+    if work.previous is None:
         return GradientSums(None)
-    so_far = sums_part(previous)
-    sums: GradientSums = so_far.sums or CACHE.recall(ref, SUMS, so_far.place)
-    if sums.trouble is not None:
-        raise sums.trouble
-    if sums.place not in (so_far.place, (microbatch.step, microbatch.index)):
-        raise state_lost(ref, SUMS, so_far.place)
+    before = work.previous.place
+    sums: GradientSums = work.previous.sums or CACHE.recall(work.ref, SUMS, before)
+    if sums.place not in (before, work.place):
+        raise state_lost(work.ref, SUMS, before)
     return sums
 
 
+def result_with(
+    work: BackwardArguments, sums: GradientSums, gradients: Tensors | None = None
+) -> BackwardResult:
+    """Return the result of a task that has added its micro-batch; the cache remembers the sums."""
+    CACHE.keep(work.ref, SUMS, work.place, sums)
+    return BackwardResult(gradients or {}, sums, sums.non_finite, sums.losses, work.place)
+
+
 def finished_sums(ref: StageRef, result: BackwardResult) -> Tensors:
-    """Return the finished sums of a step, from the cache if the result has been on a journey."""
+    """Return a step's finished sums: the result's, or the cache's if dask has moved the result."""
     sums: GradientSums = result.sums or CACHE.recall(ref, SUMS, result.place)
     if sums.place != result.place:
         raise state_lost(ref, SUMS, result.place)

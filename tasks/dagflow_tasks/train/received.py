@@ -10,8 +10,9 @@ from dagflow_tasks.errors import GarbageReceived
 from dagflow_tasks.program.operators import countable, has_gradients
 from dagflow_tasks.program.sizes import evaluate_size
 from dagflow_tasks.program.stage_program import ValueSpec
+from dagflow_tasks.train.arguments import BackwardArguments
 from dagflow_tasks.train.cache import CACHE
-from dagflow_tasks.train.references import Microbatch, StageRef
+from dagflow_tasks.train.references import Microbatch, StageRef, action
 from dagflow_tasks.train.results import ForwardResult
 
 
@@ -35,26 +36,30 @@ def check_received(
         check_numbers(ref, tensor, f"{what} NaN in {value.name!r}.", source)
 
 
-def check_gradient(ref: StageRef, gradient: torch.Tensor, value: torch.Tensor, name: str) -> None:
+def check_gradient(
+    work: BackwardArguments, gradient: torch.Tensor, value: torch.Tensor, name: str
+) -> None:
     """Refuse a gradient that can't be right, as `check_received` does a value."""
+    ref = work.ref
     if not ref.journal:
         return
     program = CACHE.executable(ref).program
     source = next(
         (s for s in program.gradient_sources if name in program.gradients_from(s)), ref.stage
     )
+    label = work.label("I" if work.halved else "B")
+    what = f"Stage {source} sent {label} a gradient of {name!r} with"
     if gradient.shape != value.shape:
         raise GarbageReceived(
-            f"Stage {source} sent stage {ref.stage} a gradient of {name!r} with shape "
-            f"{list(gradient.shape)} instead of {list(value.shape)}.",
-            source,
+            f"{what} shape {list(gradient.shape)} instead of {list(value.shape)}.", source
         )
-    message = f"Stage {source} sent stage {ref.stage} a gradient of {name!r} with NaN."
-    check_numbers(ref, gradient, message, source)
+    check_numbers(ref, gradient, f"{what} NaN.", source)
 
 
-def will_be_refused(ref: StageRef, result: ForwardResult, microbatch: Microbatch) -> bool:
-    """Tell whether its readers will refuse a result.
+def will_be_refused(
+    ref: StageRef, result: ForwardResult, microbatch: Microbatch, finite: bool
+) -> bool:
+    """Tell whether its readers will refuse a result, whose values are all finite or not.
 
     The journal mustn't keep it: whoever would have it disowned may be gone by then.
     """
@@ -63,7 +68,7 @@ def will_be_refused(ref: StageRef, result: ForwardResult, microbatch: Microbatch
     try:
         for output in CACHE.executable(ref).program.outputs:
             tensor = _check_form(ref, output.value, ref.stage, result.values, microbatch)
-            if not result.finite and microbatch.least_weight:
+            if not finite and microbatch.least_weight:
                 check_numbers(ref, tensor, output.value.name, ref.stage)
     except GarbageReceived:
         return True
@@ -97,10 +102,8 @@ def _check_form(
 
 
 def _sent_to(ref: StageRef, source: int, microbatch: Microbatch) -> str:
-    return (
-        f"Stage {source} sent stage {ref.stage} in step {microbatch.step}, micro-batch "
-        f"{microbatch.index},"
-    )
+    receiver = action("F", ref.stage, microbatch.step, microbatch.index)
+    return f"Stage {source} sent {receiver}"
 
 
 def check_numbers(ref: StageRef, tensor: torch.Tensor, message: str, source: int) -> None:

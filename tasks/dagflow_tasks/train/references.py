@@ -88,6 +88,12 @@ class StateRef:
     step: int
 
 
-def action(kind: str, stage: int, microbatch: Microbatch) -> str:
-    """Write a task as schedules do: ``2F0 step 17`` is stage 2, forward, micro-batch 0."""
-    return f"{stage}{kind}{microbatch.index} step {microbatch.step}"
+def action(kind: str, stage: int, step: int, microbatch: int | None = None) -> str:
+    """Write a task as schedules do: ``2F0 step 17`` is stage 2, forward, micro-batch 0.
+
+    Parameters
+    ----------
+    kind
+        ``F`` forward, ``I`` input gradients, ``W`` weight gradients, ``B`` both, ``U`` update.
+    """
+    return f"{stage}{kind}{'' if microbatch is None else microbatch} step {step}"

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from dagflow_storage import DamagedData, NotFound, Snapshot, list_snapshots
 from dagflow_storage.place import fields
 from dagflow_storage.place.documents import sound
@@ -21,6 +19,7 @@ from dagflow_storage.records.journal import read_segments
 from dagflow_tasks.errors import StateLost
 from dagflow_tasks.program.stage_program import StageProgram
 from dagflow_tasks.tensors import TensorDict
+from dagflow_tasks.train.arguments import BackwardArguments, UpdateArguments
 from dagflow_tasks.train.cache import CACHE, state_lost
 from dagflow_tasks.train.gradient_sums import SUMS
 from dagflow_tasks.train.references import Microbatch, StageRef, StateRef
@@ -31,7 +30,6 @@ from dagflow_tasks.train.results import (
     StageResult,
     Tensors,
     UpdateResult,
-    forward_part,
 )
 from dagflow_tasks.train.state import load_state, state_tensors
 from dagflow_tasks.train.tasks import backward, forward, forward_backward
@@ -41,7 +39,6 @@ from dagflow_tasks.train.worker_journal import JOURNAL, EntryKey, Sent
 _FLUSH_SECONDS = 120.0
 # What entries say besides their tensors, by kind.
 _FACTS = {
-    "forward": ("finite",),
     "backward": ("non_finite", "losses"),
     "weights": ("non_finite", "losses"),
     "update": ("non_finite", "decision"),
@@ -166,8 +163,7 @@ class StageProgress:
     step : int
         Steps that its weights have taken; -1 if its worker doesn't know the stage.
     forwards, halves : frozenset of (step, micro-batch)
-        Micro-batches whose forward is done and waits for its backward; whose backward's first half
-        is done.
+        Micro-batches that wait for their backward, as ``F`` is done; and for ``W``, as ``I`` is.
     place : (step, micro-batch)
         The last micro-batch whose gradients are in the sums; (-1, -1) if there are no sums.
     """
@@ -234,13 +230,10 @@ def progress(ref: StageRef) -> StageProgress:
     with CACHE.lock:
         state = CACHE.states.get(ref.key)
         place, sums = CACHE.newest(ref, SUMS)
-        ahead = (place[0], place[1] + 1)
-        if state is None or (sums is not None and sums.place not in (place, ahead)):
+        if state is None or (sums is not None and sums.place != place):
             return StageProgress(ref.stage, -1)
         graphs = {key[1:]: graph for key, graph in CACHE.graphs.items() if key[0] == ref.key}
     halves = {where for where, graph in graphs.items() if graph.halved}
-    if sums is not None and sums.place == ahead:
-        halves.add(ahead)  # to others no more than that: the journal hasn't heard of it
     forwards = frozenset(where for where, graph in graphs.items() if not graph.halved)
     return StageProgress(ref.stage, state.step, forwards, frozenset(halves), place)
 
@@ -377,28 +370,40 @@ def replay_step(
         The decision of the step before, which holds the loss scale; needed if the loss is scaled.
     """
     program = CACHE.executable(ref).program
-    state = StateRef(record.step)
     needed = needed_entries(program, neighbours, record.microbatches)
     JOURNAL.look(ref, record.step, {key.stage for key in needed})
     read = _Reader(ref, program, neighbours, record.step)
     tied = [read.tensors("lend", o, program.stage) for o in program.lenders]
     scaling = before if neighbours.scaled else None
-    there: ForwardResult | None = None
+    there: StageResult | None = None
     back: BackwardResult | None = None
     for microbatch in record.microbatches:
-        where = (ref, state, microbatch, read.values(microbatch.index))
-        first = there if program.mutated_buffers else None
+        work = BackwardArguments(
+            ref,
+            microbatch,
+            read.values(microbatch.index),
+            before=there if program.mutated_buffers else None,
+            tied=tied,
+            gradients=read.gradients(microbatch.index),
+            scaling=scaling,
+            previous=back,
+        )
         if program.stage == program.num_stages - 1:
-            back = forward_backward(*where, back, first, tied, scaling)
-            there = forward_part(back)
+            there = back = forward_backward(work)
         else:
-            there = forward(*where, first, tied)
-            gradients = read.gradients(microbatch.index)
-            back = backward(*where, gradients, there, back, first, tied, scaling)
+            there, back = forward(work), backward(work)
     assert back is not None
-    borrowed = [read.tensors("return", b, program.stage) for b in neighbours.borrowers]
-    last = there if program.mutated_buffers else None
-    update(ref, state, back, record.learning_rate_factor, borrowed, last, record.decision)
+    update(
+        UpdateArguments(
+            ref,
+            record.step,
+            back,
+            record.learning_rate_factor,
+            [read.tensors("return", b, program.stage) for b in neighbours.borrowers],
+            there if program.mutated_buffers else None,
+            record.decision,
+        )
+    )
 
 
 class _Reader:
@@ -464,22 +469,15 @@ def recall(
     sent = _found(ref, step, EntryKey(kind, ref.stage, index), names)
     facts, place = sent.facts, (step, index)
     missing = [name for name in _FACTS.get(kind, ()) if name not in facts]
-    if missing or ("loss" in facts and "finite" not in facts):
+    if missing:
         raise StateLost(
             f"The journal of step {step} lacks {missing} of stage {ref.stage}'s {kind}."
         )
     if kind == "forward":
-        return ForwardResult(sent.tensors, None, facts["finite"], place)
-    if kind == "backward":
-        there = None
-        if "loss" in facts:
-            loss = CACHE.executable(ref).program.loss
-            assert loss is not None
-            values = {loss: torch.tensor(facts["loss"], dtype=torch.float32)}
-            there = ForwardResult(values, None, facts["finite"], place)
-        return _recalled_backward(sent, place, there)
-    if kind == "weights":
-        return _recalled_backward(sent, place, None)
+        return ForwardResult(sent.tensors, None, place)
+    if kind in ("backward", "weights"):
+        non_finite, losses = tuple(facts["non_finite"]), tuple(facts["losses"])
+        return BackwardResult(sent.tensors, None, non_finite, losses, place)
     if kind == "update":
         return UpdateResult(StateRef(step + 1), ref.stage, tuple(facts["non_finite"]))
     return TensorDict(sent.tensors)
@@ -491,10 +489,3 @@ def recall_decision(ref: StageRef, step: int) -> Decision:
     if facts.get("decision") is None:
         raise state_lost(ref, "decision", (step, 0))
     return Decision.from_json(facts["decision"])
-
-
-def _recalled_backward(
-    sent: Sent, place: tuple[int, int], there: ForwardResult | None
-) -> BackwardResult:
-    non_finite, losses = tuple(sent.facts["non_finite"]), tuple(sent.facts["losses"])
-    return BackwardResult(sent.tensors, None, non_finite, losses, place, there)

@@ -19,28 +19,23 @@ INITIAL_LOSS_SCALE = 65536.0
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """Result of `forward`.
+    """Result of a forward, ``F``.
 
     Attributes
     ----------
     values : mapping
-        Boundary values, and the loss, by name, without autograd history.
+        Activations that other stages read, (B, ...) each, and the loss, (), by name, without autograd
+        history.
     buffers : mapping or None
         The stage's mutated buffers after this micro-batch. They stay on the worker: only the
         stage's own next task reads them.
-    finite : bool
-        Whether all floating-point values are finite.
     place : (step, micro-batch)
-        What the worker's cache knows `buffers` by, if this copy has lost them on a journey.
-    weights : BackwardResult or None
-        Result of the `backward_weights` that the task began with.
+        If dask has moved this result away and back, the worker's cache is asked for `buffers` by it.
     """
 
     values: Tensors
     buffers: Tensors | None = None
-    finite: bool = True
     place: tuple[int, int] = (-1, -1)
-    weights: BackwardResult | None = None
 
 
 @dataclass
@@ -48,42 +43,45 @@ class GradientSums:
     """Gradients of a stage's parameter uses, added up in place over a step's micro-batches.
 
     All of a stage's backward results of a step share one: it is as large as the weights. `place`
-    says which micro-batch was added last, so that a backward that runs again adds nothing twice.
+    says which micro-batch was added last, so that a task that runs again adds nothing twice.
 
     Attributes
     ----------
     place : (step, micro-batch) or None
-        None while a backward is adding, and for good if it fails on the way.
+        None while a micro-batch is added, and for good if that fails on the way.
     tensors : dict
-        By use.
-    trouble : Exception or None
-        What went wrong in adding ahead; whoever asks for the sums raises it.
-    """
-
-    place: tuple[int, int] | None
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    trouble: Exception | None = None
-
-
-@dataclass(frozen=True)
-class BackwardResult:
-    """Result of `backward`, of either half of it, and of `forward_backward`.
-
-    Attributes
-    ----------
-    gradients : mapping
-        Gradients of the stage's boundary inputs by value name, later readers' included.
-    sums : GradientSums or None
-        Gradients of the stage's parameter uses so far. They stay on the worker: only the stage's own
-        next task reads them.
+        By use, each in the parameter's shape; float32 where autocast makes half-precision gradients.
     non_finite : tuple of int
         Micro-batches so far whose forward left the finite numbers in this stage.
     losses : tuple of float
         Of the micro-batches so far, in the stage that computes the loss.
+    """
+
+    place: tuple[int, int] | None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    non_finite: tuple[int, ...] = ()
+    losses: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class BackwardResult:
+    """Result of a backward: ``I`` (`gradients`), ``W`` (`sums` and what goes with them) or ``B`` (all).
+
+    Attributes
+    ----------
+    gradients : mapping
+        Gradients of the stage's inputs from other stages, (B, ...) like the activations, by their
+        names. What later stages have found for the same activation is in the sum.
+    sums : GradientSums or None
+        Gradients of the stage's parameter uses so far. They stay on the worker: only the stage's own
+        next task reads them.
+    non_finite, losses
+        As in `GradientSums`, when this was returned.
     place : (step, micro-batch)
-        What the worker's cache knows `sums` by, if this copy has lost them on a journey.
-    forward : ForwardResult or None
-        The forward's result, where one task did both.
+        If dask has moved this result away and back, the worker's cache is asked for `sums` and
+        `buffers` by it.
+    buffers : mapping or None
+        As in `ForwardResult`, in the last stage, whose forward is part of this task.
     """
 
     gradients: Tensors
@@ -91,28 +89,11 @@ class BackwardResult:
     non_finite: tuple[int, ...] = ()
     losses: tuple[float, ...] = ()
     place: tuple[int, int] = (-1, -1)
-    forward: ForwardResult | None = None
+    buffers: Tensors | None = None
 
 
 StageResult = ForwardResult | BackwardResult
-"""What holds a forward's result: itself, or the result of `forward_backward`."""
-
-
-def forward_part(result: StageResult) -> ForwardResult:
-    """Return the forward's result, whether or not the backward came with it."""
-    if isinstance(result, ForwardResult):
-        return result
-    assert result.forward is not None
-    return result.forward
-
-
-def sums_part(result: StageResult) -> BackwardResult:
-    """Return the result that holds gradient sums, whether or not a forward came with it."""
-    there = result if isinstance(result, ForwardResult) else result.forward
-    if there is not None and there.weights is not None:
-        return there.weights
-    assert isinstance(result, BackwardResult)
-    return result
+"""Result of the task that ran a forward: in the last stage that is the backward's, too."""
 
 
 @dataclass(frozen=True)

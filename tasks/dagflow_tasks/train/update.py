@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from dagflow_tasks.tensors import TensorDict
+from dagflow_tasks.train.arguments import UpdateArguments
 from dagflow_tasks.train.cache import CACHE
 from dagflow_tasks.train.exchange import BUFFERS, buffers_after, send
 from dagflow_tasks.train.gradient_sums import SUMS, own_gradients
 from dagflow_tasks.train.optimizer import Schedule
 from dagflow_tasks.train.references import StageRef, StateRef
-from dagflow_tasks.train.results import BackwardResult, Decision, StageResult, Tensors, UpdateResult
+from dagflow_tasks.train.results import BackwardResult, Decision, Tensors, UpdateResult
 from dagflow_tasks.train.state import StageState
 from dagflow_tasks.train.worker_journal import JOURNAL
 
@@ -20,68 +21,35 @@ from dagflow_tasks.train.worker_journal import JOURNAL
 _SCALE_GROWTH, _SCALE_BACKOFF, _GROWTH_INTERVAL = 2.0, 0.5, 2000
 
 
-def update(
-    ref: StageRef,
-    state: StateRef,
-    gradients: BackwardResult,
-    learning_rate: float | Schedule,
-    borrowed: Sequence[Tensors] = (),
-    last: StageResult | None = None,
-    decision: Decision | None = None,
-) -> UpdateResult:
-    """Take one optimizer step on a stage's parameters.
-
-    Parameters
-    ----------
-    gradients
-        Backward result of the step's last micro-batch.
-    learning_rate : float or Schedule
-        The schedule's factor for this step, or the schedule, in a run with loss scaling: which of its
-        factors it is depends on the decision.
-    borrowed
-        Gradients of this stage's parameters from stages that borrow them, by use.
-    last
-        Forward result of the last micro-batch, in a stage with mutated buffers.
-    decision
-        Clipping and loss scaling, if the run has either.
-
-    Returns
-    -------
-    UpdateResult
-        Refers to the state after the step; run again, the same.
-    """
+def update(work: UpdateArguments) -> UpdateResult:
+    """Take one optimizer step on a stage's parameters (``U``); run again, it returns the same."""
+    ref, step, decision = work.ref, work.step, work.decision
     cached = CACHE.states.get(ref.key)
-    if cached is None or cached.step != state.step + 1:
-        _move_on(ref, state, gradients, learning_rate, borrowed, last, decision)
+    if cached is None or cached.step != step + 1:
+        _move_on(work)
+    non_finite = work.gradients.non_finite
     facts = {
-        "non_finite": gradients.non_finite,
+        "non_finite": non_finite,
         "decision": decision.to_json() if decision is not None else None,
     }
     # Also when it runs again: the first time may have ended right before this.
-    send(ref, "update", (state.step, 0), {}, facts)
-    JOURNAL.end_step(ref, state.step)
+    send(ref, "update", work.place, {}, facts)
+    JOURNAL.end_step(ref, step)
     stats = JOURNAL.stats(ref.run_id) if ref.journal else None
-    return UpdateResult(StateRef(state.step + 1), ref.stage, gradients.non_finite, stats)
+    return UpdateResult(StateRef(step + 1), ref.stage, non_finite, stats)
 
 
-def _move_on(
-    ref: StageRef,
-    state: StateRef,
-    gradients: BackwardResult,
-    learning_rate: float | Schedule,
-    borrowed: Sequence[Tensors],
-    last: StageResult | None,
-    decision: Decision | None,
-) -> None:
+def _move_on(work: UpdateArguments) -> None:
     """Do the work of `update` on the cached state; what fails halfway leaves no state behind."""
-    current = CACHE.state(ref, state.step)
+    ref, decision = work.ref, work.decision
+    current = CACHE.state(ref, work.step)
     # Whatever may be lost is looked for before the first weight changes.
-    totals = own_gradients(ref, gradients, borrowed)
-    buffers = buffers_after(ref, last) if last is not None else {}
+    totals = own_gradients(ref, work.gradients, work.borrowed)
+    buffers = buffers_after(ref, work.last) if work.last is not None else {}
     try:
         CACHE.executable(ref).write_parameters(current.parameters, current.buffers)
         if decision is None or decision.apply:
-            factor = learning_rate_factor(learning_rate, state.step, decision)
+            factor = learning_rate_factor(work.learning_rate, work.step, decision)
             _step(current, totals, factor, decision)
         current.buffers.update(buffers)
         current.casts.clear()
