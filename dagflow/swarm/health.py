@@ -16,10 +16,12 @@ from collections.abc import Collection, Iterable, Mapping
 # Whoever watches looks so often. Serving's driver pings as often.
 LOOK_SECONDS = 0.25
 # A worker that owes an answer (a task that should be done, a ping) is frozen after this much silence,
-# any other after the longer one. Workers beat every half second.
+# any other after the longer one. Workers beat every half second; with four busy processes a core beats
+# of two that trained were up to 2.3 s apart, so that silence alone says nothing yet after two seconds.
 SILENCE_SECONDS = 2.0
 LONG_SILENCE_SECONDS = 10.0
-# A task may take so many times as long as the longest of its kind so far ...
+# A task may take so many times as long as the longest of its kind so far. On the machine above, of 550
+# tasks one in a hundred took more than 1.6 times as long, and none more than 1.8 times ...
 PATIENCE = 4.0
 # ... and this long anyway: messages, garbage collection, a busy machine.
 MIN_STALL_SECONDS = 1.0
