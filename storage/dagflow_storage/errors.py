@@ -5,6 +5,7 @@
     DagflowError
     ├── TransientError          another worker, or later, may succeed: retried
     │   ├── StoreUnreachable    the store did not answer, or not as it should
+    │   │   └── OutOfDescriptors  this process may open no more files; soon given up
     │   └── LeaseUnconfirmed    for too long nobody could see whether the lease is still ours
     └── PermanentError          the same inputs fail again: stop
         ├── StoreNotWritable    permission, read-only, no such bucket, disk full
@@ -39,6 +40,13 @@ class PermanentError(DagflowError):
 
 class StoreUnreachable(TransientError):
     """The store did not answer, or its answer was lost or garbled on the way."""
+
+
+class OutOfDescriptors(StoreUnreachable):
+    """This process may open no more files or sockets, so it can't use a store that is well.
+
+    Tried again for some seconds only: another process can, and the work goes there.
+    """
 
 
 class LeaseUnconfirmed(TransientError):

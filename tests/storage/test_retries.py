@@ -1,11 +1,20 @@
 """Decisions about retries, without a store: time is an argument."""
 
+import errno
+import os
 import pickle
 
 import pytest
 
-from dagflow_storage import Retries, RetryPolicy, StoreNotWritable, StoreUnreachable
+from dagflow_storage import (
+    PermanentError,
+    Retries,
+    RetryPolicy,
+    StoreNotWritable,
+    StoreUnreachable,
+)
 from dagflow_storage.faults import FakeClock
+from dagflow_storage.place.translation import writing
 
 
 class Failing:
@@ -101,3 +110,16 @@ def test_large_requests_are_given_more_time() -> None:
 def test_retries_survive_pickling() -> None:
     retries = Retries(RetryPolicy(total_seconds=7))
     assert pickle.loads(pickle.dumps(retries)).policy == retries.policy
+
+
+def test_descriptors_are_waited_for_some_seconds_and_then_another_process_must_do() -> None:
+    clock = FakeClock()
+    retries = Retries(RetryPolicy(total_seconds=600.0), clock)
+
+    def no_more() -> None:
+        with writing("the store"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with pytest.raises(PermanentError, match=r"Too many open files.*ulimit -n.*given up after"):
+        retries.run(no_more)
+    assert clock.seconds == 10.0

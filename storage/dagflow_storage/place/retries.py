@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from dagflow_storage.errors import StoreUnreachable
+from dagflow_storage.errors import OutOfDescriptors, PermanentError, StoreUnreachable
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 # Below that a retry is nobody's business; above, somebody may wonder why nothing moves.
 _WORTH_A_WARNING_SECONDS = 5.0
+# Descriptors come back when something is closed; what has none for so long is left to another process.
+_DESCRIPTOR_SECONDS = 10.0
 
 
 _PAUSES = threading.local()
@@ -98,6 +100,8 @@ class Retries:
         ------
         StoreUnreachable
             The last one, saying how often and how long it was tried.
+        PermanentError
+            If this process has had no file descriptor left for some seconds.
         """
         attempts = _Attempts(self)
         while True:
@@ -123,7 +127,10 @@ class _Attempts:
     def delay_after(self, error: StoreUnreachable) -> float:
         self._num_failures += 1
         elapsed = self._clock.now() - self._start
-        left = self._policy.total_seconds - elapsed
+        total = self._policy.total_seconds
+        if isinstance(error, OutOfDescriptors):
+            total = min(total, _DESCRIPTOR_SECONDS)
+        left = total - elapsed
         if left <= 0:
             raise self._given_up(error, elapsed)
         bound = self._policy.delay_bound_seconds(self._num_failures)
@@ -134,10 +141,13 @@ class _Attempts:
         logger.log(level, "%s; trying again in %.1f s, for %.0f s more", error, delay, left)
         return delay
 
-    def _given_up(self, error: StoreUnreachable, elapsed: float) -> StoreUnreachable:
-        if self._num_failures == 1:
+    def _given_up(
+        self, error: StoreUnreachable, elapsed: float
+    ) -> StoreUnreachable | PermanentError:
+        is_short = isinstance(error, OutOfDescriptors)
+        if self._num_failures == 1 and not is_short:
             return error
         said = f"{error}; given up after {self._num_failures} attempts in {elapsed:.0f} s"
-        given_up = type(error)(said)
+        given_up = PermanentError(said) if is_short else type(error)(said)
         given_up.__cause__ = error.__cause__
         return given_up

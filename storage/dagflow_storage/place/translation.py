@@ -9,6 +9,7 @@ from dagflow_storage.errors import (
     CredentialsExpired,
     DagflowError,
     NotFound,
+    OutOfDescriptors,
     PermanentError,
     StoreNotReadable,
     StoreNotWritable,
@@ -188,6 +189,8 @@ def _translated(
         return CredentialsExpired(f"{said} (the credentials expired or are not valid: renew them)")
     if _is_refusal(error):
         return refusal(said)
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return OutOfDescriptors(f"{said} (raise the limit of open files: ulimit -n)")
     return StoreUnreachable(said)
 
 
