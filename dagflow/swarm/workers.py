@@ -7,6 +7,7 @@ Runs on workers: through the preload ``dagflow.worker``, and again through a plu
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import platform
@@ -109,8 +110,9 @@ def prepare_worker(worker: Worker) -> None:
 
 def _tell_driver(message: Mapping[str, Any]) -> None:
     """Tell whoever drives a run something, from within one of its tasks."""
-    worker = get_worker()
-    worker.log_event(TOPIC, {**message, "worker": worker.address})
+    with contextlib.suppress(ValueError):  # in a process that has workers, but not in a task
+        worker = get_worker()
+        worker.log_event(TOPIC, {**message, "worker": worker.address})
 
 
 class StageWorker(WorkerPlugin):  # type: ignore[misc]

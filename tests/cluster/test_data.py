@@ -180,7 +180,7 @@ def test_batches_that_are_on_their_way_when_something_is_lost_are_forgotten(
             disturbances.pop()
             raise Disturbed("Somebody left.")
 
-    monkeypatch.setattr(feed, "_TICK_SECONDS", 0.0)
+    monkeypatch.setattr(feed, "TICK_SECONDS", 0.0)
     monkeypatch.setattr(StreamFeed, "_scatter", noted)
     # Not the driver's own, which it sets.
     monkeypatch.setattr(StreamFeed, "look_around", property(lambda _: look_around, lambda *_: None))

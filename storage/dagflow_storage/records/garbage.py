@@ -28,7 +28,7 @@ _MARKER = ".dagflow-marker-"
 _LEFTOVER = re.compile(
     r".*\.(unfinished|partial)|\.dagflow-(probe|marker)-[0-9a-f]+|manifest\.damaged\.json"
 )
-_KNOWN_FOLDERS = ("snapshots", "programs", "journal", "metrics", "ledger", "events")
+_KNOWN_FOLDERS = ("snapshots", "programs", "journal", "metrics", "events")
 _SHARD = re.compile(r"(snapshots/step-([0-9]{8,18})/[^/]+)(/.+)?")
 _JOURNAL_STEP = re.compile(r"(journal/([^/]+)/step-([0-9]{8,18}))/.+")
 _PLAN = re.compile(r"(programs/([^/]+))/.+")
