@@ -219,8 +219,9 @@ def test_a_worker_forgets_a_driver_that_was_announced_and_never_came(
 ) -> None:
     with dagflow.Deployment(model, client, num_stages=2):
         pass  # workers know of sessions from now on
+    wait_until(lambda: set(client.run(secrets_kept).values()) == {0}, "that driver is forgotten")
     address = sorted(client.scheduler_info()["workers"])[0]
-    monkeypatch.setattr(stage_server, "UNPROVEN_SECONDS", 0.2)
+    monkeypatch.setattr(stage_server, "UNPROVEN_SECONDS", 2.0)
     client.run(take_part, "gone", Issuer().credentials(address), workers=[address])
     assert client.run(secrets_kept)[address] == 1
     wait_until(lambda: set(client.run(secrets_kept).values()) == {0}, "it is forgotten")
