@@ -38,6 +38,8 @@ class Membership:
         Addresses.
     names : dict
         How the workers that have been heard of are called, by address.
+    limits : dict
+        Memory in bytes of those that say how much they have, by address.
     excluded : dict
         Why a worker that is present isn't used, by address; of those who ask `usable`.
     stalled : dict
@@ -51,6 +53,7 @@ class Membership:
     client: Client
     present: set[str] = field(default_factory=set)
     names: dict[str, str] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
     stalled: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     failures: deque[tuple[tuple[str, ...], str]] = field(
@@ -95,7 +98,8 @@ class Membership:
         self._scheduler = found["id"]
         with self._lock:
             self.present = set(found["workers"])
-            self.names |= {a: str(facts["name"]) for a, facts in found["workers"].items()}
+            for worker, facts in found["workers"].items():
+                self._learn(worker, facts)
             for action, worker in self._heard:  # since it was asked, and maybe since it answered
                 self._come_or_gone(action, worker)
         self._refreshed = time.monotonic()
@@ -176,7 +180,8 @@ class Membership:
         if action in ("add-worker", "remove-worker") and worker:
             with self._lock:
                 self._heard.append((action, worker))
-                self.names[worker] = str(message.get("name", self.name(worker)))
+                if action == "add-worker":
+                    self._learn(worker, message)
                 self._come_or_gone(action, worker)
         elif action == "stalled":
             with self._lock:
@@ -191,6 +196,11 @@ class Membership:
         else:
             return
         self._news.set()
+
+    def _learn(self, worker: str, facts: Mapping[str, Any]) -> None:
+        self.names[worker] = str(facts.get("name", worker))
+        if limit := facts.get("memory_limit"):
+            self.limits[worker] = limit
 
     def _come_or_gone(self, action: str, worker: str) -> None:
         if action == "add-worker":

@@ -172,8 +172,9 @@ class StageScheduler(SchedulerPlugin):  # type: ignore[misc]
 
     def add_worker(self, scheduler: Any, worker: str) -> None:
         send_at_once(*scheduler_streams(scheduler))
-        name = str(scheduler.workers[worker].name)
-        scheduler.log_event(TOPIC, {"action": "add-worker", "worker": worker, "name": name})
+        known = scheduler.workers[worker]
+        facts = {"name": str(known.name), "memory_limit": known.memory_limit}
+        scheduler.log_event(TOPIC, {"action": "add-worker", "worker": worker, **facts})
 
     def remove_worker(self, scheduler: Any, worker: str, **_: Any) -> None:
         self._watch.gone(worker)

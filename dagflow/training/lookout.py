@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from dagflow.swarm.clusters import scheduler_info
 from dagflow.swarm.events import (
     EventStream,
     StagePlaced,
@@ -50,8 +49,6 @@ class Lookout:
         self._planned_memory = memory
         self._owners = owners
         self._events = events
-        self._limits: dict[str, int] = {}
-        self._asked_of: Collection[str] = ()
         self._told_of: Roster = Roster({})
         self._excluded: set[str] = set()
 
@@ -69,7 +66,7 @@ class Lookout:
 
     def roster(self) -> Roster:
         present, stalled = self._membership.seen()
-        memory = self._memory(present)
+        memory = {**self._membership.limits, **self._planned_memory}
         stalls = {a: Stall(news["seconds"], news["silent"]) for a, news in stalled.items()}
         found = Roster({address: memory.get(address) for address in present}, stalls)
         self._tell(self._told_of, found)
@@ -120,12 +117,3 @@ class Lookout:
 
     def _stages_of(self, address: str) -> tuple[int, ...]:
         return tuple(stage for stage, owner in enumerate(self._owners) if owner == address)
-
-    def _memory(self, present: Collection[str]) -> dict[str, int]:
-        """Return the memory of each worker that says how much it has."""
-        if self._asked_of is not present:  # which is replaced, not changed
-            self._asked_of = present
-            workers = scheduler_info(self._membership.client)["workers"]
-            limits = {address: info.get("memory_limit") for address, info in workers.items()}
-            self._limits = {address: limit for address, limit in limits.items() if limit}
-        return {**self._limits, **self._planned_memory}
