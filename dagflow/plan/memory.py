@@ -170,12 +170,20 @@ def worker_bytes(stages: Iterable[StageNeeds], cache_bytes: int | None = None) -
     return needs.state_bytes + needs.step_bytes + needs.spool_bytes + caches
 
 
-def bytes_by_worker(stages: Sequence[StageNeeds], workers: Sequence[WorkerT]) -> dict[WorkerT, int]:
-    """Return what each worker needs for its stages; `workers` has the worker of each stage."""
+def needs_by_worker(
+    stages: Sequence[StageNeeds], workers: Sequence[WorkerT]
+) -> dict[WorkerT, StageNeeds]:
+    """Return what each worker's stages take together; `workers` has the worker of each stage."""
     return {
-        worker: worker_bytes(n for n, w in zip(stages, workers, strict=True) if w == worker)
+        worker: together(n for n, w in zip(stages, workers, strict=True) if w == worker)
         for worker in dict.fromkeys(workers)
     }
+
+
+def bytes_by_worker(stages: Sequence[StageNeeds], workers: Sequence[WorkerT]) -> dict[WorkerT, int]:
+    """Return what each worker needs for its stages; `workers` has the worker of each stage."""
+    own = needs_by_worker(stages, workers)
+    return {worker: worker_bytes([needs]) for worker, needs in own.items()}
 
 
 def fits(

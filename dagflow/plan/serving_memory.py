@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dagflow.graph.dag import OperatorDag, dtype_bytes
-from dagflow.plan.memory import StageNeeds, WorkerMemory, cache_part, together
+from dagflow.plan.memory import StageNeeds, WorkerMemory, cache_part, needs_by_worker
 from dagflow_tasks.kernels.attention import ATTEND, look_back_bytes, reach_of
 from dagflow_tasks.kernels.recurrence import RECURRENT, SCAN, WINDOW
 from dagflow_tasks.kernels.session_cache import BLOCK_TOKENS
@@ -123,14 +123,6 @@ def cache_budget(
     return most if cache_bytes is None else min(most, cache_bytes)
 
 
-def needs_by_worker(addresses: Sequence[str], needs: Sequence[StageNeeds]) -> dict[str, StageNeeds]:
-    """Return what each worker's stages take together; `addresses` has the worker of each stage."""
-    return {
-        address: together(n for n, a in zip(needs, addresses, strict=True) if a == address)
-        for address in dict.fromkeys(addresses)
-    }
-
-
 def room_of(
     addresses: Sequence[str],
     needs: Sequence[StageNeeds],
@@ -144,7 +136,7 @@ def room_of(
     is largest, so neither many short sessions nor a long one can be too much for any.
     """
     capacity = tokens_that_fit(addresses, needs, weight_bytes, workers, cache_bytes)
-    own = needs_by_worker(addresses, needs)
+    own = needs_by_worker(needs, addresses)
     budgets = {a: cache_budget(workers[a], weight_bytes[a], own[a], cache_bytes) for a in own}
     shares = [-(-capacity * need.session_bytes // max(1, budgets[a])) for a, need in own.items()]
     return Room(capacity, tuple(own.values()), max(shares))
@@ -175,6 +167,6 @@ def tokens_that_fit(
     room = min(
         max(0, cache_budget(workers[address], weight_bytes[address], need, cache_bytes))
         // max(1, need.token_bytes)
-        for address, need in needs_by_worker(addresses, needs).items()
+        for address, need in needs_by_worker(needs, addresses).items()
     )
     return room // BLOCK_TOKENS * BLOCK_TOKENS

@@ -11,12 +11,11 @@ from test_decoder_stage import TOKENS, _captured, _feed, _part, _stages
 
 from dagflow.errors import StageTooLarge
 from dagflow.plan.decoder_cuts import cut_at_layers
-from dagflow.plan.memory import CACHE_SHARE, StageNeeds, WorkerMemory, fits
+from dagflow.plan.memory import CACHE_SHARE, StageNeeds, WorkerMemory, fits, needs_by_worker
 from dagflow.plan.placement import place
 from dagflow.plan.serving_memory import (
     Room,
     cache_budget,
-    needs_by_worker,
     room_of,
     serving_needs,
     tokens_that_fit,
@@ -92,7 +91,7 @@ def test_one_session_may_take_all_caches_and_a_pass_of_it_has_room_to_look_back(
         assert num_tokens == budget // 10 // BLOCK_TOKENS * BLOCK_TOKENS
         assert num_tokens * (needs.token_bytes + needs.pass_bytes) <= 10_000
     stages = [StageNeeds(0, 1, pass_bytes=20), needs, StageNeeds(5, 0)]
-    both = next(iter(needs_by_worker("aaa", stages).values()))
+    both = next(iter(needs_by_worker(stages, "aaa").values()))
     assert (both.token_bytes, both.pass_bytes) == (11, 30)  # a worker computes one stage at a time
     assert cache_budget(memory, 1000, stages[2], None) == 10_000 * CACHE_SHARE
     with pytest.raises(StageTooLarge, match=r"at least 1\.28 kB for caches"):
